@@ -1,0 +1,116 @@
+"""The judge: a whole training step as one pure function on one device.
+
+It shares the models' layer functions with the trainer and nothing else: no stages, no schedule, no boundary, no sharding,
+no microbatches (the step is one batch), layers in a Python loop, full logits, its own learning rate, clip and skip.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hetjax import optimizer
+from hetjax.graph import Graph
+from models.axes import ONE_DEVICE
+from models.contract import ModuleDef
+
+Tree = Any
+
+
+class Result(NamedTuple):
+    """One reference step: mean loss over the targets, gradients before clipping, and what the step left behind."""
+
+    loss: jax.Array
+    grads: dict[str, Tree]
+    params: dict[str, Tree]
+    state: dict[str, Tree]
+
+
+def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The step's microbatches as one batch: item indices are moved to where their microbatch's items now lie."""
+    batch = {k: np.concatenate([m[k] for m in microbatches]) for k in microbatches[0]}
+    for encoder in graph.encoders:
+        key = f"{encoder.name}.index"
+        slots = next(microbatches[0][k].shape[0] for k, d in encoder.definition.reads.items() if d[0] == "items")
+        shift = slots * encoder.definition.rows
+        batch[key] = np.concatenate([np.where(m[key] >= 0, m[key] + i * shift, -1) for i, m in enumerate(microbatches)])
+    return batch
+
+
+def apply_module(definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array]) -> Tree:
+    """A module from its first part to its last, layer by layer."""
+    carry = definition.first.apply(params["first"], x, batch, ONE_DEVICE)
+    for i in range(definition.num_layers):
+        carry = definition.layer.apply(jax.tree.map(lambda a, i=i: a[i], params["layers"]), carry, batch, ONE_DEVICE)
+    last = dict(params["last"]) | {path: params["first"][source] for path, source in definition.tied.items()}
+    return definition.last.apply(last, carry, batch, ONE_DEVICE)
+
+
+def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Cross-entropy from full logits, summed over target tokens and divided by their number."""
+    edges = {}
+    for encoder in graph.encoders:
+        y = apply_module(encoder.definition, params[encoder.name], {}, batch)
+        edges |= {encoder.name if k == "x" else f"{encoder.name}.{k}": v for k, v in y.items()}
+    y = apply_module(graph.sink.definition, params[graph.sink.name], edges, batch)
+    logits = (y["x"] @ y["head"].astype(y["x"].dtype)).astype(jnp.promote_types(y["x"].dtype, jnp.float32))
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), batch["targets"][..., None], -1)[..., 0]
+    weights = batch["weights"].astype(logits.dtype)
+    return -(chosen * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+
+def learning_rate(config: optimizer.OptimizerConfig, step: int) -> float:
+    """Linear warm-up to the peak, then a cosine to the end fraction: written out again, to judge the trainer's."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.decay_steps == 0:
+        return config.learning_rate
+    progress = min((step - config.warmup_steps) / max(config.decay_steps - config.warmup_steps, 1), 1.0)
+    floor = config.end_learning_rate_fraction
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * progress))))
+
+
+class Reference:
+    """Trains `graph` on one device, in the precision of its parameters."""
+
+    def __init__(self, graph: Graph, config: optimizer.OptimizerConfig) -> None:
+        self.graph, self.config = graph, config
+        self._grad = jax.jit(jax.value_and_grad(self._loss))
+
+    def _loss(self, trainable: dict[str, Tree], frozen: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:
+        params = {name: optimizer.merge(trainable[name], frozen[name]) for name in trainable}
+        return mean_loss(self.graph, params, batch)
+
+    def split(self, params: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """(trainable, frozen) parameters by module."""
+        both = {name: optimizer.split(self.config, name, tree) for name, tree in params.items()}
+        return {n: b[0] for n, b in both.items()}, {n: b[1] for n, b in both.items()}
+
+    def init_state(self, params: dict[str, Tree]) -> dict[str, Tree]:
+        """The optimizer's state before the first step."""
+        return {n: self._tx(n, tree).init(tree) for n, tree in self.split(params)[0].items()}
+
+    def _tx(self, name: str, trainable: Tree) -> optax.GradientTransformation:
+        return optimizer.transformation(self.config, name, trainable)
+
+    def step(self, params: dict[str, Tree], state: dict[str, Tree], microbatches: Sequence[Mapping[str, np.ndarray]], step: int) -> Result:
+        """One training step over all microbatches."""
+        trainable, frozen = self.split(params)
+        loss, grads = self._grad(trainable, frozen, whole_batch(self.graph, microbatches))
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        if not bool(jnp.isfinite(norm) & jnp.isfinite(loss)):
+            return Result(loss, grads, params, state)
+        clip = self.config.clip_norm
+        factor = 1.0 if clip is None else float(jnp.minimum(1.0, clip / (norm + 1e-6)))
+        rate = learning_rate(self.config, step)
+        new_params, new_state = {}, {}
+        for name, tree in trainable.items():
+            clipped = jax.tree.map(lambda g: g * factor, grads[name])
+            updates, new_state[name] = self._tx(name, tree).update(clipped, state[name], tree)
+            multipliers = optimizer.multipliers(self.config, name, tree)
+            moved = jax.tree.map(lambda p, u, m: p + rate * m * u, tree, updates, multipliers)
+            new_params[name] = optimizer.merge(moved, frozen[name])
+        return Result(loss, grads, new_params, new_state)

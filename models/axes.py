@@ -1,0 +1,62 @@
+"""What a model sees of its mesh: a small record of axes, each the identity where it is absent.
+
+A stage runs as one per-device program (`jax.shard_map`). The model inside it never names a mesh; it is handed an `Axes`
+and writes `axes.tp.psum(x)` or `axes.cp.gather(k, dim=1)`. With `ONE_DEVICE` the same function is ordinary code.
+"""
+
+import dataclasses
+
+import jax
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One mesh axis. `name` None means absent: every collective is the identity, the index is 0."""
+
+    name: str | None = None
+    size: int = 1
+
+    def psum(self, x: jax.Array) -> jax.Array:
+        """Sum of `x` over the axis, the same on each of its devices."""
+        return lax.psum(x, self.name) if self.name else x
+
+    def pmax(self, x: jax.Array) -> jax.Array:
+        """Largest `x` over the axis (not differentiable: stop the gradient first)."""
+        return lax.pmax(x, self.name) if self.name else x
+
+    def gather(self, x: jax.Array, dim: int) -> jax.Array:
+        """All shards of `x`, concatenated along `dim` in axis order; its transpose is a reduce-scatter."""
+        return lax.all_gather(x, self.name, axis=dim, tiled=True) if self.name else x
+
+    def index(self) -> jax.Array | int:
+        """This device's position on the axis."""
+        return lax.axis_index(self.name) if self.name else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of one stage: data (dp), context (cp) and tensor (tp)."""
+
+    dp: Axis = Axis()
+    cp: Axis = Axis()
+    tp: Axis = Axis()
+
+
+ONE_DEVICE = Axes()
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Names of the mesh axes over which `x` differs between devices, inside a shard_map."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary(x: jax.Array, names: frozenset[str] | tuple[str, ...]) -> jax.Array:
+    """`x`, typed as varying over `names` too; the transpose sums over them. No bytes move."""
+    missing = tuple(sorted(set(names) - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x`, typed as varying over all that `other` varies over (a scan carry must have its body's type)."""
+    return vary(x, varying_axes(other))

@@ -1,0 +1,57 @@
+"""The contract between models and the trainer: a module is parts that the core can cut into pipeline stages.
+
+`first` embeds, `layer` is scanned over stacked layers, `last` heads. A stage is any range of that. Parameters are nested
+dicts of arrays; `logical` names the dims that a layout may shard. The core sees nothing else of a model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Params = dict[str, Any]  # nested dicts of arrays
+Dims = tuple[str | None, ...]  # one logical name per tensor dim; None is never sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One piece of a module.
+
+    `init(key)` gives its parameters; it is pure and may be jitted or vmapped.
+    `apply(params, x, batch, axes)` runs it on one device's shards:
+      first: x is {edge name: array} (empty where nothing enters), returns the carry;
+      layer: x is the carry, returns the carry;
+      last:  x is the carry, returns the module's output.
+    `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
+    """
+
+    init: Callable[[Any], Params]
+    apply: Callable[..., Any]
+    logical: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleDef:
+    """A module as the core sees it. `layer.logical` describes ONE layer; the core stacks layers on a leading dim.
+
+    reads: microbatch key -> logical dims ("batch", "items", "seq" or None), for every array that `apply` reads.
+    carry: carry key -> logical dims. output: logical dims of what `last` returns, by key.
+    divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
+    axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
+    tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
+    rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
+    flops_per_layer and the like live in hetjax/flops.py, from `config`.
+    """
+
+    num_layers: int
+    first: Part
+    layer: Part
+    last: Part
+    reads: Mapping[str, Dims]
+    carry: Mapping[str, Dims]
+    output: Mapping[str, Dims]
+    config: Any
+    divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rows: int = 0
+    width: int = 0

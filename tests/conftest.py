@@ -1,0 +1,75 @@
+"""What every test stands on: eight emulated CPU devices, warnings that are errors, and counters of compilations and fetches."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# The CPU client's thread pool is as wide as the machine, and programs with collectives starve each other in a narrow one.
+os.environ.setdefault("PJRT_NPROC", "64")
+os.environ["JAX_PLATFORMS"] = "cpu"
+# A collective that waits for a device which never comes ends the process, instead of hanging the suite.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=20",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=60",
+    ]
+)
+
+import jax  # noqa: E402
+import jax.monitoring  # noqa: E402
+import pytest  # noqa: E402
+from jax._src import array as jax_array  # noqa: E402
+
+NUM_DEVICES = 8
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"  # a second run of the suite compiles little
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+class Counter:
+    """Counts events from `reset()` (or the start of the test) on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def reset(self) -> None:
+        self.count = 0
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """The test runs in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def compilations() -> Iterator[Counter]:
+    """Counts XLA compilations; one served by the persistent cache counts too."""
+    counter = Counter()
+
+    def listener(event: str, duration: float, **_: object) -> None:
+        counter.count += event == COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield counter
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.fixture
+def host_fetches(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts arrays whose values were brought to the host, also those that jax fetches in silence for a `device_put`."""
+    counter = Counter()
+    plain = jax_array.ArrayImpl._value.fget
+
+    def counted(array: jax.Array) -> object:
+        counter.count += 1
+        return plain(array)
+
+    monkeypatch.setattr(jax_array.ArrayImpl, "_value", property(counted))
+    return counter

@@ -1,0 +1,98 @@
+"""A tiny vision-language model and random microbatches of the real shape, for tests that compile."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetjax.graph import Graph, Module, Remat, vlm
+from hetjax.layout import Layout
+from hetjax.optimizer import OptimizerConfig
+from hetjax.trainer import Trainer
+from models.decoder import Decoder
+from models.vit import ViT
+
+VOCAB, SEQ, WIDTH = 64, 16, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one microbatch."""
+
+    samples: int = 8
+    groups: int = 8
+    slots: int = 16
+    microbatches: int = 4
+
+
+def decoder(**changes: Any) -> Decoder:
+    """Four layers, grouped-query attention with four key-value heads so that tp 4 divides."""
+    sizes = dict(
+        vocab_size=VOCAB, width=WIDTH, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=4, mlp_width=32, qk_norm=True, attention_bias=True
+    )
+    return Decoder(**(sizes | changes))
+
+
+def vit(**changes: Any) -> ViT:
+    """Two layers on 8x8 pictures in four patches."""
+    sizes = dict(image_size=8, patch_size=4, width=16, num_layers=2, num_heads=4, mlp_width=32, output_width=WIDTH)
+    return ViT(**(sizes | changes))
+
+
+def graph(llm: Layout, encoders: dict[str, Layout], dtype: Any, *, tied: bool = False, remat: Remat = Remat.FULL) -> Graph:
+    """The tiny model under these layouts."""
+    towers = tuple(Module(name, vit().module(dtype, name=name), layout, remat) for name, layout in encoders.items())
+    language = Module("llm", decoder(tied=tied).module(dtype, encoders=tuple(encoders)), llm, remat)
+    return vlm(towers, language)
+
+
+def microbatches(shape: Shape, encoders: tuple[str, ...] = ("vision",), *, seed: int = 0, rows: int = 4, text_only: tuple[int, ...] = ()) -> list:
+    """Random microbatches: 0 to 2 pictures a sample, packed and padded rows, uneven target counts."""
+    rng = np.random.default_rng(seed)
+    return [_microbatch(rng, shape, encoders, rows, i in text_only) for i in range(shape.microbatches)]
+
+
+def _microbatch(rng: np.random.Generator, shape: Shape, encoders: tuple[str, ...], rows: int, text_only: bool) -> dict[str, np.ndarray]:
+    b, s = shape.samples, SEQ
+    tokens = rng.integers(0, VOCAB, (b, s)).astype(np.int32)
+    lengths = rng.integers(s // 2, s + 1, b)
+    second = rng.integers(4, s // 2, b)  # where a packed second document starts
+    place = np.arange(s)
+    packed = rng.random(b) < 0.5
+    segments = np.where(packed[:, None] & (place >= second[:, None]), 2, 1) * (place < lengths[:, None])
+    positions = np.where(segments == 2, place - second[:, None], place)
+    batch = dict(
+        tokens=tokens,
+        positions=positions.astype(np.int32),
+        segment_ids=segments.astype(np.int32),
+        targets=np.roll(tokens, -1, 1),
+        weights=((segments > 0) & (rng.random((b, s)) < 0.7)).astype(np.float32),
+    )
+    per_group, slots_per_group = b // shape.groups, shape.slots // shape.groups
+    free = np.ones((b, s), bool)
+    for name in encoders:
+        index = np.full((b, s), -1, np.int32)
+        for group in range(shape.groups):
+            slots = list(range(group * slots_per_group, (group + 1) * slots_per_group))
+            for sample in range(group * per_group, (group + 1) * per_group):
+                for start in rng.permutation(s // rows)[: 0 if text_only else rng.integers(0, 3)] * rows:
+                    if slots and free[sample, start : start + rows].all():
+                        index[sample, start : start + rows] = slots.pop(0) * rows + np.arange(rows)
+                        free[sample, start : start + rows] = False
+        used = np.isin(np.arange(shape.slots), index[index >= 0] // rows)
+        pixels = rng.normal(size=(shape.slots, 8, 8, 3)) * used[:, None, None, None]
+        batch |= {f"{name}.index": index, f"{name}.pixels": pixels.astype(np.float32)}
+    return batch
+
+
+def trainer(graph: Graph, shape: Shape, config: OptimizerConfig, *, dtype: Any = jnp.float32, **options: Any) -> Trainer:
+    """A compiled trainer on the emulated devices."""
+    example = microbatches(shape, tuple(e.name for e in graph.encoders))[0]
+    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in example.items()}
+    built = Trainer(
+        graph, devices=jax.devices(), batch=abstract, num_microbatches=shape.microbatches, config=config, param_dtype=dtype, **options
+    )
+    built.compile()
+    return built
