@@ -46,32 +46,33 @@ class Finish:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
-        self.stages = {k: s for k, s in pipeline.stages.items() if jax.tree.leaves(s.trainable)}
+        self.stages = {k: s for k, s in pipeline.stages.items() if s.parameters.trains}
         self.ties = [tie for key, stage in self.stages.items() for tie in self._ties(key, stage)]
-        self.home = next(iter(pipeline.stages[pipeline.last].mesh.devices.flat))
-        self.dtype = jnp.promote_types(pipeline.param_dtype, jnp.float32)
+        self.home = pipeline.stages[pipeline.last].plan.mesh.devices.flat[0]
+        self.config = next(iter(self.stages.values())).parameters.config
+        self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self._measure: dict[StageKey, Any] = {}
         self._add: dict[StageKey, Any] = {}
         self._decide: Any = None
 
     def _ties(self, key: StageKey, stage: Stage) -> list[Tie]:
         found = []
-        for part, leaf in sorted(stage.borrowed):
+        mine = stage.parameters
+        for part, leaf in sorted(mine.borrowed):
             owner_key = (key[0], 0)
-            owner = self.stages.get(owner_key)
-            source = stage.tied[leaf]
-            if owner is None or leaf not in stage.trainable.get(part, {}):
+            if leaf not in mine.trainable.get(part, {}):
                 continue
-            grad, weight = stage.grads[part][leaf], stage.params[part][leaf]
-            to = owner.grads["first"][source].sharding
-            back = owner.params["first"][source]
+            owner, source = self.stages[owner_key], mine.tied[leaf]
+            grad, weight = mine.grads[part][leaf], mine.params[part][leaf]
+            to = owner.parameters.grads["first"][source].sharding
+            back = owner.parameters.params["first"][source]
             found.append(
                 Tie(owner_key, key, ("first", source), (part, leaf), Boundary({"x": grad}, {"x": to}), Boundary({"x": back}, {"x": weight.sharding}))
             )
         return found
 
-    def programs(self) -> list[tuple[str, Any]]:
-        """(name, thunk) of every program; each thunk compiles one."""
+    def thunks(self) -> list[tuple[str, Any]]:
+        """(name, function that compiles it) of every program."""
         found = [(f"{m}/{i} measure", lambda k=(m, i): self._compile_measure(k)) for m, i in self.stages]
         found.append(("decide", self._compile_decide))
         for tie in self.ties:
@@ -85,15 +86,16 @@ class Finish:
             return optimizer.squared_norm(grads).astype(self.dtype), optimizer.finite_flags(grads)
 
         stage = self.stages[key]
-        out = NamedSharding(stage.mesh, P())
-        self._measure[key] = jax.jit(measure, out_shardings=(out, out)).lower(stage.owned(stage.grads)).compile()
+        out = NamedSharding(stage.plan.mesh, P())
+        grads = stage.parameters.owned(stage.parameters.grads)
+        self._measure[key] = jax.jit(measure, out_shardings=(out, out)).lower(grads).compile()
 
     def _compile_add(self, tie: Tie) -> None:
-        leaf = self.stages[tie.owner].grads["first"][tie.owner_path[1]]
+        leaf = self.stages[tie.owner].parameters.grads["first"][tie.owner_path[1]]
         self._add[tie.owner] = jax.jit(jnp.add, out_shardings=leaf.sharding, donate_argnums=0).lower(leaf, leaf).compile()
 
     def _compile_decide(self) -> None:
-        clip = self.pipeline.optimizer.clip_norm
+        clip = self.config.clip_norm
 
         def decide(squares: list, losses: list, count: jax.Array) -> tuple[jax.Array, ...]:
             loss = jnp.stack(losses).sum() / count
@@ -102,13 +104,13 @@ class Finish:
             return loss, norm, scale, jnp.isfinite(norm) & jnp.isfinite(loss)
 
         scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=SingleDeviceSharding(self.home))
-        loss = self.pipeline.stages[self.pipeline.last].shapes.y["loss"].dtype
+        loss = self.pipeline.stages[self.pipeline.last].y["loss"].dtype
         args = ([scalar(self.dtype)] * len(self.stages), [scalar(loss)] * self.pipeline.num_microbatches, scalar(loss))
         self._decide = jax.jit(decide).lower(*args).compile()
 
     def reduce(self, acc: dict[StageKey, Tree]) -> tuple[dict[StageKey, Tree], dict[StageKey, Tree]]:
         """(gradients of the step, sharded over the data replicas; the accumulators, emptied). `acc` is consumed."""
-        both = {key: stage.reduce(acc[key]) for key, stage in self.stages.items()}
+        both = {key: stage.programs["reduce"](acc[key]) for key, stage in self.stages.items()}
         grads = {key: pair[0] for key, pair in both.items()}
         for tie in self.ties:
             leaf = tie.gradient.forward({"x": _get(grads[tie.copy], tie.copy_path)})["x"]
@@ -132,7 +134,7 @@ class Finish:
         """
         squares, finite = {}, {}
         for key, stage in self.stages.items():
-            squares[key], finite[key] = self._measure[key](stage.owned(grads[key]))
+            squares[key], finite[key] = self._measure[key](stage.parameters.owned(grads[key]))
         local = [x.addressable_shards[0].data for x in (*squares.values(), *losses)]
         local = jax.device_put([*local, np.asarray(max(count, 1.0), losses[0].dtype)], SingleDeviceSharding(self.home))
         n = len(squares)
@@ -142,10 +144,10 @@ class Finish:
             module_squares.setdefault(name, []).append(square)
         params, states = dict(params), dict(states)
         for key, stage in self.stages.items():
-            everywhere = NamedSharding(stage.mesh, P())
+            everywhere = NamedSharding(stage.plan.mesh, P())
             rate = jax.device_put(np.asarray(learning_rate, self.dtype), everywhere)
             scalars = [_broadcast(v, everywhere) for v in (scale, ok)]
-            params[key], states[key] = stage.update(params[key], states[key], grads[key], *scalars, rate)
+            params[key], states[key] = stage.programs["update"](params[key], states[key], grads[key], *scalars, rate)
         for tie in self.ties:
             value = tie.value.forward({"x": _get(params[tie.owner], tie.owner_path)})["x"]
             params[tie.copy] = _set(params[tie.copy], tie.copy_path, value)

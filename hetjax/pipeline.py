@@ -6,19 +6,20 @@ thread, and every idle mesh would starve behind one busy mesh.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hetjax.boundary import Boundary
-from hetjax.graph import Graph
-from hetjax.layout import plan_stages, sharding, zigzag
+from hetjax.graph import Graph, Module
+from hetjax.layout import StagePlan, plan_stages, sharding, zigzag
 from hetjax.optimizer import OptimizerConfig
+from hetjax.parameters import Parameters
 from hetjax.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
-from hetjax.stage import Stage
+from hetjax.stage import Abstract, Stage
 
 IN_FLIGHT = 8
 StageKey = tuple[str, int]
@@ -26,11 +27,21 @@ Tree = Any
 Microbatch = Mapping[str, np.ndarray]
 
 
+class HostTimes(NamedTuple):
+    """Where the host thread's time went in one pass over the schedule."""
+
+    tasks: int
+    dispatch_seconds: float  # in forward and backward tasks, their boundaries included
+    boundary_seconds: float
+    wait_seconds: float  # for a stage that had `IN_FLIGHT` tasks waiting
+
+
 class Gradients(NamedTuple):
     """What the loop leaves for the end of the step: accumulators per stage, and the loss sum of each microbatch."""
 
     acc: dict[StageKey, Tree]
     losses: list[jax.Array]
+    host: HostTimes
 
 
 class Link(NamedTuple):
@@ -45,7 +56,7 @@ class Link(NamedTuple):
 class Pipeline:
     """All stages of a graph, the boundaries between them and the schedule, built for one microbatch shape.
 
-    `batch`: abstract global microbatch (shape and dtype of each array). Nothing is compiled or placed before `compile`.
+    `batch`: abstract global microbatch (shape and dtype of each array). Nothing is compiled or placed yet.
     """
 
     def __init__(
@@ -53,52 +64,54 @@ class Pipeline:
         graph: Graph,
         *,
         devices: Sequence[jax.Device],
-        batch: Mapping[str, jax.ShapeDtypeStruct],
+        batch: Abstract,
         num_microbatches: int,
         optimizer: OptimizerConfig,
-        schedule: str = "1f1b",
-        encoder_window: int | None = None,
-        seed: int = 0,
-        param_dtype: jnp.dtype = jnp.float32,
+        schedule: str,
+        encoder_window: int | None,
+        seed: int,
+        param_dtype: Any,
     ) -> None:
-        self.graph, self.num_microbatches, self.param_dtype = graph, num_microbatches, param_dtype
-        self.optimizer = optimizer
+        self.graph, self.num_microbatches = graph, num_microbatches
+        self.plans = {m.name: plan_stages(m.name, m.definition, m.layout, devices) for m in graph.modules}
         self.stages: dict[StageKey, Stage] = {}
-        self.links: dict[StageKey, list[Link]] = {}  # by source: forward edges
+        self.links: dict[StageKey, list[Link]] = {}  # by source
         self.sources: dict[StageKey, list[Link]] = {}  # by target
         for module in (*graph.encoders, graph.sink):
-            for plan in plan_stages(module.name, module.definition, module.layout, devices):
+            for plan in self.plans[module.name]:
                 key = (module.name, plan.index)
-                links = self._links_into(graph, module, plan)
-                x = {n: _placed(link, k) for link in links for k, n in link.names.items()}
-                wanted = frozenset(n for link in links if self.stages[link.source].has_backward for n in link.names.values())
-                self.stages[key] = Stage(
-                    module, plan, optimizer, is_sink=module is graph.sink, x=x, x_wanted=wanted,
-                    batch=batch, seed=seed, param_dtype=param_dtype,
-                )
-                self.sources[key] = links
-                self.links[key] = []
-                for link in links:
+                self.links[key], self.sources[key] = [], self._links_into(module, plan)
+                for link in self.sources[key]:
                     self.links[link.source].append(link)
+                self.stages[key] = Stage(
+                    module,
+                    plan,
+                    Parameters(module, plan, optimizer, seed=seed, dtype=param_dtype),
+                    is_sink=module is graph.sink,
+                    x={n: link.boundary.destination[k] for link in self.sources[key] for k, n in link.names.items()},
+                    x_wanted=frozenset(
+                        n for link in self.sources[key] if self.stages[link.source].has_backward for n in link.names.values()
+                    ),
+                    batch=batch,
+                )
         self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
         nodes = [self._node(key) for key in self.stages]
         self.schedule: Schedule = build_schedule(nodes, num_microbatches, kind=schedule, encoder_window=encoder_window)
-        self._needs = {task: tuple(dependencies(task, nodes)) for task in self.schedule.order}
-        self._orders = {
-            m.name: zigzag(batch["tokens"].shape[1], m.layout.cp) if m.layout.cp > 1 else None for m in graph.modules
-        }
+        self.needs = {task: tuple(dependencies(task, nodes)) for task in self.schedule.order}
+        seq = batch["tokens"].shape[1]
+        self._orders = {m.name: zigzag(seq, m.layout.cp) for m in graph.modules if m.layout.cp > 1}
 
-    def _links_into(self, graph: Graph, module: Any, plan: Any) -> list[Link]:
+    def _links_into(self, module: Module, plan: StagePlan) -> list[Link]:
         target = (module.name, plan.index)
         if plan.index > 0:
             source, dims = (module.name, plan.index - 1), module.definition.carry
-            y = self.stages[source].shapes.y
+            y = self.stages[source].y
             return [Link(source, target, {k: k for k in y}, Boundary(y, {k: sharding(plan.mesh, dims[k]) for k in y}))]
         links = []
-        for edge in graph.edges:
+        for edge in self.graph.edges:
             if edge.consumer == module.name:
-                source = max(k for k in self.stages if k[0] == edge.producer)
-                y = self.stages[source].shapes.y
+                source = (edge.producer, len(self.plans[edge.producer]) - 1)
+                y = self.stages[source].y
                 names = {k: edge.producer if k == "x" else f"{edge.producer}.{k}" for k in y}
                 where = {k: sharding(plan.mesh, ("items", *(None,) * (y[k].ndim - 1))) for k in y}
                 links.append(Link(source, target, names, Boundary(y, where)))
@@ -109,72 +122,99 @@ class Pipeline:
         upstream = tuple(link.source for link in self.sources[key])
         return StageNode(key[0], key[1], frozenset(stage.plan.device_ids), stage.has_backward, upstream)
 
-    def programs(self) -> list[tuple[str, Any]]:
-        """(name, thunk) of every program of the loop; each thunk compiles one."""
-        found = [(f"{m}/{i} {n}", thunk) for (m, i), s in self.stages.items() for n, thunk in s.compile().items()]
-        for links in self.links.values():
-            for link in links:
-                name = f"{link.source[0]}/{link.source[1]} -> {link.target[0]}/{link.target[1]}"
-                found += [(f"{name} {n}", thunk) for n, thunk in link.boundary.programs()]
+    @property
+    def boundaries(self) -> dict[str, Boundary]:
+        """Every boundary, by "vision/0 -> llm/0"."""
+        links = [link for links in self.links.values() for link in links]
+        return {f"{a}/{i} -> {b}/{j}": boundary for (a, i), (b, j), _, boundary in links}
+
+    def thunks(self, *, evaluate: bool) -> list[tuple[str, Callable[[], object]]]:
+        """(name, function that compiles it) of every program of the loop."""
+        found: list[tuple[str, Callable[[], object]]] = []
+        for (module, index), stage in self.stages.items():
+            found += [(f"{module}/{index} {name}", thunk) for name, thunk in stage.thunks(evaluate=evaluate).items()]
+        for name, boundary in self.boundaries.items():
+            found += [(f"{name} {program}", thunk) for program, thunk in boundary.programs()]
         return found
 
     def zeros(self) -> dict[StageKey, Tree]:
         """Empty gradient accumulators of every stage that trains."""
-        return {k: s.zeros() for k, s in self.stages.items() if jax.tree.leaves(s.trainable)}
+        return {key: stage.parameters.zeros() for key, stage in self.stages.items() if stage.parameters.trains}
 
-    def run(self, params: Mapping[StageKey, Tree], microbatches: Sequence[Microbatch], acc: dict[StageKey, Tree], count: float) -> Gradients:
+    def run(
+        self, params: Mapping[StageKey, Tree], microbatches: Sequence[Microbatch], acc: dict[StageKey, Tree], count: float
+    ) -> Gradients:
         """Forward and backward of every microbatch. Gradients are those of (sum of token losses) / `count`.
 
         `acc` is consumed. Returns before the devices are done.
         """
         return _Loop(self, params, microbatches, dict(acc), count).run()
 
+    def evaluate(self, params: Mapping[StageKey, Tree], microbatch: Microbatch) -> tuple[jax.Array, np.ndarray]:
+        """(sum of token losses, [batch, seq] float: 1 at targets with weight that were the most likely token)."""
+        inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
+        for key, stage in self.stages.items():  # producers come before their consumers
+            y = stage.programs["evaluate"](params[key], inputs.pop(key, {}), self.place(key, microbatch))
+            for link in self.links[key]:
+                moved = link.boundary.forward(y)
+                inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
+        correct = np.asarray(y["correct"])
+        order = self._orders.get(self.graph.sink.name)
+        return y["loss"], correct if order is None else correct[:, np.argsort(order)]
+
     def place(self, key: StageKey, microbatch: Microbatch) -> dict[str, jax.Array]:
         """The arrays that a stage reads, on its devices; sequences in zig-zag order where the stage's cp splits them."""
-        stage = self.stages[key]
-        order, reads = self._orders[key[0]], stage.module.definition.reads
-        names = list(stage.shapes.batch)
-        arrays = [microbatch[n] for n in names]
-        if order is not None:
-            arrays = [np.take(a, order, reads[n].index("seq")) if "seq" in reads[n] else a for a, n in zip(arrays, names, strict=True)]
-        return dict(zip(names, jax.device_put(arrays, [stage.shapes.batch[n].sharding for n in names]), strict=True))
-
-
-def _placed(link: Link, key: str) -> jax.ShapeDtypeStruct:
-    y = link.boundary.destination[key]
-    shape = link.boundary.source[key]
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=y)
+        stage, order = self.stages[key], self._orders.get(key[0])
+        reads = stage.module.definition.reads
+        arrays = [
+            np.take(microbatch[n], order, reads[n].index("seq")) if order is not None and "seq" in reads[n] else microbatch[n]
+            for n in stage.batch
+        ]
+        return dict(zip(stage.batch, jax.device_put(arrays, [a.sharding for a in stage.batch.values()]), strict=True))
 
 
 class _Loop:
     """One pass over the schedule: what is alive between tasks."""
 
-    def __init__(self, pipeline: Pipeline, params: Mapping[StageKey, Tree], microbatches: Sequence[Microbatch], acc: dict, count: float) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        params: Mapping[StageKey, Tree],
+        microbatches: Sequence[Microbatch],
+        acc: dict[StageKey, Tree],
+        count: float,
+    ) -> None:
         self.pipeline, self.params, self.microbatches, self.acc = pipeline, params, microbatches, acc
-        last = pipeline.stages[pipeline.last]
-        loss = last.shapes.y["loss"]
+        loss = pipeline.stages[pipeline.last].y["loss"]
         self.seed = jax.device_put(np.asarray(1.0 / max(count, 1.0), loss.dtype), loss.sharding)
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
         self.cotangents: dict[tuple[StageKey, int], dict[str, jax.Array]] = {}
         self.losses: dict[int, jax.Array] = {}
-        self.waiting: dict[StageKey, collections.deque] = {k: collections.deque() for k in pipeline.stages}
+        self.waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in pipeline.stages}
+        self.boundary_seconds = 0.0
 
     def run(self) -> Gradients:
+        """Every task, in an order that the schedule's groups and the tasks' needs allow."""
         done: set[Task] = set()
         heads = [collections.deque(group) for group in self.pipeline.schedule.groups]
+        dispatch_seconds = wait_seconds = 0.0
         while any(heads):
-            ready = [q for q in heads if q and all(t in done for t in self.pipeline._needs[q[0]])]
+            ready = [q for q in heads if q and all(t in done for t in self.pipeline.needs[q[0]])]
             assert ready, "the schedule has a circular wait"
-            free = [q for q in ready if self._has_room((q[0].module, q[0].stage))]
+            free = [q for q in ready if self._has_room(q[0].key)]
+            start = time.perf_counter()
             if not free:  # every ready stage is full: wait for the oldest task of the first
-                self.waiting[(ready[0][0].module, ready[0][0].stage)].popleft().block_until_ready()
+                self.waiting[ready[0][0].key].popleft().block_until_ready()
+                wait_seconds += time.perf_counter() - start
                 continue
             for queue in free:
                 task = queue.popleft()
-                self._dispatch(task)
+                (self._forward if task.kind is Kind.FORWARD else self._backward)(task.key, task.microbatch)
                 done.add(task)
-        return Gradients(self.acc, [self.losses[i] for i in range(len(self.microbatches))])
+            dispatch_seconds += time.perf_counter() - start
+        host = HostTimes(len(done), dispatch_seconds, self.boundary_seconds, wait_seconds)
+        return Gradients(self.acc, [self.losses[i] for i in range(len(self.microbatches))], host)
 
     def _has_room(self, key: StageKey) -> bool:
         queue = self.waiting[key]
@@ -182,35 +222,33 @@ class _Loop:
             queue.popleft()
         return len(queue) < IN_FLIGHT
 
-    def _dispatch(self, task: Task) -> None:
-        key = (task.module, task.stage)
-        (self._forward if task.kind is Kind.FORWARD else self._backward)(key, task.microbatch)
-
     def _forward(self, key: StageKey, i: int) -> None:
         stage = self.pipeline.stages[key]
         x = self.inputs.pop((key, i), {})
         batch = self.pipeline.place(key, self.microbatches[i])
-        y, kept = stage.forward(self.params[key], x, batch)
+        y, kept = stage.programs["forward"](self.params[key], x, batch)
         if stage.has_backward:
             self.kept[key, i] = (x, batch, kept)
         self.waiting[key].append(next(iter(y.values())))
         if key == self.pipeline.last:
             self.losses[i] = y["loss"]
             self.cotangents[key, i] = {"loss": self.seed}
+        start = time.perf_counter()
         for link in self.pipeline.links[key]:
             moved = link.boundary.forward(y)
             self.inputs[link.target, i] |= {name: moved[k] for k, name in link.names.items()}
+        self.boundary_seconds += time.perf_counter() - start
 
     def _backward(self, key: StageKey, i: int) -> None:
         stage = self.pipeline.stages[key]
         g = self.cotangents.pop((key, i))
-        x, batch, kept = self.kept.pop((key, i))
-        g_x, acc, finished = stage.backward(self.params[key], x, batch, kept, g, self.acc.get(key, {}))
+        g_x, acc, finished = stage.programs["backward"](self.params[key], *self.kept.pop((key, i)), g, self.acc.get(key, {}))
         if key in self.acc:
             self.acc[key] = acc
         self.waiting[key].append(finished)
+        start = time.perf_counter()
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
-                self.cotangents[link.source, i] = link.boundary.backward({k: g_x[name] for k, name in link.names.items()})
-
-
+                g_y = link.boundary.backward({k: g_x[name] for k, name in link.names.items()})
+                self.cotangents[link.source, i] = g_y
+        self.boundary_seconds += time.perf_counter() - start

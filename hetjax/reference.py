@@ -91,10 +91,10 @@ class Reference:
 
     def init_state(self, params: dict[str, Tree]) -> dict[str, Tree]:
         """The optimizer's state before the first step."""
-        return {n: self._tx(n, tree).init(tree) for n, tree in self.split(params)[0].items()}
+        return {n: self._tx(n).init(tree) for n, tree in self.split(params)[0].items()}
 
-    def _tx(self, name: str, trainable: Tree) -> optax.GradientTransformation:
-        return optimizer.transformation(self.config, name, trainable)
+    def _tx(self, name: str) -> optax.GradientTransformation:
+        return optimizer.transformation(self.config, name)
 
     def step(self, params: dict[str, Tree], state: dict[str, Tree], microbatches: Sequence[Mapping[str, np.ndarray]], step: int) -> Result:
         """One training step over all microbatches."""
@@ -109,7 +109,7 @@ class Reference:
         new_params, new_state = {}, {}
         for name, tree in trainable.items():
             clipped = jax.tree.map(lambda g: g * factor, grads[name])
-            updates, new_state[name] = self._tx(name, tree).update(clipped, state[name], tree)
+            updates, new_state[name] = self._tx(name).update(clipped, state[name], tree)
             multipliers = optimizer.multipliers(self.config, name, tree)
             moved = jax.tree.map(lambda p, u, m: p + rate * m * u, tree, updates, multipliers)
             new_params[name] = optimizer.merge(moved, frozen[name])

@@ -12,7 +12,9 @@ import numpy as np
 from hetjax import optimizer
 from hetjax.finish import Finish, Outcome
 from hetjax.graph import Graph
-from hetjax.pipeline import Pipeline, StageKey
+from hetjax.layout import check_batch, picture
+from hetjax.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.stage import Abstract
 
 Tree = Any
 Path = tuple[Any, ...]  # key path of a leaf, as jax.tree_util gives it
@@ -28,10 +30,21 @@ class State(NamedTuple):
     step: int
 
 
+class StepGradients(NamedTuple):
+    """What `Trainer.gradients` leaves for `Trainer.update`."""
+
+    grads: dict[StageKey, Tree]
+    losses: list[jax.Array]  # sums, one per microbatch
+    acc: dict[StageKey, Tree]  # emptied
+    count: float  # target tokens of the step
+    host: HostTimes
+
+
 class Trainer:
     """Pipeline, end of step and optimizer of one graph under its layouts.
 
-    `batch`: abstract global microbatch (shape and dtype of each array).
+    `batch`: abstract global microbatch (shape and dtype of each array), of `groups` groups.
+    Raises ValueError for a layout that the devices, the modules or the microbatch do not allow.
     """
 
     def __init__(
@@ -39,15 +52,19 @@ class Trainer:
         graph: Graph,
         *,
         devices: Sequence[jax.Device],
-        batch: Mapping[str, jax.ShapeDtypeStruct],
+        batch: Abstract,
+        groups: int,
         num_microbatches: int,
         config: optimizer.OptimizerConfig,
         schedule: str = "1f1b",
         encoder_window: int | None = None,
         seed: int = 0,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: Any = jnp.float32,
     ) -> None:
-        self.graph, self.config = graph, config
+        self.graph, self.config, self.param_dtype = graph, config, param_dtype
+        for module in graph.modules:
+            sizes = dict(items=num_items(module.definition, batch), seq=batch["tokens"].shape[1], groups=groups)
+            check_batch(module.name, module.layout, is_sink=module is graph.sink, **sizes)
         self.pipeline = Pipeline(
             graph,
             devices=devices,
@@ -59,53 +76,76 @@ class Trainer:
             seed=seed,
             param_dtype=param_dtype,
         )
+        optimizer.check_patterns(config, self._paths())
         self.finish = Finish(self.pipeline)
 
-    def compile(self, report: Callable[[str, int, int], None] = lambda name, done, total: None) -> None:
+    def _paths(self) -> list[str]:
+        stages = self.pipeline.stages.items()
+        trees = [(name, stage.parameters.owned(stage.parameters.params)) for (name, _), stage in stages]
+        found = [optimizer.path_of(n, path) for n, tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        return list(dict.fromkeys(found))
+
+    def picture(self) -> str:
+        """Which device holds which part of which module."""
+        plans = [plan for stages in self.pipeline.plans.values() for plan in stages]
+        return picture(plans, 1 + max(i for plan in plans for i in plan.device_ids))
+
+    def compile(
+        self, report: Callable[[str, int, int], None] = lambda name, done, total: None, *, evaluate: bool = False
+    ) -> None:
         """Compiles every program, in parallel threads; `report(name, done, total)` after each."""
-        programs = self.pipeline.programs() + self.finish.programs()
+        thunks = self.pipeline.thunks(evaluate=evaluate) + self.finish.thunks()
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            names = {pool.submit(thunk): name for name, thunk in programs}
+            names = {pool.submit(thunk): name for name, thunk in thunks}
             for done, future in enumerate(concurrent.futures.as_completed(names), 1):
                 future.result()
-                report(names[future], done, len(programs))
+                report(names[future], done, len(thunks))
 
     def init(self) -> State:
         """Step 0. Values depend on the seed, module, part and global layer index alone, never on the layout."""
-        both = {key: stage.init() for key, stage in self.pipeline.stages.items()}
-        params, states = ({k: pair[i] for k, pair in both.items()} for i in (0, 1))
+        params = {key: stage.parameters.init() for key, stage in self.pipeline.stages.items()}
+        states = {key: stage.parameters.init_state(params[key]) for key, stage in self.pipeline.stages.items()}
         return State(params, states, self.pipeline.zeros(), 0)
 
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
         """One training step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
-        grads, losses, acc, count = self.gradients(state, microbatches)
-        return self.update(state, grads, losses, acc, count)
+        return self.update(state, self.gradients(state, microbatches))
 
-    def gradients(self, state: State, microbatches: Microbatches) -> tuple[dict[StageKey, Tree], list[jax.Array], dict[StageKey, Tree], float]:
-        """(gradients, loss sums, emptied accumulators, target count) of a step. The state's accumulators are consumed."""
+    def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
+        """The step's gradients, before clipping. The state's accumulators are consumed."""
         if len(microbatches) != self.pipeline.num_microbatches:
-            raise ValueError(f"step: got {len(microbatches)} microbatches, the run was built for {self.pipeline.num_microbatches}")
+            raise ValueError(
+                f"step: got {len(microbatches)} microbatches, the run was built for {self.pipeline.num_microbatches}"
+            )
         count = float(sum(m["weights"].sum(dtype=np.float64) for m in microbatches))
         done = self.pipeline.run(state.params, microbatches, state.acc, count)
         grads, acc = self.finish.reduce(done.acc)
-        return grads, done.losses, acc, count
+        return StepGradients(grads, done.losses, acc, count, done.host)
 
-    def update(self, state: State, grads: dict[StageKey, Tree], losses: list[jax.Array], acc: dict[StageKey, Tree], count: float) -> tuple[State, Outcome]:
+    def update(self, state: State, done: StepGradients) -> tuple[State, Outcome]:
         """The state after the step whose gradients these are. `state` is consumed."""
         rate = optimizer.learning_rate(self.config, state.step)
-        params, states, outcome = self.finish.apply(state.params, state.optimizer, grads, losses, count=count, learning_rate=rate)
-        return State(params, states, acc, state.step + 1), outcome
+        params, states, outcome = self.finish.apply(
+            state.params, state.optimizer, done.grads, done.losses, count=done.count, learning_rate=rate
+        )
+        return State(params, states, done.acc, state.step + 1), outcome
+
+    def evaluate(self, state: State, microbatch: Mapping[str, np.ndarray]) -> tuple[float, np.ndarray]:
+        """(sum of token losses, [batch, seq] float: 1 at targets with weight that were the most likely token).
+
+        Needs `compile(evaluate=True)`."""
+        loss, correct = self.pipeline.evaluate(state.params, microbatch)
+        return float(loss), correct
 
     def flat(self, trees: Mapping[StageKey, Tree]) -> dict[str, dict[Path, np.ndarray]]:
         """Per-stage trees as whole modules on the host: module -> path -> array, layers of all stages concatenated."""
         modules: dict[str, dict[Path, np.ndarray]] = {}
         for (name, index), tree in sorted(trees.items()):
             whole = modules.setdefault(name, {})
-            leaves = jax.tree_util.tree_leaves_with_path(self.pipeline.stages[name, index].owned(tree))
+            leaves = jax.tree_util.tree_leaves_with_path(self.pipeline.stages[name, index].parameters.owned(tree))
             for path, leaf in leaves:
                 array = np.asarray(leaf)
-                stacked = any(isinstance(k, jax.tree_util.DictKey) and k.key == "layers" for k in path)
-                whole[path] = np.concatenate([whole[path], array]) if stacked and path in whole else array
+                whole[path] = np.concatenate([whole[path], array]) if is_stacked(path) and path in whole else array
         return modules
 
     def whole(self, trees: Mapping[StageKey, Tree]) -> dict[str, Tree]:
@@ -119,3 +159,13 @@ class Trainer:
                     node = node.setdefault(part.key, {})
                 node[path[-1].key] = leaf
         return modules
+
+
+def is_stacked(path: Path) -> bool:
+    """Whether the leaf at `path` holds all layers of a stage on its first dim."""
+    return any(isinstance(key, jax.tree_util.DictKey) and key.key == "layers" for key in path)
+
+
+def num_items(definition: Any, batch: Abstract) -> int:
+    """Item slots of a module's microbatch; 0 for the language model."""
+    return next((batch[k].shape[0] for k, dims in definition.reads.items() if dims[0] == "items"), 0)

@@ -76,9 +76,9 @@ def compare(trainer: Trainer, steps: Iterable[Sequence[Mapping[str, np.ndarray]]
     params = trainer.whole(state.params)
     reference_state = reference.init_state(params)
     for n, microbatches in enumerate(steps):
-        grads, losses, acc, count = trainer.gradients(state, microbatches)
-        got = trainer.flat(grads)
-        state, outcome = trainer.update(state, grads, losses, acc, count)
+        done = trainer.gradients(state, microbatches)
+        got = trainer.flat(done.grads)
+        state, outcome = trainer.update(state, done)
         result = reference.step(params, reference_state, microbatches, n)
         params, reference_state = result.params, result.state
         states = trainer.flat(state.optimizer)

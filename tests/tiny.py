@@ -92,7 +92,7 @@ def trainer(graph: Graph, shape: Shape, config: OptimizerConfig, *, dtype: Any =
     example = microbatches(shape, tuple(e.name for e in graph.encoders))[0]
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in example.items()}
     built = Trainer(
-        graph, devices=jax.devices(), batch=abstract, num_microbatches=shape.microbatches, config=config, param_dtype=dtype, **options
+        graph, devices=jax.devices(), batch=abstract, groups=shape.groups, num_microbatches=shape.microbatches, config=config, param_dtype=dtype, **options
     )
     built.compile()
     return built
