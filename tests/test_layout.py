@@ -1,0 +1,140 @@
+"""Layouts become stage meshes; impossible ones are refused with numbers and a way out."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from hetjax.layout import AXES, Layout, check_batch, like, picture, plan_stages, zero_spec, zigzag
+from models.contract import ModuleDef, Part
+
+EMPTY = Part(lambda key: {}, lambda params, x, batch, axes: x, {})
+
+
+def module(**changes: Any) -> ModuleDef:
+    base = ModuleDef(
+        num_layers=5,
+        first=EMPTY,
+        layer=EMPTY,
+        last=EMPTY,
+        reads={},
+        carry={},
+        output={},
+        config=None,
+        divisible={"tp": {"heads": 8, "kv_heads": 4}},
+        axes=frozenset({"dp", "copies", "cp", "tp", "pp"}),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def ids(mesh: Mesh) -> list:
+    return np.vectorize(lambda d: d.id)(mesh.devices).tolist()
+
+
+def test_stages_take_consecutive_devices_and_the_first_layers_are_more() -> None:
+    plans = plan_stages("llm", module(), Layout(dp=2, tp=2, pp=2), jax.devices())
+    assert [(p.lo, p.hi, p.first, p.last) for p in plans] == [(0, 3, True, False), (3, 5, False, True)]
+    assert ids(plans[0].mesh) == [[[[0, 1]]], [[[2, 3]]]]
+    assert plans[1].device_ids == (4, 5, 6, 7)
+    assert plans[0].mesh.axis_names == AXES
+
+
+def test_layers_may_be_cut_unevenly() -> None:
+    plans = plan_stages("llm", module(), Layout(pp=3, layers=(1, 3, 1)), jax.devices())
+    assert [(p.lo, p.hi) for p in plans] == [(0, 1), (1, 4), (4, 5)]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("4-7", (4, 5, 6, 7)), ("0-1, 6", (0, 1, 6)), ("3", (3,))])
+def test_devices_may_be_ranges(text: str, expected: tuple[int, ...]) -> None:
+    assert Layout(devices=text).device_ids == expected
+
+
+def test_like_repeats_the_encoder_over_the_consumers_context() -> None:
+    llm = Layout(dp=2, cp=2, tp=2, devices="0-7")
+    encoder = like(llm)
+    assert encoder == Layout(dp=2, tp=2, copies=2, devices=tuple(range(8)))
+    one, other = (plan_stages("m", module(), x, jax.devices())[0].mesh for x in (encoder, llm))
+    assert one.devices.reshape(-1).tolist() == other.devices.reshape(-1).tolist()
+    assert like(Layout(tp=2, pp=2)).device_ids == (0, 1)
+
+
+def test_picture_shows_every_device() -> None:
+    plans = plan_stages("vision", module(), Layout(dp=2, devices="1,3"), jax.devices())
+    plans += plan_stages("llm", module(), Layout(tp=2, pp=2), jax.devices())
+    assert picture(plans, 5).splitlines() == [
+        "device  vision          llm",
+        "0       -               layers 0-2 tp0",
+        "1       layers 0-4 dp0  layers 0-2 tp1",
+        "2       -               layers 3-4 tp0",
+        "3       layers 0-4 dp1  layers 3-4 tp1",
+        "4       -               -",
+    ]
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_zigzag_is_a_permutation_with_equal_causal_work(cp: int) -> None:
+    order = zigzag(16, cp)
+    assert sorted(order) == list(range(16))
+    work = (order + 1).reshape(cp, -1).sum(1)
+    assert (work == work[0]).all()
+
+
+def test_zero_spec_cuts_the_first_dim_whose_shard_divides() -> None:
+    mesh = plan_stages("m", module(), Layout(dp=2, cp=2, tp=2), jax.devices())[0].mesh
+    assert zero_spec((3, 8, 6), P(None, None, "tp"), mesh) == (P(None, ("dp", "cp"), "tp"), 1)
+    assert zero_spec((3, 8), P(None, "tp"), mesh) == (P(None, ("tp", "dp", "cp")), 1)
+    assert zero_spec((3, 6), P(None, "tp"), mesh) == (P(None, "tp"), None)
+
+
+REFUSED = [
+    (Layout(tp=3), module(), "m: tp=3 does not divide heads=8; use tp of 1, 2, 4, 8"),
+    (Layout(tp=8), module(), "m: tp=8 does not divide kv_heads=4; use tp of 1, 2, 4"),
+    (Layout(dp=16), module(), "m: dp=16 stands on device 8, but there are 8 (0 to 7); use fewer devices, or emulate more"),
+    (Layout(dp=2, devices="0-2"), module(), "m: dp=2 needs 2 devices, Layout.devices names 3; name 2, or change the layout"),
+    (Layout(dp=2, devices=(1, 1)), module(), "m: Layout.devices names device 1 2 times; name each device once"),
+    (Layout(devices=(-1,)), module(), "m: dp=1 stands on device -1, but there are 8"),
+    (Layout(pp=6), module(), "m: pp=6 stages for 5 layers; use pp of at most 5"),
+    (Layout(pp=2, layers=(4, 2)), module(), "m: Layout.layers=[4, 2] must be pp=2 counts of at least 1 that add up to 5"),
+    (Layout(pp=2, layers=(5, 0)), module(), "m: Layout.layers=[5, 0] must be pp=2 counts of at least 1 that add up to 5"),
+    (Layout(pp=2, layers=(5,)), module(), "m: Layout.layers=[5] must be pp=2 counts of at least 1"),
+    (Layout(cp=2), module(axes=frozenset({"dp"})), "m: cp=2, but the model's code does not handle cp (it handles dp)"),
+]
+
+
+@pytest.mark.parametrize(("layout", "definition", "message"), REFUSED)
+def test_impossible_layouts_are_refused(layout: Layout, definition: ModuleDef, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_stages("m", definition, layout, jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(dp=0), "Layout.dp=0; it must be a whole number of at least 1"),
+        (dict(tp=1.5), "Layout.tp=1.5; it must be a whole number of at least 1"),
+        (dict(pp=True), "Layout.pp=True; it must be a whole number of at least 1"),
+        (dict(devices="0-x"), "Layout.devices='0-x': '0-x' is neither a number nor a range; write '0-3,6'"),
+        (dict(devices="5-2"), "Layout.devices='5-2': the range '5-2' runs backwards; write '2-5'"),
+    ],
+)
+def test_malformed_layouts_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Layout(**settings)
+
+
+@pytest.mark.parametrize(
+    ("layout", "is_sink", "message"),
+    [
+        (Layout(dp=3), True, "m: dp=3 does not divide the microbatch's groups=4; set groups to a multiple of 3, or dp to a divisor of 4"),
+        (Layout(dp=5), False, "m: dp=5 does not divide the microbatch's 8 item slots (groups x slots_per_group)"),
+        (Layout(cp=4), True, "m: cp=4 cuts the sequence into 8 chunks (zig-zag), which do not divide seq_len=12; make seq_len a multiple of 8"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_microbatch_are_refused(layout: Layout, is_sink: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_batch("m", layout, is_sink=is_sink, groups=4, items=8, seq=12)
