@@ -68,8 +68,6 @@ class OptimizerConfig:
                 raise ValueError(f"OptimizerConfig.{name}={getattr(self, name)}; it must be from 0 to 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"OptimizerConfig.clip_norm={self.clip_norm}; it must be positive, or None for no clipping")
-        if self.chain:
-            _check_elementwise(optax.chain(*self.chain))
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is updated."""
@@ -101,8 +99,10 @@ def path_of(module: str, path: Sequence[Any]) -> str:
     return "/".join([module, *(str(key.key) for key in path)])
 
 
-def check_patterns(config: OptimizerConfig, paths: Sequence[str]) -> None:
-    """Raises ValueError for a pattern that matches no parameter, or when nothing trains."""
+def check(config: OptimizerConfig, paths: Sequence[str]) -> None:
+    """Raises ValueError for a pattern that matches none of the parameters, when nothing trains, or for a chain that mixes."""
+    if config.chain:
+        _check_elementwise(optax.chain(*config.chain))
     settings = {"frozen": config.frozen, "trainable": config.trainable, "learning_rate_multipliers": config.learning_rate_multipliers}
     for setting, patterns in settings.items():
         for pattern in patterns:

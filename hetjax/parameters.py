@@ -48,12 +48,15 @@ class Parameters:
             self.trainable,
             specs,
         )
-        zero = [zero_spec(a.shape, s, plan.mesh) for a, s in zip(jax.tree.leaves(self.trainable), _leaves(specs), strict=True)]
-        tree = jax.tree.structure(self.trainable)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(self.trainable)
+        zero = [
+            zero_spec(a.shape, s, plan.mesh, skip=path[0].key == "layers")
+            for (path, a), s in zip(leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)), strict=True)
+        ]
         self.zero_dims = jax.tree.unflatten(tree, [-1 if dim is None else dim for _, dim in zero])
         self.grads = jax.tree.map(self._at, self.trainable, jax.tree.unflatten(tree, [s for s, _ in zero]))
         self.tx = optimizer.transformation(config, module.name)
-        self.state = self._abstract_state()
+        self.state = self._abstract_state() if self.trains else ()
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(trainable, frozen) leaves; a borrowed leaf trains where its owner does."""
@@ -101,6 +104,8 @@ class Parameters:
 
     def init_state(self, params: Params) -> Tree:
         """The optimizer's state before the first step."""
+        if not self.trains:
+            return ()
         return jax.jit(self.tx.init, out_shardings=shardings(self.state))(self.owned(self.split(params)[0]))
 
     def zeros(self) -> Tree:
@@ -136,7 +141,3 @@ def spec_tree(tree: Tree) -> Tree:
 def _at_paths(tree: Tree, like: Tree) -> Tree:
     """The part of nested dict `tree` at the paths of nested dict `like`."""
     return {k: _at_paths(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in like.items()}
-
-
-def _leaves(specs: Tree) -> list[P]:
-    return jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))

@@ -61,6 +61,7 @@ class Stage:
         reads = module.definition.reads
         self.batch = {k: _at(batch[k], sharding(plan.mesh, reads[k])) for k in self._find_reads(batch)}
         self.y = self._find_outputs()
+        self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
 
@@ -208,13 +209,13 @@ class Stage:
             found["evaluate"] = functools.partial(self._compile, "evaluate", program, inputs)
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
-            kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
+            self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
             g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
             acc_specs = spec_tree(mine.acc)
             backward = self._on_devices(
                 self._backward, (*specs, kept_specs, self.y_specs, acc_specs), (g_x, acc_specs, P())
             )
-            args = (*inputs, kept, self.y, mine.acc)
+            args = (*inputs, self.kept, self.y, mine.acc)
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
             acc_specs = spec_tree(mine.acc)

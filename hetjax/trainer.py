@@ -76,7 +76,7 @@ class Trainer:
             seed=seed,
             param_dtype=param_dtype,
         )
-        optimizer.check_patterns(config, self._paths())
+        optimizer.check(config, self._paths())
         self.finish = Finish(self.pipeline)
 
     def _paths(self) -> list[str]:

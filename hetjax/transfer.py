@@ -1,22 +1,17 @@
-"""Compiled programs that carry arrays from one mesh's sharding to another's, without touching the host.
+"""Compiled programs that carry arrays between two meshes in pieces, without touching the host.
 
-`wire.py` says which pieces cross; this file runs them. One of three routes is chosen per edge, for all its arrays:
+`wire.py` says which pieces cross; this file runs them: static slices on each source device, ONE batched `device_put` of
+all pieces, a join on each destination device, and one all-gather inside the destination mesh where it wants replicas.
 
-- colocated (same devices in the same order, grids that nest): one jitted reshard, nothing at all for arrays already laid out as wanted;
-- equal grids on disjoint devices (position by position the same block, no replicas): one plain `jax.device_put`;
-- anything else: static slices on each source device, ONE batched `device_put` of all pieces, a join on each destination
-  device, and one all-gather inside the destination mesh where it wants replicas.
-
-`jax.device_put` is direct and asynchronous only for the second case and for single-device pieces; between other
-shardings (also: the same devices in another order) it pulls the array through numpy and blocks the host. Programs are
-per device because a call of one costs 5 us of host time and of a mesh-wide one 70 us (8 emulated CPU devices).
+`jax.device_put` is direct and asynchronous for single-device pieces; between most shardings it pulls the array through
+numpy and blocks the host until the producer is done. Programs are per device, since the pieces of two devices differ.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,12 +66,15 @@ class Program:
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     out_shardings: Any
     compiled: jax.stages.Compiled | None = None
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def compile(self) -> jax.stages.Compiled:
-        """The executable; compiled by the first call, here or through the thunks of `Boundary.programs`."""
+        """The executable; the first call compiles it, later calls from any thread return the same one."""
         if self.compiled is None:
-            lowered = jax.jit(self.function, out_shardings=self.out_shardings).lower(*self.inputs)
-            self.compiled = lowered.compile()
+            with self.lock:
+                if self.compiled is None:  # another thread may have been first
+                    lowered = jax.jit(self.function, out_shardings=self.out_shardings).lower(*self.inputs)
+                    self.compiled = lowered.compile()
         return self.compiled
 
 
@@ -86,73 +84,30 @@ class Route:
 
     run: Callable[[list[jax.Array]], list[jax.Array]]
     programs: tuple[Program, ...]
-    payload_bytes: int
     wire_bytes: int
 
 
-@functools.cache
-def make_route(leaves: tuple[Leaf, ...]) -> Route:
-    """The cheapest route that stays off the host; cached, so that equal edges share their programs."""
-    payload_bytes = sum(wire.payload(leaf.held, leaf.wanted) * leaf.dtype.itemsize for leaf in leaves)
-    source, destination = list(leaves[0].held), list(leaves[0].wanted)
-    if source == destination and all(map(_grids_nest, leaves)):
-        return _colocated(leaves, payload_bytes)
-    if set(source).isdisjoint(destination) and all(map(_equal_grids, leaves)):
-        shardings = [leaf.destination for leaf in leaves]
-        return Route(lambda arrays: jax.device_put(arrays, shardings), (), payload_bytes, payload_bytes)
-    return _Pieces(leaves).route(payload_bytes)
+def landing(leaf: Leaf, crossing: wire.Wire) -> jax.ShapeDtypeStruct:
+    """What the pieces become on the destination: the array itself, or with `crossing.dim` shared by the replicas."""
+    dim, mesh = crossing.dim, leaf.destination.mesh
+    if dim is None:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.destination)
+    entries = [*leaf.destination.spec, *[None] * (len(leaf.shape) - len(leaf.destination.spec))]
+    entries[dim] = (*axis_names(entries[dim]), *_free_axes(leaf.destination))
+    rows = crossing.rows * math.prod(mesh.shape[name] for name in entries[dim])
+    shape = (*leaf.shape[:dim], rows, *leaf.shape[dim + 1 :])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
 
 
-def _equal_grids(leaf: Leaf) -> bool:
-    """Whether both sides hold the same blocks at the same positions, each once (a put would send replicas too)."""
-    held, wanted = list(leaf.held.values()), list(leaf.wanted.values())
-    return held == wanted and len(set(held)) == len(held)
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def _colocated(leaves: tuple[Leaf, ...], payload_bytes: int) -> Route:
-    """One jitted reshard of the arrays whose blocks change; nothing is put, so no byte counts as wire."""
-    changing = [index for index, leaf in enumerate(leaves) if leaf.source != leaf.destination]
-    if not changing:
-        return Route(list, (), payload_bytes, 0)
-    stops = [_stops(leaves[index]) for index in changing]
-
-    def reshard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(
-            functools.reduce(lax.with_sharding_constraint, through, array)
-            for array, through in zip(arrays, stops, strict=True)
-        )
-
-    inputs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.source) for leaf in leaves]
-    outputs = tuple(leaves[index].destination for index in changing)
-    program = Program("reshard", reshard, tuple(inputs[index] for index in changing), outputs)
-
-    def run(arrays: list[jax.Array]) -> list[jax.Array]:
-        out = list(arrays)
-        for index, array in zip(changing, program.compile()(*[arrays[index] for index in changing]), strict=True):
-            out[index] = array
-        return out
-
-    return Route(run, (program,), payload_bytes, 0)
-
-
-def _stops(leaf: Leaf) -> tuple[NamedSharding, ...]:
-    """The shardings in which an array is whole once per mesh, between which XLA needs no copy of it per device.
-
-    Told the two ends alone, XLA gathers the whole array on every device (`Involuntary full rematerialization`) where
-    both the grid and the replicas change: dp=8 to dp=2, cp=2, tp=2 is an all-to-all and an all-gather this way.
-    """
-    there, back = wire.plan(leaf.held, leaf.wanted), wire.plan(leaf.wanted, leaf.held)
-    stops = (_landing(leaf.mirror, back), _landing(leaf, there))
-    return tuple(stop.sharding for stop in stops if stop.shape == leaf.shape)
-
-
-def _grids_nest(leaf: Leaf) -> bool:
-    """Whether XLA reshards between the grids by exchanges: per dim, one block size is a multiple of the other."""
-    ends = (leaf.source, *_stops(leaf), leaf.destination)
-    shapes = [sharding.shard_shape(leaf.shape) for sharding in ends]
-    return all(
-        max(a, b) % min(a, b) == 0 for one, two in itertools.pairwise(shapes) for a, b in zip(one, two, strict=True)
-    )
+def _free_axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """The mesh axes over which `sharding` replicates, in the mesh's order: the rank of a replica counts along them."""
+    used = {name for entry in sharding.spec for name in axis_names(entry)}
+    return tuple(name for name, size in sharding.mesh.shape.items() if name not in used and size > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +118,8 @@ class Step:
     inputs: tuple[int, ...]
 
 
-class _Pieces:
-    """Builds the pieces route.
+class Pieces:
+    """Builds the route between any two shardings.
 
     Every single-device array of a call gets a place in one list, fixed here: the source's shards, what the cuts return,
     what was put, what the joins return. A call does no more than fill that list, wrap its end and gather.
@@ -173,7 +128,7 @@ class _Pieces:
     def __init__(self, leaves: tuple[Leaf, ...]) -> None:
         self.leaves = leaves
         self.wires = [wire.plan(leaf.held, leaf.wanted) for leaf in leaves]
-        self.landings = [_landing(leaf, crossing) for leaf, crossing in zip(leaves, self.wires, strict=True)]
+        self.landings = [landing(leaf, crossing) for leaf, crossing in zip(leaves, self.wires, strict=True)]
         meshes = (leaves[0].source.mesh, leaves[0].destination.mesh)
         self.devices = {device.id: device for mesh in meshes for device in mesh.devices.flat}
         self.size = 0
@@ -184,16 +139,16 @@ class _Pieces:
             for device in leaf.held:
                 self.taken[index, device, self._whole(index, device)] = self._next()
 
-    def route(self, payload_bytes: int) -> Route:
+    def route(self) -> Route:
         """The finished route."""
         cuts, sends, joins = self._cuts(), self._sends(), self._joins()
         origins, receivers = [place for place, _ in sends], [device for _, device in sends]
         wraps = [
-            (landing.shape, landing.sharding, [self.landed[index, device] for device in leaf.wanted])
-            for index, (leaf, landing) in enumerate(zip(self.leaves, self.landings, strict=True))
+            (struct.shape, struct.sharding, [self.landed[index, device] for device in leaf.wanted])
+            for index, (leaf, struct) in enumerate(zip(self.leaves, self.landings, strict=True))
         ]
-        shared = [index for index, crossing in enumerate(self.wires) if crossing.dim is not None]
-        gather = self._gather(shared)
+        shared = {index: crossing.dim for index, crossing in enumerate(self.wires) if crossing.dim is not None}
+        gather = self._gather(shared) if shared else None
 
         def run(arrays: list[jax.Array]) -> list[jax.Array]:
             values = [shard.data for array in arrays for shard in array.addressable_shards]
@@ -202,18 +157,18 @@ class _Pieces:
             values += jax.device_put([values[place] for place in origins], receivers)
             for step in joins:
                 values += step.program.compile()(*[values[place] for place in step.inputs])
-            out = [
+            out: list[jax.Array] = [
                 jax.make_array_from_single_device_arrays(shape, sharding, [values[place] for place in places])
                 for shape, sharding, places in wraps
             ]
-            if shared:
+            if gather:
                 for index, array in zip(shared, gather.compile()(*[out[index] for index in shared]), strict=True):
                     out[index] = array
             return out
 
-        programs = (*(step.program for step in (*cuts, *joins)), *([gather] if shared else []))
-        moved = sum(crossing.moved * leaf.dtype.itemsize for crossing, leaf in zip(self.wires, self.leaves, strict=True))
-        return Route(run, programs, payload_bytes, moved)
+        programs = (*(step.program for step in (*cuts, *joins)), *([gather] if gather else []))
+        moved = (crossing.moved * leaf.dtype.itemsize for crossing, leaf in zip(self.wires, self.leaves, strict=True))
+        return Route(run, programs, sum(moved))
 
     def _next(self) -> int:
         self.size += 1
@@ -286,26 +241,30 @@ class _Pieces:
                 steps.append(Step(self._program("join", function, inputs, device), tuple(places)))
         return steps
 
-    def _gather(self, shared: Sequence[int]) -> Program:
-        """One program on the destination mesh that completes the blocks whose replicas received parts of them."""
-        mesh = self.leaves[0].destination.mesh
+    def _gather(self, shared: Mapping[int, int]) -> Program:
+        """One program on the destination mesh that completes the blocks whose replicas received parts of them.
+
+        `shared`: leaf -> the dim along which they did."""
         inputs = tuple(self.landings[index] for index in shared)
-        dims = [self.wires[index].dim for index in shared]
-        sizes = [self.leaves[index].destination.shard_shape(self.leaves[index].shape) for index in shared]
-        axes = [_free_axes(self.leaves[index].destination) for index in shared]
         out = tuple(self.leaves[index].destination for index in shared)
+        sizes = [self.leaves[i].destination.shard_shape(self.leaves[i].shape)[dim] for i, dim in shared.items()]
+        axes = [_free_axes(sharding) for sharding in out]
 
         def gather(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-            whole = [lax.all_gather(a, names, axis=dim, tiled=True) for a, names, dim in zip(arrays, axes, dims, strict=True)]
+            whole = [
+                lax.all_gather(array, names, axis=dim, tiled=True)
+                for array, names, dim in zip(arrays, axes, shared.values(), strict=True)
+            ]
             return tuple(
-                lax.slice_in_dim(a, 0, size[dim], axis=dim) for a, size, dim in zip(whole, sizes, dims, strict=True)
+                lax.slice_in_dim(array, 0, size, axis=dim)
+                for array, size, dim in zip(whole, sizes, shared.values(), strict=True)
             )
 
         # The result is the same on all replicas, which shard_map cannot see from an all_gather: no check.
         function = jax.shard_map(
             gather,
-            mesh=mesh,
-            in_specs=tuple(landing.sharding.spec for landing in inputs),
+            mesh=self.leaves[0].destination.mesh,
+            in_specs=tuple(struct.sharding.spec for struct in inputs),
             out_specs=tuple(sharding.spec for sharding in out),
             check_vma=False,
         )
@@ -321,53 +280,11 @@ def _join(
     *pieces: jax.Array, parts: tuple[tuple[tuple[int, ...], np.dtype, tuple[wire.Box, ...]], ...]
 ) -> tuple[jax.Array, ...]:
     """The landings (shape, dtype, box of each piece) of one device; rows that nothing lands on are zeros."""
-    queue = list(pieces)
+    queue = iter(pieces)
     out = []
     for shape, dtype, boxes in parts:
-        placed = [(box, queue.pop(0)) for box in boxes]
-        joined = _concatenate(placed) if placed else jnp.zeros([0] * len(shape), dtype)
-        padding = [(0, size - have, 0) for size, have in zip(shape, joined.shape, strict=True)]
-        out.append(lax.pad(joined, np.zeros((), dtype), padding))
+        landing = jnp.zeros(shape, dtype)
+        for box in boxes:
+            landing = lax.dynamic_update_slice(landing, next(queue), [start for start, _ in box])
+        out.append(landing)
     return tuple(out)
-
-
-def _concatenate(placed: list[tuple[wire.Box, jax.Array]]) -> jax.Array:
-    """One array of pieces that tile a box: concatenated along a dim that some edge cuts through entirely."""
-    if len(placed) == 1:
-        return placed[0][1]
-    for dim in range(placed[0][1].ndim):
-        edges = [
-            edge
-            for edge in sorted({box[dim][0] for box, _ in placed})
-            if not any(box[dim][0] < edge < box[dim][1] for box, _ in placed)
-        ]
-        if len(edges) > 1:
-            slabs: dict[int, list[tuple[wire.Box, jax.Array]]] = {edge: [] for edge in edges}
-            for box, piece in placed:
-                slabs[max(edge for edge in edges if edge <= box[dim][0])].append((box, piece))
-            return lax.concatenate([_concatenate(slab) for slab in slabs.values()], dim)
-    raise AssertionError("pieces of a grid of blocks always share an edge that cuts through")
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _free_axes(sharding: NamedSharding) -> tuple[str, ...]:
-    """The mesh axes over which `sharding` replicates, in the mesh's order: the rank of a replica counts along them."""
-    used = {name for entry in sharding.spec for name in _names(entry)}
-    return tuple(name for name, size in sharding.mesh.shape.items() if name not in used and size > 1)
-
-
-def _landing(leaf: Leaf, crossing: wire.Wire) -> jax.ShapeDtypeStruct:
-    """What the pieces become on the destination: the array itself, or with `crossing.dim` shared by the replicas."""
-    dim = crossing.dim
-    if dim is None:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.destination)
-    entries = [*leaf.destination.spec, *[None] * (len(leaf.shape) - len(leaf.destination.spec))]
-    entries[dim] = (*_names(entries[dim]), *_free_axes(leaf.destination))
-    mesh = leaf.destination.mesh
-    rows = crossing.rows * math.prod(mesh.shape[name] for name in entries[dim])
-    shape = (*leaf.shape[:dim], rows, *leaf.shape[dim + 1 :])
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))

@@ -87,7 +87,7 @@ def compare(trainer: Trainer, steps: Iterable[Sequence[Mapping[str, np.ndarray]]
             float(outcome.loss),
             float(result.loss),
             {m: worst_leaf(got[m], _leaves(result.grads[m])) for m in got},
-            {m: worst_leaf(states[m], _leaves(reference_state[m])) for m in states},
+            {m: worst_leaf(states[m], _leaves(reference_state[m])) for m in states if states[m]},
         )
 
 

@@ -14,8 +14,9 @@ destination once, and all links share the work.
 
 import collections
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 Box = tuple[tuple[int, int], ...]  # one (start, stop) per dim
 
@@ -74,7 +75,7 @@ def split(box: Box, parts: int) -> list[Box]:
     dim = even[0] if even else sizes.index(max(sizes))
     start, size = box[dim][0], sizes[dim]
     edges = sorted({start + part * size // parts for part in range(parts + 1)})
-    return [(*box[:dim], edge, *box[dim + 1 :]) for edge in zip(edges, edges[1:], strict=False)]
+    return [(*box[:dim], edge, *box[dim + 1 :]) for edge in itertools.pairwise(edges)]
 
 
 def owners(blocks: Mapping[int, Box]) -> dict[Box, list[int]]:
@@ -105,16 +106,18 @@ def plan(held: Mapping[int, Box], wanted: Mapping[int, Box]) -> Wire:
     block, group = next(iter(takers.items()))
     replicas = len(group)
     if replicas == 1 or not block:
-        return Wire(_pieces(held, takers, wanted), None, 0)
+        return Wire(_pieces(held, wanted), None, 0)
     sizes = [stop - start for start, stop in block]
     even = [dim for dim, size in enumerate(sizes) if size % replicas == 0]
     options = []
     for dim in even or [sizes.index(max(sizes))]:
         rows = -(-sizes[dim] // replicas)
         landings = {
-            device: _slab(block, dim, rank, rows) for block, group in takers.items() for rank, device in enumerate(group)
+            device: _slab(block, dim, rank, rows)
+            for block, group in takers.items()
+            for rank, device in enumerate(group)
         }
-        options.append(Wire(_pieces(held, takers, landings), dim, rows))
+        options.append(Wire(_pieces(held, landings), dim, rows))
     return min(options, key=lambda wire: (wire.moved, len(wire.pieces)))
 
 
@@ -125,33 +128,24 @@ def _slab(block: Box, dim: int, rank: int, rows: int) -> Box:
     return (*block[:dim], (first, min(first + rows, stop)), *block[dim + 1 :])
 
 
-def _pieces(
-    held: Mapping[int, Box], takers: Mapping[Box, list[int]], landings: Mapping[int, Box]
-) -> tuple[Piece, ...]:
-    """Every part of every landing, with its sender: the receiver itself, else one of its replicas, else any holder.
+def _pieces(held: Mapping[int, Box], landings: Mapping[int, Box]) -> tuple[Piece, ...]:
+    """Every part of every landing, with its sender: the receiver itself where it holds the part, else any holder.
 
     Several holders take turns; where the number of requests does not divide among them, each request is split."""
-    holders = owners(held)
-    group = {device: set(devices) for devices in takers.values() for device in devices}
     requests = []
     for receiver, landing in landings.items():
-        for source, devices in holders.items():
+        for source, devices in owners(held).items():
             common = intersect(source, landing)
             if common is not None:
-                near = (receiver,) if receiver in devices else _nearest(devices, group[receiver])
-                requests.append((source, near, receiver, common))
-    asked = collections.Counter((source, near) for source, near, _, _ in requests)
+                senders = (receiver,) if receiver in devices else tuple(devices)
+                requests.append((source, senders, receiver, common))
+    asked = collections.Counter((source, senders) for source, senders, _, _ in requests)
     turn: collections.Counter[tuple[Box, tuple[int, ...]]] = collections.Counter()
     pieces = []
-    for source, near, receiver, common in requests:
-        parts = len(near) // math.gcd(len(near), asked[source, near])
+    for source, senders, receiver, common in requests:
+        parts = len(senders) // math.gcd(len(senders), asked[source, senders])
         for part in split(common, parts):
-            sender = near[turn[source, near] % len(near)]
-            turn[source, near] += 1
+            sender = senders[turn[source, senders] % len(senders)]
+            turn[source, senders] += 1
             pieces.append(Piece(sender, relative(part, source), receiver, relative(part, landings[receiver])))
     return tuple(pieces)
-
-
-def _nearest(devices: Iterable[int], group: set[int]) -> tuple[int, ...]:
-    """The holders that want the bytes themselves, so that nothing enters the destination twice; else all holders."""
-    return tuple(device for device in devices if device in group) or tuple(devices)

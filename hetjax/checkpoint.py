@@ -1,0 +1,237 @@
+"""Layout-free checkpoints: every layer's every leaf is stored alone, under the name that it has in the model.
+
+    params/llm/first/embed    params/llm/layers/0003/attention/q    optimizer/llm/0/mu/layers/0003/attention/q
+
+so that a run saved under one layout and placement restores under any other. Orbax writes in the background, to a
+temporary directory that it renames when complete: a killed run finds the last complete checkpoint and nothing else.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hetjax.pipeline import StageKey
+from hetjax.stage import Stage
+from hetjax.trainer import Path as KeyPath
+from hetjax.trainer import State, Trainer, is_stacked
+
+Tree = Any
+Names = dict[str, Any]  # name -> array, abstract or not
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; names the file and the way out."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: DIR/<step>, the last `keep` of them."""
+
+    def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, trainer: Trainer, state: State, data: Mapping[str, Any]) -> None:
+        """Starts to write `state` and the data's position; returns once the values are copied.
+
+        Raises CheckpointError if it was not, or if the one before it could not be written."""
+        if self.latest == state.step:
+            return
+        with self._explained(state.step, "written"):
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(_nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
+            )
+            saved = self._manager.save(state.step, args=args)
+        if not saved:
+            raise CheckpointError(
+                f"{self.directory}: step {state.step} was not saved, a checkpoint of step {self.latest} is there; "
+                "use another workdir, or remove the newer checkpoints"
+            )
+
+    def restore(self, trainer: Trainer, step: int | None = None) -> tuple[State, dict[str, Any]]:
+        """(state under the trainer's layouts, position of the data) of `step`, or of the newest.
+
+        Raises CheckpointError if there is none, it is damaged, or it is of another model or optimizer."""
+        step = self.latest if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.directory}: no complete checkpoint; train first, or check the path")
+        wanted = abstract_names(trainer)
+        with self._explained(step, "read"):
+            self._check_names(step, wanted)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(wanted)), data=ocp.args.JsonRestore())
+            found = self._manager.restore(step, args=args)
+        return from_names(trainer, dict(_flat(found["state"])), step), found["data"]
+
+    def _check_names(self, step: int, wanted: Names) -> None:
+        metadata = ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state")
+        tree = getattr(metadata, "item_metadata", metadata)
+        stored = {name: tuple(leaf.shape) for name, leaf in _flat(getattr(tree, "tree", tree))}
+        for name in sorted(stored.keys() | wanted.keys()):
+            if name not in stored or name not in wanted:
+                side = "the checkpoint lacks it" if name in wanted else "this run has no such array"
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: {name}: {side}; restore with the model and optimizer settings "
+                    "(frozen, trainable) that it was saved with, or use another workdir"
+                )
+            if stored[name] != wanted[name].shape:
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: {name} has shape {list(stored[name])}, this run's is "
+                    f"{list(wanted[name].shape)}; restore with the model's own sizes, or use another workdir"
+                )
+
+    @contextlib.contextmanager
+    def _explained(self, step: int, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.directory / str(step)}: the checkpoint cannot be {what} ({type(error).__name__}: {error}); "
+                "if it is damaged, remove this directory and the run resumes from the one before"
+            ) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises CheckpointError if something could not be written."""
+        with self._explained(self.latest or 0, "written"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the writer's threads."""
+        self.wait()
+        self._manager.close()
+
+
+def to_names(trainer: Trainer, state: State) -> Names:
+    """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
+    names: Names = {}
+    for key, stage in trainer.pipeline.stages.items():
+        trees = (stage.parameters.owned(state.params[key]), state.optimizer[key])
+        copies = _copies(tuple(jax.tree.leaves(trees)), _cuts(stage))
+        names |= dict(zip(_names_of(key, stage), copies, strict=True))
+    return names
+
+
+def abstract_names(trainer: Trainer) -> Names:
+    """The abstract arrays, with shardings, that `from_names` takes."""
+    names: Names = {}
+    for key, stage in trainer.pipeline.stages.items():
+        for name, leaf, cut in _entries(key, stage):
+            names.setdefault(name, _one_layer(leaf) if cut is not None else leaf)
+    return names
+
+
+def from_names(trainer: Trainer, names: Names, step: int) -> State:
+    """A state from arrays by name."""
+    params, states = {}, {}
+    for key, stage in trainer.pipeline.stages.items():
+        mine = stage.parameters
+        abstract = (mine.owned(mine.params), mine.state)
+        place = lambda name, where: jax.device_put(names[name], where)
+        rows: dict[int, list[jax.Array]] = {}
+        for (name, leaf, cut), place_in_tree in zip(_entries(key, stage), _owners(stage), strict=True):
+            where = leaf.sharding if cut is None else _one_layer(leaf).sharding
+            rows.setdefault(place_in_tree, []).append(place(name, where))
+        leaves = [
+            _stack(tuple(rows[i]), leaf.sharding) if is_stacked(path) else rows[i][0]
+            for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(abstract))
+        ]
+        owned, states[key] = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        for part, leaf in mine.borrowed:
+            source = names[f"params/{key[0]}/first/{mine.tied[leaf]}"]
+            owned = {**owned, part: {**owned.get(part, {}), leaf: jax.device_put(source, mine.params[part][leaf].sharding)}}
+        params[key] = owned
+    return State(params, states, trainer.pipeline.zeros(), step)
+
+
+def _entries(key: StageKey, stage: Stage) -> list[tuple[str, jax.ShapeDtypeStruct, int | None]]:
+    """(name, abstract leaf, layer within the stage or None) of all that a stage stores, in the order of its leaves."""
+    mine = stage.parameters
+    found: list[tuple[str, jax.ShapeDtypeStruct, int | None]] = []
+    for kind, tree in (("params", mine.owned(mine.params)), ("optimizer", mine.state)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if is_stacked(path):
+                for i in range(leaf.shape[0]):
+                    found.append((_name(kind, key[0], path, stage.plan.lo + i), leaf, i))
+            else:
+                found.append((_name(kind, key[0], path, None), leaf, None))
+    return found
+
+
+def _names_of(key: StageKey, stage: Stage) -> list[str]:
+    return [name for name, _, _ in _entries(key, stage)]
+
+
+def _name(kind: str, module: str, path: KeyPath, layer: int | None) -> str:
+    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path]
+    if layer is not None:
+        parts.insert(parts.index("layers") + 1, f"{layer:04d}")
+    return "/".join([kind, module, *parts])
+
+
+def _cuts(stage: Stage) -> tuple[int, ...]:
+    """For each leaf of (owned parameters, state): how many layers it holds, 0 for one that is not stacked."""
+    mine = stage.parameters
+    leaves = jax.tree_util.tree_leaves_with_path((mine.owned(mine.params), mine.state))
+    return tuple(leaf.shape[0] if is_stacked(path) else 0 for path, leaf in leaves)
+
+
+def _owners(stage: Stage) -> list[int]:
+    """For each stored array, which leaf of (owned parameters, state) it belongs to."""
+    return [i for i, count in enumerate(_cuts(stage)) for _ in range(max(count, 1))]
+
+
+def _one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    where = NamedSharding(leaf.sharding.mesh, P(*leaf.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copies(leaves: tuple[jax.Array, ...], cuts: tuple[int, ...]) -> list[jax.Array]:
+    found = []
+    for leaf, count in zip(leaves, cuts, strict=True):
+        found += [leaf[i] for i in range(count)] or [jnp.copy(leaf)]
+    return found
+
+
+def _stack(rows: tuple[jax.Array, ...], where: NamedSharding) -> jax.Array:
+    return jax.jit(lambda *rows: jnp.stack(rows), out_shardings=where)(*rows)
+
+
+def _nested(names: Mapping[str, Any]) -> Tree:
+    tree: Tree = {}
+    for name, leaf in names.items():
+        *parents, last = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
+def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value

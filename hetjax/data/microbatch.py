@@ -1,0 +1,99 @@
+"""A global microbatch of fixed shape, and the first fit of samples into it.
+
+Its rows and its picture slots are cut into equal groups; a picture's slot lies in its sample's group:
+
+    groups=2, samples_per_group=2, slots_per_group=3
+    rows   0 1 | 2 3        index[row, position] = slot * rows + row of the picture, or -1
+    slots  0 1 2 | 3 4 5    so a group never needs what another holds
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hetjax.data.settings import DataConfig, ItemSpec
+from hetjax.data.tokens import Encoded
+
+Arrays = dict[str, np.ndarray]
+Abstract = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
+
+
+class Prepared(NamedTuple):
+    """A sample that is ready to be placed."""
+
+    ordinal: int
+    text: Encoded
+    pictures: Mapping[str, Sequence[np.ndarray]]  # item name -> pixels of each picture
+
+
+def abstract(config: DataConfig, items: Sequence[ItemSpec]) -> dict[str, Abstract]:
+    """Shape and dtype of every array of a microbatch."""
+    text = config.samples, config.seq_len
+    shapes: dict[str, Abstract] = {k: (text, np.dtype(np.int32)) for k in ("tokens", "positions", "segment_ids", "targets")}
+    shapes["weights"] = text, np.dtype(np.float32)
+    for item in items:
+        shapes[f"{item.name}.index"] = text, np.dtype(np.int32)
+        slots = config.groups * item.slots_per_group
+        shapes[f"{item.name}.pixels"] = (slots, item.height, item.width, 3), np.dtype(np.float32)
+    return shapes
+
+
+class Filling:
+    """One microbatch that is being filled. Rows that get nothing keep segment 0 and weight 0."""
+
+    def __init__(self, config: DataConfig, items: Sequence[ItemSpec]) -> None:
+        self._config, self._items = config, items
+        self.arrays: Arrays = {k: np.zeros(shape, dtype) for k, (shape, dtype) in abstract(config, items).items()}
+        for item in items:
+            self.arrays[f"{item.name}.index"][:] = -1
+        self.owner = np.full((config.samples, config.seq_len), -1, np.int32)  # ordinal where a target is trained on
+        self._used = [0] * config.samples  # positions of each row
+        self._segments = [0] * config.samples
+        self._slots = {item.name: [0] * config.groups for item in items}  # taken in each group
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was placed."""
+        return not any(self._used)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further sample can fit."""
+        return all(used >= self._config.seq_len if self._config.pack else used for used in self._used)
+
+    def place(self, sample: Prepared) -> bool:
+        """Whether the first row with room, in a group with slots, took the sample."""
+        for row in range(self._config.samples):
+            if self._fits(sample, row):
+                self._put(sample, row)
+                return True
+        return False
+
+    def _fits(self, sample: Prepared, row: int) -> bool:
+        if self._used[row] and not self._config.pack:
+            return False
+        if self._used[row] + len(sample.text.tokens) > self._config.seq_len:
+            return False
+        group = row // self._config.samples_per_group
+        return all(self._slots[i.name][group] + len(sample.pictures[i.name]) <= i.slots_per_group for i in self._items)
+
+    def _put(self, sample: Prepared, row: int) -> None:
+        text, start = sample.text, self._used[row]
+        place = slice(start, start + len(text.tokens))
+        self._segments[row] += 1
+        self._used[row] = place.stop
+        self.arrays["tokens"][row, place] = text.tokens
+        self.arrays["targets"][row, place] = text.targets
+        self.arrays["weights"][row, place] = text.weights
+        self.arrays["positions"][row, place] = np.arange(len(text.tokens))
+        self.arrays["segment_ids"][row, place] = self._segments[row]
+        self.owner[row, place] = np.where(text.weights > 0, sample.ordinal, -1)
+        group = row // self._config.samples_per_group
+        for item in self._items:
+            for first, pixels in zip(text.starts[item.name], sample.pictures[item.name], strict=True):
+                slot = group * item.slots_per_group + self._slots[item.name][group]
+                self._slots[item.name][group] += 1
+                self.arrays[f"{item.name}.pixels"][slot] = pixels
+                rows = slice(start + first, start + first + item.rows)
+                self.arrays[f"{item.name}.index"][row, rows] = slot * item.rows + np.arange(item.rows)

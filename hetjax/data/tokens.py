@@ -1,0 +1,114 @@
+"""Turns a conversation into token positions, and says by position which of them are trained on.
+
+    text    <image> \\n what is it ?  blue <end>
+    inputs  0 0 0 0    5   7  8 9   12
+    targets 0 0 0 5    7   8  9 12  2         the next token; 0 where a picture's position follows
+    weights 0 0 0 0    0   0  0 1   1         1 where the target belongs to an answer
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from hetjax.data.conversations import Sample, SampleError
+from hetjax.data.settings import DataConfig, DataError, ItemSpec, Template
+
+PICTURE = 0  # token at a picture's positions and at padding; masks go by position, so any id would do
+
+
+class Encoded(NamedTuple):
+    """A sample as a stretch of a row. Arrays are [n], n <= seq_len."""
+
+    tokens: np.ndarray  # int32
+    targets: np.ndarray  # int32
+    weights: np.ndarray  # float32
+    starts: Mapping[str, tuple[int, ...]]  # item name -> first position of each picture
+    truncated: bool
+
+
+class TooLong(Exception):
+    """The sample has more than seq_len positions, and may or can not be cut."""
+
+
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of the run. Raises DataError if it cannot be read or has no end token."""
+    path, end = config.tokenizer_path, config.template.end_token
+    if not path.is_file():
+        raise DataError(f"no tokenizer at {path}; set DataConfig.tokenizer to a Hugging Face tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
+    if tokenizer.token_to_id(end) is None:
+        raise DataError(f"Template.end_token={end!r} is no token of {path}; name the one that ends an answer there")
+    tokenizer.no_truncation()  # a tokenizer.json may carry either, and both would change samples in silence
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """The least vocabulary that holds every id the tokenizer gives, added tokens included."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode(sample: Sample, tokenizer: Tokenizer, items: Sequence[ItemSpec], config: DataConfig) -> Encoded:
+    """The sample's positions. Raises TooLong if it does not fit and may not, or cannot, be truncated."""
+    tokens: list[int] = []
+    answer: list[bool] = []
+    starts: dict[str, list[int]] = {item.name: [] for item in items}
+    for trained, piece in _pieces(sample, config.template, tuple(items)):
+        if isinstance(piece, ItemSpec):
+            starts[piece.name].append(len(tokens))
+            ids = [PICTURE] * piece.rows
+        else:
+            ids = tokenizer.encode(piece, add_special_tokens=False).ids
+        tokens += ids
+        answer += [trained] * len(ids)
+    count = min(len(tokens) - 1, config.seq_len)  # the last token is a target only
+    if len(tokens) - 1 > config.seq_len:
+        _check_cut(len(tokens) - 1, answer, starts, items, config)
+    if count < 1:
+        raise SampleError("", "it has no question before its answer; a conversation needs at least 2 tokens")
+    ids_array, weights = np.asarray(tokens, np.int32), np.asarray(answer, np.float32)
+    return Encoded(
+        ids_array[:count],
+        ids_array[1 : count + 1],
+        weights[1 : count + 1],
+        {name: tuple(places) for name, places in starts.items()},
+        len(tokens) - 1 > count,
+    )
+
+
+def _check_cut(
+    count: int, answer: list[bool], starts: Mapping[str, list[int]], items: Sequence[ItemSpec], config: DataConfig
+) -> None:
+    needs = f"it needs {count} positions, but seq_len={config.seq_len}"
+    if config.on_long == "skip":
+        raise TooLong(f"{needs} and on_long='skip'")
+    if any(start + item.rows > config.seq_len for item in items for start in starts[item.name]):
+        raise TooLong(f"{needs}, and truncation would cut a picture")
+    if not any(answer[1 : config.seq_len + 1]):
+        raise TooLong(f"{needs}, and truncation would leave no answer")
+
+
+def _pieces(sample: Sample, template: Template, items: tuple[ItemSpec, ...]) -> Iterator[tuple[bool, str | ItemSpec]]:
+    """(trained on, text or picture), in order. Prompts and answers are tokenised apart, as generation will do."""
+    pattern, of = _splitter(items)
+    for turn in range(0, len(sample.turns), 2):
+        opening = template.answer_suffix if turn else template.start
+        prompt = opening + template.human_prefix + sample.turns[turn] + template.human_suffix
+        for text in pattern.split(prompt) if items else [prompt]:
+            if text:
+                yield False, of.get(text, text)
+        for text in (sample.turns[turn + 1], template.end_token):
+            if text:
+                yield True, text
+
+
+@functools.cache
+def _splitter(items: tuple[ItemSpec, ...]) -> tuple[re.Pattern[str], dict[str, ItemSpec]]:
+    return re.compile("(" + "|".join(re.escape(i.placeholder) for i in items) + ")"), {i.placeholder: i for i in items}

@@ -1,0 +1,190 @@
+"""The language model: a decoder of the Llama family, into which the rows of encoders are merged.
+
+Differences between the members are settings: grouped heads, biases (Qwen2), norms of queries and keys (Qwen3), a
+sliding window (Mistral), scaled rotary positions (Llama 3.1), a head tied to the embedding.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.attention import RopeScaling, attend, causal_mask, rope_frequencies, rotate
+from models.axes import Axes, vary_like
+from models.contract import ModuleDef
+from models.layers import GatedMlp, add, check_counts, dot, normal, ones, rms_norm, wide, zeros
+from models.nnx_parts import part
+
+Batch = Mapping[str, jax.Array]
+Carry = dict[str, jax.Array]
+TOKEN_DIMS = ("batch", "seq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Sizes and variants of a decoder-only language model."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_width: int
+    head_dim: int | None = None  # None: width // num_heads
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qk_norm: bool = False  # norm each head's queries and keys (Qwen3)
+    attention_bias: bool = False  # biases of queries, keys and values (Qwen2)
+    sliding_window: int | None = None  # tokens that a query sees, itself included; None: all before it
+    tied: bool = False  # the head is the embedding
+
+    def __post_init__(self) -> None:
+        check_counts(self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"Decoder.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: each "
+                "key-value head serves the same number of heads; change either"
+            )
+        if self.head_dim is None:
+            if self.width % self.num_heads:
+                raise ValueError(
+                    f"Decoder.width={self.width} is not a multiple of num_heads={self.num_heads}; "
+                    "change either, or set head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.width // self.num_heads)
+        check_counts(self, "head_dim")
+        if self.head_features % 2:
+            raise ValueError(
+                f"Decoder.head_dim={self.head_dim} is odd, and rotary positions turn pairs of features; make it even"
+            )
+        if self.sliding_window is not None:
+            check_counts(self, "sliding_window")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Decoder.{name}={getattr(self, name)}; it must be positive")
+
+    @property
+    def head_features(self) -> int:
+        """Features of a head: `head_dim`, which is never None once checked."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    def module(self, compute_dtype: Any, *, encoders: tuple[str, ...] = ()) -> ModuleDef:
+        """The model as the core sees it, merging the outputs of `encoders`; activations are in `compute_dtype`."""
+        reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
+        return ModuleDef(
+            num_layers=self.num_layers,
+            first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), encoders, rngs=rngs)),
+            layer=part(lambda rngs: _Layer(self, rngs=rngs)),
+            last=part(lambda rngs: _Last(self, rngs=rngs)),
+            reads=dict.fromkeys(reads, TOKEN_DIMS),
+            carry={"x": (*TOKEN_DIMS, None)},
+            output={"x": (*TOKEN_DIMS, None), "head": (None, "vocab")},
+            config=self,
+            divisible={
+                "tp": {
+                    "heads": self.num_heads,
+                    "kv_heads": self.num_kv_heads,
+                    "mlp": self.mlp_width,
+                    "vocab": self.vocab_size,
+                }
+            },
+            axes=frozenset({"dp", "pp", "copies", "cp", "tp"}),
+            tied={"head": "embed"} if self.tied else {},
+            width=self.width,
+        )
+
+
+class _First(nnx.Module):
+    def __init__(self, config: Decoder, compute_dtype: jnp.dtype, encoders: tuple[str, ...], *, rngs: nnx.Rngs) -> None:
+        self.compute_dtype, self.encoders = compute_dtype, encoders
+        self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5)
+
+    def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
+        x = lookup(self.embed.get_value(), batch["tokens"], axes).astype(self.compute_dtype)
+        for name in self.encoders:
+            x = merge(x, rows[name], batch[f"{name}.index"], axes)
+        return {"x": x}
+
+
+def lookup(table: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
+    """Rows of `table`, whose vocabulary is cut over tp; an id outside of it yields zeros."""
+    local = tokens - axes.tp.index() * table.shape[0]
+    mine = (local >= 0) & (local < table.shape[0])
+    found = vary_like(table, local).at[jnp.where(mine, local, 0)].get(mode="promise_in_bounds")
+    return axes.tp.psum(jnp.where(mine[..., None], found, 0))
+
+
+def merge(x: jax.Array, rows: jax.Array, index: jax.Array, axes: Axes) -> jax.Array:
+    """`x` [b, s, d] with an encoder's row wherever `index` [b, s] is not -1.
+
+    `rows` [items, rows per item, d] are those of this data replica, `index` counts over all replicas. An index that
+    points at another replica's rows yields NaN, which stops the run; wrong rows would train in silence.
+    """
+    flat = rows.reshape(-1, rows.shape[-1]).astype(x.dtype)
+    local = jnp.where(index >= 0, index - axes.dp.index() * flat.shape[0], 0)
+    wanted = vary_like(flat, local).at[local].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return jnp.where((index >= 0)[..., None], wanted, x)
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
+        self.eps = config.norm_eps
+        self.attention_norm = ones((config.width,), (None,))
+        self.attention = _Attention(config, rngs=rngs)
+        self.mlp_norm = ones((config.width,), (None,))
+        self.mlp = GatedMlp(config.width, config.mlp_width, rngs=rngs)
+
+    def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
+        x = carry["x"]
+        x = x + self.attention(rms_norm(x, self.attention_norm.get_value(), self.eps), batch, axes)
+        return {"x": x + self.mlp(rms_norm(x, self.mlp_norm.get_value(), self.eps), axes)}
+
+
+class _Attention(nnx.Module):
+    def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        d, h, kv, k = config.width, config.num_heads, config.num_kv_heads, config.head_features
+        self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5)
+        self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
+        self.v = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
+        self.o = normal(rngs, (h, k, d), ("heads", None, None), (h * k) ** -0.5)
+        if config.attention_bias:
+            self.q_bias = zeros((h, k), ("heads", None))
+            self.k_bias = zeros((kv, k), ("kv_heads", None))
+            self.v_bias = zeros((kv, k), ("kv_heads", None))
+        if config.qk_norm:
+            self.q_norm = ones((k,), (None,))
+            self.k_norm = ones((k,), (None,))
+
+    def __call__(self, x: jax.Array, batch: Batch, axes: Axes) -> jax.Array:
+        config, positions, segments = self.config, batch["positions"], batch["segment_ids"]
+        x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
+        q, k, v = (dot(x, w.get_value()) for w in (self.q, self.k, self.v))
+        if config.attention_bias:
+            q, k, v = (add(y, b.get_value()) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+        if config.qk_norm:
+            q = rms_norm(q, self.q_norm.get_value(), config.norm_eps)
+            k = rms_norm(k, self.k_norm.get_value(), config.norm_eps)
+        frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, wide(x.dtype))
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))
+        mask = causal_mask(positions, segments, key_positions, key_segments, config.sliding_window)
+        return axes.tp.psum(dot(attend(q, k, v, mask), self.o.get_value(), contract=2))
+
+
+class _Last(nnx.Module):
+    def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
+        d, vocab = config.width, config.vocab_size
+        self.eps, self.tied = config.norm_eps, config.tied
+        self.norm = ones((d,), (None,))
+        shape, dims = ((vocab, d), ("vocab", None)) if config.tied else ((d, vocab), (None, "vocab"))
+        self.head = normal(rngs, shape, dims, d**-0.5)
+
+    def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
+        head = self.head.get_value()
+        return {"x": rms_norm(carry["x"], self.norm.get_value(), self.eps), "head": head.T if self.tied else head}

@@ -1,0 +1,137 @@
+"""Pieces that models share: a matrix product with its own gradient, norms, feed-forward blocks, initial values.
+
+Activations are in the compute dtype; parameters stay in theirs (float32) until they meet an activation. Norms and sums
+over tokens are computed in at least float32, so that parameters' gradients never pass through a narrower type.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.axes import Axes, vary_like
+from models.contract import Dims
+
+Kept = tuple[jax.Array, jax.Array]
+
+
+def wide(dtype: Any) -> Any:
+    """`dtype`, or float32 where that is more precise."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, dtype: Any = None) -> jax.Array:
+    """`x` times `w` over the last `contract` dims of `x` and the first of `w`, as `dtype` (None: that of `x`).
+
+    Both enter in the precision of `x`. The gradient of `w` leaves in the precision of `w`: autodiff would round each
+    microbatch's to that of `x` before it is accumulated.
+    """
+    # Cast out here, both vary over the same axes inside; the transposes of the casts sum the gradients where needed.
+    return _dot(contract, jnp.dtype(dtype or x.dtype), vary_like(x, w), vary_like(w, x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dot(contract: int, dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.tensordot(x, w.astype(x.dtype), contract, preferred_element_type=dtype)
+
+
+def _dot_forward(contract: int, dtype: Any, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Kept]:
+    return _dot(contract, dtype, x, w), (x, w)
+
+
+def _dot_backward(contract: int, dtype: Any, kept: Kept, g: jax.Array) -> Kept:
+    x, w = kept
+    g = g.astype(x.dtype)
+    rows = tuple(range(x.ndim - contract))
+    columns = tuple(range(len(rows), g.ndim)), tuple(range(contract, w.ndim))
+    g_x = jnp.tensordot(g, w.astype(x.dtype), columns)
+    precise = wide(jnp.promote_types(x.dtype, w.dtype))
+    g_w = jnp.tensordot(x, g, (rows, rows), preferred_element_type=precise)
+    return g_x, g_w.astype(w.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def add(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x` plus `bias` along its last dims."""
+    total = x.astype(wide(x.dtype))
+    return (total + jnp.broadcast_to(bias, x.shape)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`x` over its root mean square along the last dim, times `scale`."""
+    y = x.astype(wide(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Mean 0 and variance 1 along the last dim, then a scale and a bias for each feature."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.eps = eps
+        self.scale = ones((width,), (None,))
+        self.bias = zeros((width,), (None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(wide(x.dtype))
+        y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        y = y * jnp.broadcast_to(self.scale.get_value(), y.shape) + jnp.broadcast_to(self.bias.get_value(), y.shape)
+        return y.astype(x.dtype)
+
+
+def mlp(
+    x: jax.Array,
+    up: nnx.Param,
+    up_bias: nnx.Param,
+    down: nnx.Param,
+    down_bias: nnx.Param,
+    *,
+    activation: Callable[[jax.Array], jax.Array],
+    axes: Axes,
+) -> jax.Array:
+    """Two linear maps with an activation between; the hidden features are cut over tp, the result is whole."""
+    hidden = activation(add(dot(x, up.get_value()), up_bias.get_value()))
+    return add(axes.tp.psum(dot(hidden, down.get_value())), down_bias.get_value())
+
+
+class GatedMlp(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs) -> None:
+        self.gate = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
+        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
+        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5)
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        x = vary_like(x, self.gate.get_value())  # here: one all-reduce of the gradient over tp, not two
+        hidden = jax.nn.silu(dot(x, self.gate.get_value())) * dot(x, self.up.get_value())
+        return axes.tp.psum(dot(hidden, self.down.get_value()))
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], logical: Dims, std: float) -> nnx.Param:
+    """A float32 parameter of independent Gaussians; `logical` names its dims."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical=logical)
+
+
+def zeros(shape: tuple[int, ...], logical: Dims) -> nnx.Param:
+    """A float32 parameter of zeros."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical=logical)
+
+
+def ones(shape: tuple[int, ...], logical: Dims) -> nnx.Param:
+    """A float32 parameter of ones."""
+    return nnx.Param(jnp.ones(shape, jnp.float32), logical=logical)
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Raises ValueError unless the fields `names` of `config` are whole numbers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{type(config).__name__}.{name}={value!r}; it must be a whole number of at least 1")

@@ -1,0 +1,46 @@
+"""From Flax NNX modules to the contract's parts: nested dicts of arrays beside pure functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from models.axes import Axes
+from models.contract import Params, Part
+
+
+def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
+    """The part whose code is the NNX module that `make` builds.
+
+    Every parameter is an `nnx.Param(value, logical=dims)` and is named by its path of attributes. The module is called
+    as `module(x, batch, axes)`.
+    """
+    build = lambda key: make(nnx.Rngs(params=key))
+    definition, shapes = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+    variables = dict(nnx.to_flat_state(shapes))
+
+    def init(key: jax.Array) -> Params:
+        return _nested({path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(build(key)))})
+
+    def apply(params: Params, x: Any, batch: Mapping[str, jax.Array], axes: Axes) -> Any:
+        values = [(path, v.replace(_at(params, path))) for path, v in variables.items()]
+        return nnx.merge(definition, nnx.from_flat_state(values))(x, batch, axes)
+
+    return Part(init, apply, _nested({path: v.get_metadata("logical") for path, v in variables.items()}))
+
+
+def _nested(flat: Mapping[tuple[str, ...], Any]) -> Params:
+    tree: Params = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def _at(tree: Params, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

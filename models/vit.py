@@ -1,0 +1,216 @@
+"""A vision transformer with its projector, in the two shapes that published vision-language models use.
+
+siglip: patches with a bias, tanh GELU. clip: a class token, a norm before the first layer, quick GELU, no patch bias.
+The features are those after the layer that `feature_layer` counts back to; layers behind it are not built, nor is the
+norm after the last one, which no vision-language model reads.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from models.attention import attend
+from models.axes import Axes, vary_like
+from models.contract import ModuleDef
+from models.layers import LayerNorm, add, check_counts, dot, mlp, normal, zeros
+from models.nnx_parts import part
+from models.projector import Projector
+
+Batch = Mapping[str, jax.Array]
+Carry = dict[str, jax.Array]
+VARIANTS, SELECTS = ("siglip", "clip"), ("full", "default")
+CARRY_DIMS = ("items", "seq", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViT:
+    """Sizes and variant of a vision encoder, and of the projector behind it."""
+
+    image_size: int  # pixels, of both sides
+    patch_size: int  # pixels, of both sides
+    width: int
+    num_layers: int  # of the whole tower, also those that feature_layer leaves out
+    num_heads: int
+    mlp_width: int
+    output_width: int  # the language model's width
+    variant: str = "siglip"  # siglip or clip
+    projector_width: int | None = None  # hidden features of the projector; None: output_width
+    feature_layer: int = -1  # -1: after the last layer, -2: after the one before
+    select: str = "full"  # full: all tokens; default: without the class token
+
+    def __post_init__(self) -> None:
+        counts = ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width", "output_width")
+        check_counts(self, *counts, *(() if self.projector_width is None else ("projector_width",)))
+        for name, allowed in (("variant", VARIANTS), ("select", SELECTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"ViT.{name}={getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"ViT.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
+                f"{self.image_size - self.image_size % self.patch_size or self.patch_size} is"
+            )
+        if self.width % self.num_heads:
+            raise ValueError(f"ViT.width={self.width} is not a multiple of num_heads={self.num_heads}; change either")
+        if not -self.num_layers <= self.feature_layer <= -1:
+            raise ValueError(
+                f"ViT.feature_layer={self.feature_layer} counts back from the last of num_layers={self.num_layers}; "
+                f"it must be from -{self.num_layers} to -1 (-1: after the last layer)"
+            )
+        if self.select == "default" and not self.has_class_token:
+            raise ValueError(
+                f"ViT.select='default' drops the first token, which for variant={self.variant!r} is a patch; "
+                "use select='full'"
+            )
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a learned token stands before the patches."""
+        return self.variant == "clip"
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a picture."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture inside the tower."""
+        return self.num_patches + self.has_class_token
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a picture that the language model receives."""
+        return self.num_tokens - (self.select == "default")
+
+    @property
+    def eps(self) -> float:
+        """What the norms add to the variance."""
+        return 1e-5 if self.variant == "clip" else 1e-6
+
+    @property
+    def hidden(self) -> int:
+        """Hidden features of the projector."""
+        return self.projector_width or self.output_width
+
+    def module(self, compute_dtype: Any, *, name: str = "vision") -> ModuleDef:
+        """The encoder as the core sees it, reading `name`.pixels; activations are in `compute_dtype`."""
+        # With a class token the tokens cannot be cut evenly: their number is odd for all usual sizes.
+        divisible = {"tp": {"heads": self.num_heads, "mlp": self.mlp_width, "projector": self.hidden}}
+        cuts = {} if self.has_class_token else {"cp": {"tokens": self.num_tokens}}
+        pixels = f"{name}.pixels"
+        return ModuleDef(
+            num_layers=self.num_layers + 1 + self.feature_layer,
+            first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), pixels, rngs=rngs)),
+            layer=part(lambda rngs: _Layer(self, rngs=rngs)),
+            last=part(lambda rngs: _Last(self, rngs=rngs)),
+            reads={pixels: ("items", None, None, None)},
+            carry={"x": CARRY_DIMS},
+            output={"x": CARRY_DIMS},
+            config=self,
+            divisible=divisible | cuts,
+            axes=frozenset({"dp", "pp", "copies", "tp", *cuts}),
+            rows=self.rows,
+            width=self.output_width,
+        )
+
+
+class _First(nnx.Module):
+    def __init__(self, config: ViT, compute_dtype: jnp.dtype, pixels: str, *, rngs: nnx.Rngs) -> None:
+        self.config, self.compute_dtype, self.pixels = config, compute_dtype, pixels
+        p, d = config.patch_size, config.width
+        self.patch = normal(rngs, (p, p, 3, d), (None, None, None, None), (3 * p * p) ** -0.5)
+        self.position = normal(rngs, (config.num_tokens, d), (None, None), 0.02)
+        if config.has_class_token:
+            self.class_token = normal(rngs, (d,), (None,), 0.02)
+            self.pre_norm = LayerNorm(d, config.eps)
+        else:
+            self.patch_bias = zeros((d,), (None,))
+
+    def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
+        config = self.config
+        patches = cut(batch[self.pixels].astype(self.compute_dtype), config.patch_size)
+        x = dot(_own(patches, 1, axes), self.patch.get_value(), contract=3)
+        if config.has_class_token:
+            token = jnp.broadcast_to(self.class_token.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([token, x], axis=1)
+        else:
+            x = add(x, self.patch_bias.get_value())
+        x = add(x, _own(self.position.get_value(), 0, axes))
+        return {"x": self.pre_norm(x) if config.has_class_token else x}
+
+
+def cut(pixels: jax.Array, size: int) -> jax.Array:
+    """Pictures [n, height, width, 3] as patches [n, patches, size, size, 3], row by row."""
+    n, height, width, channels = pixels.shape
+    grid = pixels.reshape(n, height // size, size, width // size, size, channels)
+    return grid.swapaxes(2, 3).reshape(n, -1, size, size, channels)
+
+
+def _own(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
+    """This device's tokens of `x`, which has all of them along `dim`."""
+    size = x.shape[dim] // axes.cp.size
+    return lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: ViT, *, rngs: nnx.Rngs) -> None:
+        activation = quick_gelu if config.variant == "clip" else functools.partial(jax.nn.gelu, approximate=True)
+        self.attention_norm = LayerNorm(config.width, config.eps)
+        self.attention = _Attention(config.width, config.num_heads, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.width, config.eps)
+        self.mlp = _Mlp(config.width, config.mlp_width, activation, rngs=rngs)
+
+    def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
+        x = carry["x"]
+        x = x + self.attention(self.attention_norm(x), axes)
+        return {"x": x + self.mlp(self.mlp_norm(x), axes)}
+
+
+class _Attention(nnx.Module):
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs) -> None:
+        d, h, k = width, num_heads, width // num_heads
+        self.q, self.k, self.v = (normal(rngs, (d, h, k), (None, "heads", None), d**-0.5) for _ in range(3))
+        self.q_bias, self.k_bias, self.v_bias = (zeros((h, k), ("heads", None)) for _ in range(3))
+        self.o = normal(rngs, (h, k, d), ("heads", None, None), d**-0.5)
+        self.o_bias = zeros((d,), (None,))
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
+        pairs = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
+        q, k, v = (add(dot(x, w.get_value()), b.get_value()) for w, b in pairs)
+        y = attend(q, axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1))
+        return add(axes.tp.psum(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
+
+
+class _Mlp(nnx.Module):
+    def __init__(
+        self, width: int, hidden: int, activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs
+    ) -> None:
+        self.activation = activation
+        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
+        self.up_bias = zeros((hidden,), ("mlp",))
+        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5)
+        self.down_bias = zeros((width,), (None,))
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return mlp(x, self.up, self.up_bias, self.down, self.down_bias, activation=self.activation, axes=axes)
+
+
+class _Last(nnx.Module):
+    def __init__(self, config: ViT, *, rngs: nnx.Rngs) -> None:
+        self.drop = int(config.select == "default")
+        self.projector = Projector(config.width, config.hidden, config.output_width, rngs=rngs)
+
+    def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
+        return {"x": self.projector(carry["x"][:, self.drop :], axes)}
