@@ -1,6 +1,14 @@
 """What a run is: the modules with their layouts, the data, the optimizer. Frozen dataclasses that gin fills in.
 
-`build` turns an experiment into a trainer and its loader; the command, `verify` and notebooks all start there.
+`build` turns an experiment into a trainer, `train_loader` and `held_out_loader` into its data; the commands, `verify` and
+notebooks all start there:
+
+    experiment = config.load(["configs/quickstart.gin"], [], Experiment)
+    start(experiment)
+    trainer, loader = build(experiment), train_loader(experiment)
+    trainer.compile()
+    state = trainer.init()
+    state, outcome = trainer.step(state, loader.next_step(experiment.num_microbatches))
 """
 
 import dataclasses
@@ -8,10 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hetjax import layout, optimizer
+from hetjax import config
 from hetjax.data import DataConfig, ItemSpec, Loader
+from hetjax.data.microbatch import abstract
 from hetjax.graph import Graph, Module, Remat, vlm
 from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
@@ -30,14 +38,29 @@ class Encoder:
     field: str = "image"  # key of the conversation JSON that names the pictures
     placeholder: str = "<image>"
     slots_per_group: int = 1  # pictures that a group of samples has room for
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by
     remat: str = "full"  # full, dots or none
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
         check_choice(f"{self.name}.remat", self.remat, tuple(r.value for r in Remat))
         check_choice(f"{self.name}.compute_dtype", self.compute_dtype, PRECISIONS)
-        if self.slots_per_group < 1:
-            raise ValueError(f"{self.name}: slots_per_group={self.slots_per_group}; a group needs room for at least 1 picture")
+
+    @property
+    def items(self) -> ItemSpec:
+        """What the encoder asks of the data."""
+        return ItemSpec(
+            name=self.name,
+            rows=self.model.rows,
+            height=self.model.image_size,
+            width=self.model.image_size,
+            slots_per_group=self.slots_per_group,
+            field=self.field,
+            placeholder=self.placeholder,
+            mean=self.mean,
+            std=self.std,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +92,26 @@ class Experiment:
     encoder_window: int | None = None  # microbatches that colocated encoders run ahead; None: all
     seed: int = 0
     param_dtype: str = "float32"  # float32 or float64
-    eval_data: DataConfig | None = None
+    held_out: DataConfig | None = None  # evaluated at the end, and every `eval_every` steps
     eval_every: int = 0  # steps; 0: at the end only
-    eval_microbatches: int = 0  # 0: the whole held-out set
+    eval_microbatches: int = 0  # 0: the whole held-out file
     save_every: int = 200  # steps
     keep: int = 2  # checkpoints
     log_every: int = 10  # steps
     tensorboard: bool = False
+    emulated_devices: int = 0  # CPU devices to emulate; 0: the devices that jax finds
+    compilation_cache: str | None = None  # directory; None: the user's cache, "": none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoders", tuple(self.encoders))
-        for name in ("steps", "num_microbatches", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least 1")
+        least = dict(steps=1, num_microbatches=1, save_every=1, keep=1, log_every=1, eval_every=0, eval_microbatches=0, emulated_devices=0)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
         check_choice("Experiment.schedule", self.schedule, ("1f1b", "gpipe"))
         check_choice("Experiment.param_dtype", self.param_dtype, ("float32", "float64"))
+        if self.eval_every and self.held_out is None:
+            raise ValueError(f"Experiment.eval_every={self.eval_every} without held-out data; set Experiment.held_out")
 
 
 def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
@@ -100,3 +128,64 @@ def build_graph(experiment: Experiment) -> Graph:
     llm = experiment.llm
     definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=tuple(e.name for e in experiment.encoders))
     return vlm(towers, Module(llm.name, definition, llm.layout, Remat(llm.remat)))
+
+
+def in_precision(experiment: Experiment, dtype: str) -> Experiment:
+    """The experiment with parameters and activations of every module in `dtype`."""
+    return dataclasses.replace(
+        experiment,
+        llm=dataclasses.replace(experiment.llm, compute_dtype=dtype),
+        encoders=tuple(dataclasses.replace(e, compute_dtype=dtype) for e in experiment.encoders),
+        param_dtype=dtype,
+    )
+
+
+def start(experiment: Experiment) -> None:
+    """Sets up jax for the experiment: emulated devices, float64, compilation cache. Call it before the first array."""
+    if "float64" in (experiment.param_dtype, experiment.llm.compute_dtype, *(e.compute_dtype for e in experiment.encoders)):
+        jax.config.update("jax_enable_x64", True)
+    if experiment.emulated_devices:
+        config.emulate_devices(experiment.emulated_devices)
+    config.use_compilation_cache(experiment.compilation_cache)
+
+
+def build(experiment: Experiment) -> Trainer:
+    """The trainer of an experiment; reads no data and compiles nothing. Raises ValueError for what cannot run."""
+    items = [e.items for e in experiment.encoders]
+    shapes = abstract(experiment.data, items)
+    return Trainer(
+        build_graph(experiment),
+        devices=jax.devices(),
+        batch={name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()},
+        groups=experiment.data.groups,
+        num_microbatches=experiment.num_microbatches,
+        config=experiment.optimizer,
+        schedule=experiment.schedule,
+        encoder_window=experiment.encoder_window,
+        seed=experiment.seed,
+        param_dtype=jnp.dtype(experiment.param_dtype),
+    )
+
+
+def train_loader(experiment: Experiment) -> Loader:
+    """The training data."""
+    return _loader(experiment, experiment.data)
+
+
+def held_out_loader(experiment: Experiment) -> Loader | None:
+    """The held-out data, in microbatches of the training's shape."""
+    if experiment.held_out is None:
+        return None
+    shape = ("seq_len", "samples_per_group", "groups")
+    same = dataclasses.replace(experiment.held_out, **{name: getattr(experiment.data, name) for name in shape})
+    return _loader(experiment, same)
+
+
+def _loader(experiment: Experiment, data: DataConfig) -> Loader:
+    loader = Loader(data, tuple(e.items for e in experiment.encoders))
+    if loader.vocab_size > experiment.llm.model.vocab_size:
+        raise ValueError(
+            f"{experiment.llm.name}: vocab_size={experiment.llm.model.vocab_size}, but the tokenizer {data.tokenizer_path} "
+            f"has {loader.vocab_size} tokens; set vocab_size to at least {loader.vocab_size}"
+        )
+    return loader

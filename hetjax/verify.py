@@ -2,94 +2,77 @@
 
     python -m hetjax.verify --gin_file=configs/quickstart.gin --steps=3 --dtype=float64
 
-A leaf's error is ||x - reference|| / max(||reference||, 0.01 ||module's reference||): some leaves (key biases) have a true
-gradient of zero, and relative error means nothing there.
+Exit status 0: every step's loss and every leaf are within tolerance; 1: one is not; 2: the run cannot be built.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import jax
-import numpy as np
-
+from hetjax import config, experiment
+from hetjax.compare import StepReport, compare
+from hetjax.experiment import Experiment
 from hetjax.reference import Reference
-from hetjax.trainer import Path, State, Trainer
-
-Flat = Mapping[str, Mapping[Path, np.ndarray]]
+from hetjax.shrink import shrunk
 
 
-class Worst(NamedTuple):
-    """The leaf that differs most."""
+class Tolerance(NamedTuple):
+    """What a run may differ by: losses relatively, leaves by their formula at the first step and later.
 
-    error: float
-    leaf: str
+    Later steps start from parameters that already differ by rounding, which training amplifies."""
 
-
-class StepReport(NamedTuple):
-    """One step, compared: the losses, and the worst leaf of each module's gradients and optimizer state."""
-
-    step: int
     loss: float
-    reference_loss: float
-    gradients: dict[str, Worst]
-    state: dict[str, Worst]
-
-    @property
-    def loss_error(self) -> float:
-        """Relative difference of the losses."""
-        return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-30)
-
-    def within(self, *, loss: float, leaves: float) -> bool:
-        """Whether the loss and every leaf are within tolerance (a NaN is not)."""
-        worst = [w.error for w in (*self.gradients.values(), *self.state.values())]
-        return self.loss_error <= loss and all(e <= leaves for e in worst)
+    first: float
+    later: float
 
 
-def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarray]) -> Worst:
-    """The largest error over the leaves of one module; layers are judged one by one."""
-    if set(got) != set(reference):
-        odd = sorted(jax.tree_util.keystr(p) for p in set(got) ^ set(reference))
-        return Worst(float("inf"), f"held by one side only: {odd[0]}")
-    whole = np.sqrt(sum(float(np.sum(np.square(r, dtype=np.float64))) for r in reference.values()))
-    worst = Worst(0.0, "-")
-    for path, leaf in reference.items():
-        stacked = any(getattr(k, "key", None) == "layers" for k in path)
-        pairs = zip(got[path], leaf, strict=True) if stacked else [(got[path], leaf)]
-        for i, (a, b) in enumerate(pairs):
-            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-            scale = max(np.linalg.norm(b), 0.01 * whole, 1e-300)
-            error = float(np.linalg.norm(a - b) / scale)
-            if not error <= worst.error:  # also true for NaN
-                worst = Worst(error, _name(path, i if stacked else None))
-    return worst
+TOLERANCES = {"float64": Tolerance(1e-9, 1e-11, 1e-8), "float32": Tolerance(1e-5, 1e-5, 1e-3)}
 
 
-def _name(path: Path, layer: int | None) -> str:
-    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    return "/".join(f"{p}/{layer:04d}" if p == "layers" and layer is not None else p for p in parts)
+def main(argv: Sequence[str]) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m hetjax.verify", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="training steps to compare (default 2)")
+    parser.add_argument("--dtype", choices=list(TOLERANCES), default="float64", help="of both sides (default float64)")
+    parser.add_argument("--shrink", action="store_true", help="a small model of the same layers and layouts")
+    arguments = config.parse_arguments(argv, parser, needs_workdir=False)
+    flags = arguments.flags
+    try:
+        if flags.steps < 1:
+            raise ValueError(f"--steps={flags.steps}; compare at least 1")
+        run = config.load(arguments.gin_files, arguments.bindings, Experiment)
+        run = experiment.in_precision(shrunk(run) if flags.shrink else run, flags.dtype)
+        experiment.start(run)
+        trainer = experiment.build(run)
+        print(f"{trainer.picture()}\n", flush=True)
+        with experiment.train_loader(run) as loader:
+            trainer.compile()
+            steps = (loader.next_step(run.num_microbatches) for _ in range(flags.steps))
+            return _print_reports(compare(trainer, steps, Reference(trainer.graph, trainer.config)), TOLERANCES[flags.dtype])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
-def compare(trainer: Trainer, steps: Iterable[Sequence[Mapping[str, np.ndarray]]]) -> Iterator[StepReport]:
-    """Trains both sides from the same parameters, a step per element of `steps` (lists of microbatches)."""
-    state: State = trainer.init()
-    reference = Reference(trainer.graph, trainer.config)
-    params = trainer.whole(state.params)
-    reference_state = reference.init_state(params)
-    for n, microbatches in enumerate(steps):
-        done = trainer.gradients(state, microbatches)
-        got = trainer.flat(done.grads)
-        state, outcome = trainer.update(state, done)
-        result = reference.step(params, reference_state, microbatches, n)
-        params, reference_state = result.params, result.state
-        states = trainer.flat(state.optimizer)
-        yield StepReport(
-            n,
-            float(outcome.loss),
-            float(result.loss),
-            {m: worst_leaf(got[m], _leaves(result.grads[m])) for m in got},
-            {m: worst_leaf(states[m], _leaves(reference_state[m])) for m in states if states[m]},
+def _print_reports(reports: Iterable[StepReport], tolerance: Tolerance) -> int:
+    failed = 0
+    for report in reports:
+        leaves = tolerance.later if report.step else tolerance.first
+        good = report.within(loss=tolerance.loss, leaves=leaves)
+        failed += not good
+        verdict = "within" if good else "BEYOND"
+        print(
+            f"step {report.step}: loss {report.loss:.6f}, reference {report.reference_loss:.6f}, difference {report.loss_error:.1e} "
+            f"(at most {tolerance.loss:.0e}): {verdict} tolerance"
         )
+        for name in report.gradients:
+            for kind, found in (("gradients", report.gradients), ("optimizer", report.state)):
+                if name in found:
+                    print(f"  {name:<10} {kind:<10} {found[name].error:.1e} (at most {leaves:.0e})  worst: {found[name].leaf}", flush=True)
+    print("every layout trains as one device does" if not failed else f"FAILED: {failed} step(s) beyond tolerance")
+    return 1 if failed else 0
 
 
-def _leaves(tree: Any) -> dict[Path, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

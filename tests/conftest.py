@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",  # compiles three times faster; the programs are tiny
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=20",
         "--xla_cpu_collective_call_terminate_timeout_seconds=60",
     ]
@@ -43,9 +44,10 @@ class Counter:
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """The test runs in float64."""
-    with jax.enable_x64(True):
-        yield
+    """The test runs in float64, in every thread (`jax.enable_x64` as a context holds for one)."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def draw_pairs(relation: str, count: int) -> list[Pair]:
     return list(found)
 
 
-PAIRS = [*CHOSEN, *draw_pairs("same", 8), *draw_pairs("disjoint", 12), *draw_pairs("overlapping", 8)]
+PAIRS = [*CHOSEN, *draw_pairs("same", 7), *draw_pairs("disjoint", 9), *draw_pairs("overlapping", 8)]
 
 
 def build(pair: Pair, arrays: Mapping[str, tuple[tuple[int, ...], Any]] = ARRAYS) -> Boundary:

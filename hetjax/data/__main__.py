@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hetjax import config, experiment
+from hetjax import command, config, experiment
 from hetjax.data import inspect
 
 
@@ -16,11 +16,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--microbatches", type=int, default=1, metavar="N", help="how many to show (default 1)")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows of each to show (default 2)")
     parser.add_argument("--pictures", metavar="DIR", help="also write every picture there, as its encoder sees it")
-    arguments = config.parse_arguments(argv, parser, needs_workdir=False)
+    arguments = command.parse_arguments(argv, parser, needs_workdir=False)
     flags = arguments.flags
     try:
         run = config.load(arguments.gin_files, arguments.bindings, experiment.Experiment)
-        with experiment.loader_of(run) as loader:
+        with experiment.train_loader(run) as loader:
             for number, microbatch in enumerate(loader.next_step(flags.microbatches)):
                 text = inspect.describe(
                     microbatch,

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from hetjax.data.settings import DataError
 
@@ -83,6 +83,5 @@ def _tokenizer(samples: list[dict[str, Any]]) -> Tokenizer:
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *sorted(words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    tokenizer.decoder = decoders.WordPiece(prefix="", cleanup=False)  # joins words by spaces
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer

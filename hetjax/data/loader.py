@@ -8,6 +8,7 @@ following steps bit for bit.
 import contextlib
 import itertools
 import logging
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """The first `place` samples of an epoch are read, and all placed but `waiting`: ordinals, of this epoch or before."""
+    """The first `place` samples of an epoch are read and used, but for the ordinals in `waiting`."""
 
     epoch: int = 0
     place: int = 0
@@ -55,6 +56,7 @@ class Loader:
         self.truncated: set[int] = set()
         self.too_long: set[int] = set()
         self._named: set[int] = set()  # ordinals in `bad`
+        self._naming = threading.Lock()  # a pass for evaluation may run beside the thread that works ahead
         self._position = Position()
         self._ahead: Ahead[Made] | None = None
         self._waited = 0.0
@@ -91,11 +93,10 @@ class Loader:
         """Shape and dtype of every array of a microbatch; loads nothing."""
         return microbatch.abstract(self.config, self.items)
 
-    def sample(self, ordinal: int) -> Sample:
-        """The sample that `one_pass` calls by this number."""
-        entry = self._entries[ordinal]
-        assert isinstance(entry, Sample), f"{entry} is never handed out"
-        return entry
+    @property
+    def samples(self) -> dict[int, Sample]:
+        """The well-formed samples by their ordinal, the number that `one_pass` calls them by."""
+        return {ordinal: entry for ordinal, entry in enumerate(self._entries) if isinstance(entry, Sample)}
 
     def next_step(self, num_microbatches: int) -> list[Arrays]:
         """The global microbatches of the next step."""
@@ -227,14 +228,16 @@ class Loader:
     def _reject(self, ordinal: int, problem: Problem) -> None:
         if self.config.on_bad_item == "stop":
             raise DataError(f"{problem}; repair it, or set DataConfig.on_bad_item='skip' to go on without it")
-        if ordinal not in self._named:
+        with self._naming:
+            if ordinal in self._named:
+                return
             self._named.add(ordinal)
             self.bad.append(problem)
-            LOG.warning("skipped %s", problem)
+        LOG.warning("skipped %s", problem)
 
     def _count_long(self, ordinal: int, seen: set[int], what: str) -> None:
         if not seen:
-            LOG.warning("sample %r: %s; further ones are only counted", self.sample(ordinal).id, what)
+            LOG.warning("sample %r: %s; further ones are only counted", self.samples[ordinal].id, what)
         seen.add(ordinal)
 
     def _nothing_left(self) -> DataError:

@@ -30,7 +30,8 @@ class Prepared(NamedTuple):
 def abstract(config: DataConfig, items: Sequence[ItemSpec]) -> dict[str, Abstract]:
     """Shape and dtype of every array of a microbatch."""
     text = config.samples, config.seq_len
-    shapes: dict[str, Abstract] = {k: (text, np.dtype(np.int32)) for k in ("tokens", "positions", "segment_ids", "targets")}
+    names = "tokens", "positions", "segment_ids", "targets"
+    shapes: dict[str, Abstract] = {name: (text, np.dtype(np.int32)) for name in names}
     shapes["weights"] = text, np.dtype(np.float32)
     for item in items:
         shapes[f"{item.name}.index"] = text, np.dtype(np.int32)

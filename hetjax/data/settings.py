@@ -62,9 +62,7 @@ class DataConfig:
                 raise ValueError(f"DataConfig.{name}={getattr(self, name)}; it must be at least {low}")
         for name, choices in dict(on_bad_item=ON_BAD_ITEM, on_long=ON_LONG).items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"DataConfig.{name}={getattr(self, name)!r}; it must be one of {', '.join(choices)}"
-                )
+                raise ValueError(f"DataConfig.{name}={getattr(self, name)!r}; it must be one of {', '.join(choices)}")
 
     @property
     def samples(self) -> int:

@@ -1,9 +1,9 @@
 """Turns a conversation into token positions, and says by position which of them are trained on.
 
-    text    <image> \\n what is it ?  blue <end>
-    inputs  0 0 0 0    5   7  8 9   12
-    targets 0 0 0 5    7   8  9 12  2         the next token; 0 where a picture's position follows
-    weights 0 0 0 0    0   0  0 1   1         1 where the target belongs to an answer
+text    <image> \\n what is it ?  blue <end>
+inputs  0 0 0 0    5   7  8 9   12
+targets 0 0 0 5    7   8  9 12  2         the next token; 0 where a picture's position follows
+weights 0 0 0 0    0   0  0 1   1         1 where the target belongs to an answer
 """
 
 import functools

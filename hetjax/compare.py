@@ -1,0 +1,94 @@
+"""The same steps under layouts and through the reference, and how far apart they are.
+
+A leaf's error is ||x - reference|| / max(||reference||, 0.01 ||module's reference||): some leaves (key biases) have a true
+gradient of zero, and relative error means nothing there.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hetjax.reference import Reference
+from hetjax.trainer import Path, State, Trainer
+
+Flat = Mapping[str, Mapping[Path, np.ndarray]]
+
+
+class Worst(NamedTuple):
+    """The leaf that differs most."""
+
+    error: float
+    leaf: str
+
+
+class StepReport(NamedTuple):
+    """One step, compared: the losses, and the worst leaf of each module's gradients and optimizer state."""
+
+    step: int
+    loss: float
+    reference_loss: float
+    gradients: dict[str, Worst]
+    state: dict[str, Worst]
+
+    @property
+    def loss_error(self) -> float:
+        """Relative difference of the losses."""
+        return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-30)
+
+    def within(self, *, loss: float, leaves: float) -> bool:
+        """Whether the loss and every leaf are within tolerance (a NaN is not)."""
+        worst = [w.error for w in (*self.gradients.values(), *self.state.values())]
+        return self.loss_error <= loss and all(e <= leaves for e in worst)
+
+
+def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarray]) -> Worst:
+    """The largest error over the leaves of one module; layers are judged one by one."""
+    if set(got) != set(reference):
+        odd = sorted(jax.tree_util.keystr(p) for p in set(got) ^ set(reference))
+        return Worst(float("inf"), f"held by one side only: {odd[0]}")
+    whole = np.sqrt(sum(float(np.sum(np.square(r, dtype=np.float64))) for r in reference.values()))
+    worst = Worst(0.0, "-")
+    for path, leaf in reference.items():
+        stacked = any(getattr(k, "key", None) == "layers" for k in path)
+        pairs = zip(got[path], leaf, strict=True) if stacked else [(got[path], leaf)]
+        for i, (a, b) in enumerate(pairs):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            scale = max(np.linalg.norm(b), 0.01 * whole, 1e-300)
+            error = float(np.linalg.norm(a - b) / scale)
+            if not error <= worst.error:  # also true for NaN
+                worst = Worst(error, _name(path, i if stacked else None))
+    return worst
+
+
+def _name(path: Path, layer: int | None) -> str:
+    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    return "/".join(f"{p}/{layer:04d}" if p == "layers" and layer is not None else p for p in parts)
+
+
+def compare(
+    trainer: Trainer, steps: Iterable[Sequence[Mapping[str, np.ndarray]]], reference: Reference
+) -> Iterator[StepReport]:
+    """Trains both sides from the same parameters, a step per element of `steps` (lists of microbatches)."""
+    state: State = trainer.init()
+    params = trainer.whole(state.params)
+    reference_state = reference.init_state(params)
+    for n, microbatches in enumerate(steps):
+        done = trainer.gradients(state, microbatches)
+        got = trainer.flat(done.grads)
+        state, outcome = trainer.update(state, done)
+        result = reference.step(params, reference_state, microbatches, n)
+        params, reference_state = result.params, result.state
+        states = trainer.flat(state.optimizer)
+        yield StepReport(
+            n,
+            float(outcome.loss),
+            float(result.loss),
+            {m: worst_leaf(got[m], _leaves(result.grads[m])) for m in got},
+            {m: worst_leaf(states[m], _leaves(reference_state[m])) for m in states if states[m]},
+        )
+
+
+def _leaves(tree: Any) -> dict[Path, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,0 +1,57 @@
+"""Exact-match accuracy on held-out conversations: with their pictures, with blank ones, and of the text alone."""
+
+import collections
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from hetjax.trainer import State, Trainer
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Score(NamedTuple):
+    """Over all target tokens and all samples that have any."""
+
+    loss: float  # mean over target tokens
+    accuracy: float  # of samples: every target token was the most likely one, so greedy decoding gives the answer
+    samples: int
+
+
+def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.ndarray]]) -> Score:
+    """The score over (microbatch, owner) pairs; `owner` [batch, seq] is each target's sample, -1 elsewhere."""
+    loss = tokens = 0.0
+    targets: collections.Counter[int] = collections.Counter()
+    hits: collections.Counter[int] = collections.Counter()
+    for microbatch, owner in batches:
+        total, correct = trainer.evaluate(state, microbatch)
+        loss += total
+        tokens += float(microbatch["weights"].sum(dtype=np.float64))
+        scored = owner >= 0
+        targets.update(owner[scored].tolist())
+        hits.update(owner[scored & (correct > 0)].tolist())
+    right = sum(hits[sample] == count for sample, count in targets.items())
+    return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), len(targets))
+
+
+def blank(microbatch: Arrays, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """The microbatch with zeros in the arrays `keys`: pictures of the mean colour."""
+    return {**microbatch, **{key: np.zeros_like(microbatch[key]) for key in keys}}
+
+
+def prior_accuracy(train: Iterable[tuple[str, str]], held_out: Iterable[tuple[str, str]]) -> float:
+    """How often the commonest training answer to the same question, or to any, is right: what text alone can score.
+
+    Both are (question, answer) pairs."""
+    by_question: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    overall: collections.Counter[str] = collections.Counter()
+    for question, answer in train:
+        by_question[question][answer] += 1
+        overall[answer] += 1
+    right = total = 0
+    for question, answer in held_out:
+        answers = by_question.get(question, overall)
+        right += bool(answers) and answers.most_common(1)[0][0] == answer
+        total += 1
+    return right / max(total, 1)

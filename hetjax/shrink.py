@@ -1,0 +1,46 @@
+"""A small model in a large one's place: same layouts, vocabulary, pictures and kinds of layers; fewer and narrower ones."""
+
+import dataclasses
+import math
+from typing import Any
+
+from hetjax.experiment import Experiment
+from hetjax.layout import Layout
+
+HEAD_DIM = 8
+
+
+def shrunk(experiment: Experiment) -> Experiment:
+    """The experiment with every module cut down to sizes that its layout still divides."""
+    llm = experiment.llm
+    model = _smaller(llm.model, llm.layout)
+    encoders = tuple(
+        dataclasses.replace(e, model=dataclasses.replace(_smaller(e.model, e.layout), output_width=model.width), layout=_even(e.layout))
+        for e in experiment.encoders
+    )
+    return dataclasses.replace(experiment, llm=dataclasses.replace(llm, model=model, layout=_even(llm.layout)), encoders=encoders)
+
+
+def _even(layout: Layout) -> Layout:
+    """The layout, with its layers cut evenly: their number is another now."""
+    return dataclasses.replace(layout, layers=None)
+
+
+def _smaller(model: Any, layout: Layout) -> Any:
+    """A model config with as many layers as stages (at least 2) and heads of `HEAD_DIM`, in the same ratio of groups."""
+    fields = {f.name for f in dataclasses.fields(model)}
+    kv_heads = getattr(model, "num_kv_heads", model.num_heads)
+    ratio = model.num_heads // kv_heads
+    kv_heads = min(kv_heads, math.lcm(2, layout.tp))
+    heads = kv_heads * ratio
+    sizes = {
+        "num_layers": min(model.num_layers, max(2, layout.pp)),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "width": heads * HEAD_DIM,
+        "head_dim": HEAD_DIM,
+        "mlp_width": 4 * HEAD_DIM * layout.tp,
+        "projector_width": 4 * HEAD_DIM * layout.tp,
+        "feature_layer": -1,
+    }
+    return dataclasses.replace(model, **{name: size for name, size in sizes.items() if name in fields})

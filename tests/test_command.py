@@ -1,0 +1,95 @@
+"""The command line, emulated devices and the compilation cache."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from hetjax import command
+from hetjax.ginfile import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, **environment: str) -> str:
+    """What `code` prints in a fresh process."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PJRT_", "XDG_"))}
+    command = [sys.executable, "-c", f"from hetjax import command\nimport jax, os\n{code}"]
+    return subprocess.run(
+        command, env=inherited | environment, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_arguments_are_files_settings_a_directory_and_own_flags() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=1)
+    got = command.parse_arguments(
+        [
+            "--gin_file=a.gin",
+            "--gin.x.Y.z='a=b'",
+            "--workdir",
+            "runs/a",
+            "--gin_file",
+            "b.gin",
+            "--rounds=3",
+            "--gin.N=4",
+        ],
+        parser,
+    )
+    assert got.gin_files == ("a.gin", "b.gin") and got.workdir == "runs/a" and got.flags.rounds == 3
+    assert got.bindings == ("x.Y.z = 'a=b'", "N = 4")
+    assert command.parse_arguments(["--gin_file=a.gin"], needs_workdir=False).workdir == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gin_file=a", "--workdir=w", "--wrkdir=x"], r"unknown argument --wrkdir=x; did you mean --workdir\?"),
+        (["--gin_file=a", "--workdir=w", "--gin.x.y", "3"], "--gin.x.y has no value: write --gin.x.y=VALUE"),
+        (["--workdir=w"], "required: --gin_file"),
+        (["--gin_file=a"], "required: --workdir"),
+        (["--gin_f=a", "--workdir=w"], "required: --gin_file"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_status_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command.parse_arguments(argv)
+    assert exit.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_emulated_devices_come_with_threads_for_their_collectives() -> None:
+    code = "command.emulate_devices(3)\njax.numpy.ones(3).block_until_ready()\n"
+    devices, threads = run(code + "print(len(jax.devices()), len(os.listdir('/proc/self/task')))").split()
+    assert int(devices) == 3 and int(threads) > 64
+
+
+def test_emulated_devices_after_the_start_of_jax_need_enough_of_them() -> None:
+    have = len(jax.devices())
+    command.emulate_devices(have - 1)
+    assert len(jax.devices()) == have
+    with pytest.raises(ConfigError, match=r"99 emulated CPU devices asked for, but jax already runs on \d+ cpu device"):
+        command.emulate_devices(99)
+
+
+@pytest.mark.parametrize(
+    ("call", "environment", "directory"),
+    [
+        ("", {"XDG_CACHE_HOME": "/tmp/xdg"}, "/tmp/xdg/hetjax"),
+        ("'/tmp/own'", {}, "/tmp/own"),
+        ("'/tmp/own'", {"JAX_COMPILATION_CACHE_DIR": "/tmp/given"}, "/tmp/given"),
+        ("''", {}, "off"),
+    ],
+)
+def test_the_compilation_cache_is_where_it_was_asked_for(
+    call: str, environment: dict[str, str], directory: str
+) -> None:
+    show = "print(jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else 'off')"
+    assert run(f"command.use_compilation_cache({call})\n{show}", **environment) == directory

@@ -1,0 +1,136 @@
+"""Each model, cut over a mesh, has the outputs and gradients that it has on one device, in float64."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from test_models import DECODER, LLAMA3, VIT, close, documents, random_params, rows_of, run
+
+from hetjax import loss
+from hetjax.layout import DATA_AXES, Layout, param_specs, plan_stages, spec
+from models.axes import ONE_DEVICE, Axes, vary, vary_like
+from models.contract import ModuleDef
+from models.decoder import Decoder
+from models.vit import ViT
+
+Tree = Any
+SAMPLES, SEQ, ITEMS = 4, 16, 4
+RICH = dataclasses.replace(
+    DECODER, num_heads=8, num_kv_heads=4, head_dim=4, qk_norm=True, attention_bias=True, rope_scaling=LLAMA3, sliding_window=6
+)
+CONFIGS = {
+    "rich": RICH,
+    "tied": dataclasses.replace(DECODER, tied=True),
+    "siglip": VIT,
+    "clip": dataclasses.replace(VIT, variant="clip", select="default", feature_layer=-2),
+}
+
+
+def scored(definition: ModuleDef, axes: Axes, params: Tree, x: Tree, batch: Tree) -> Tree:
+    """The module's rows and, of a language model, this device's part of the loss."""
+    y = run(definition, params, x, batch, axes)
+    if "head" not in y:
+        return y
+    return {"x": y["x"], "loss": loss.token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=axes, chunk=3)}
+
+
+def example(config: Decoder | ViT) -> tuple[ModuleDef, Tree, Tree]:
+    """(definition, inputs, batch): packed and padded rows, pictures that several replicas hold, unused slots."""
+    rng = np.random.default_rng(0)
+    if isinstance(config, ViT):
+        pixels = rng.normal(size=(ITEMS, config.image_size, config.image_size, 3)).astype(np.float32)
+        return config.module(jnp.float64), {}, {"vision.pixels": pixels}
+    batch = rows_of(documents(9, 7), documents(5, 4, 3), documents(SEQ), documents(2, 11))
+    index = np.full((SAMPLES, SEQ), -1, np.int32)
+    index[0, 4:8] = [0, 1, 2, 3]  # items 0 and 1 are of the first half of the samples, 2 and 3 of the second
+    index[1, 1:3] = [3, 2]
+    index[3, 3:5] = [6, 7]
+    batch |= {"vision.index": index, "targets": rng.integers(0, DECODER.vocab_size, (SAMPLES, SEQ)).astype(np.int32)}
+    batch["weights"] = (rng.random((SAMPLES, SEQ)) * (batch["segment_ids"] > 0)).astype(np.float32)
+    rows = rng.normal(size=(ITEMS, 2, config.width))
+    return config.module(jnp.float64, encoders=("vision",)), {"vision": rows}, batch
+
+
+@functools.cache
+def judged(name: str) -> Tree:
+    """(definition, params, x, batch, cotangents) and, of one device, (outputs, gradients of params, gradients of x)."""
+    definition, x, batch = example(CONFIGS[name])
+    params = random_params(definition)
+    shapes = jax.eval_shape(functools.partial(scored, definition, ONE_DEVICE), params, x, batch)
+    rng = np.random.default_rng(1)
+    g = {k: rng.normal(size=a.shape) if a.shape else np.ones(()) for k, a in shapes.items()}
+
+    def program(params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
+        y, pull = jax.vjp(lambda params, x: scored(definition, ONE_DEVICE, params, x, batch), params, x)
+        return y, *pull(g)
+
+    return (definition, params, x, batch, g), jax.jit(program)(params, x, batch, g)
+
+
+def on_mesh(definition: ModuleDef, layout: Layout, params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
+    """Outputs and gradients as a stage computes them: per device, of parameters cast to varying over the replicas."""
+    plan = plan_stages("model", definition, layout, jax.devices())[0]
+    dims = {k: definition.output[k] if k != "loss" else () for k in g}
+    y_specs = {k: spec(d) for k, d in dims.items()}
+    x_specs = {k: spec(("items", None, None)) for k in x}
+    batch_specs = {k: spec(definition.reads[k]) for k in batch}
+
+    def program(params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
+        params = jax.tree.map(lambda p: vary(p, DATA_AXES), params)
+        y, pull = jax.vjp(lambda params, x: scored(definition, plan.axes, params, x, batch), params, x)
+        g_params, g_x = pull({k: vary_like(a, y[k]) for k, a in g.items()})
+        y = {k: lax.psum(a, DATA_AXES) if k == "loss" else a for k, a in y.items()}
+        return y, jax.tree.map(lambda a: lax.psum(a, DATA_AXES), g_params), g_x
+
+    specs = param_specs(definition, plan)
+    ins, outs = (specs, x_specs, batch_specs, y_specs), (y_specs, specs, x_specs)
+    return jax.jit(jax.shard_map(program, mesh=plan.mesh, in_specs=ins, out_specs=outs))(params, x, batch, g)
+
+
+def zigzag(cp: int) -> np.ndarray:
+    """Positions in the order in which cp shards hold chunks (0, 2cp-1), (1, 2cp-2), ..."""
+    chunks = np.split(np.arange(SEQ), 2 * cp)
+    return np.concatenate([chunks[i] for r in range(cp) for i in (r, 2 * cp - 1 - r)])
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("rich", Layout(tp=4)),
+        ("rich", Layout(cp=4)),
+        ("rich", Layout(dp=2, cp=2, tp=2)),
+        ("tied", Layout(dp=4, tp=2)),
+        ("siglip", Layout(tp=4)),
+        ("siglip", Layout(cp=4)),
+        ("siglip", Layout(dp=2, cp=2, tp=2)),
+        ("clip", Layout(dp=2, tp=2, copies=2)),
+    ],
+    ids=str,
+)
+def test_a_layout_changes_neither_outputs_nor_gradients(name: str, layout: Layout, x64: None) -> None:
+    (definition, params, x, batch, g), expected = judged(name)
+    order = zigzag(layout.cp)
+    if "tokens" in batch:
+        batch, g = {k: v[:, order] for k, v in batch.items()}, g | {"x": g["x"][:, order]}
+    y, g_params, g_x = on_mesh(definition, layout, params, x, batch, g)
+    if "tokens" in batch:
+        y["x"] = y["x"][:, np.argsort(order)]
+    jax.tree.map(close, (y, g_params, g_x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "message"),
+    [
+        ("tied", Layout(tp=4), "tp=4 does not divide kv_heads=2; use tp of 1, 2"),
+        ("siglip", Layout(cp=8), "cp=8 does not divide tokens=4; use cp of 1, 2, 4"),
+        ("clip", Layout(cp=2), "cp=2, but the model's code does not handle cp .*; set cp=1"),
+    ],
+)
+def test_a_layout_that_a_model_cannot_have_is_refused(name: str, layout: Layout, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_stages("model", example(CONFIGS[name])[0], layout, jax.devices())

@@ -1,0 +1,335 @@
+"""The models on one device: equal to plain NumPy, and true to what packing, causality and precision demand."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain
+import pytest
+
+from models.attention import RopeScaling
+from models.axes import ONE_DEVICE
+from models.contract import ModuleDef
+from models.decoder import Decoder
+from models.layers import dot
+from models.vit import ViT
+
+Tree = Any
+DECODER = Decoder(vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
+VIT = ViT(image_size=8, patch_size=4, width=16, num_layers=2, num_heads=4, mlp_width=24, output_width=12, projector_width=20)
+LLAMA3 = RopeScaling("llama3", 8.0, original_length=24)
+RICH = dataclasses.replace(DECODER, qk_norm=True, attention_bias=True, rope_scaling=LLAMA3, sliding_window=5)
+SEQ = 16
+
+
+def init(definition: ModuleDef) -> Tree:
+    """The module's own initial values."""
+    keys = jax.random.split(jax.random.key(3), definition.num_layers)
+    layers = jax.vmap(definition.layer.init)(keys)
+    first, last = definition.first.init(jax.random.key(1)), definition.last.init(jax.random.key(2))
+    return {"first": first, "layers": layers, "last": last}
+
+
+def random_params(definition: ModuleDef, seed: int = 0, dtype: Any = np.float64) -> Tree:
+    """Parameters of which none is zero or one, as biases and norms are at first."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init(definition))
+    return jax.tree.map(lambda a: (0.3 * rng.normal(size=a.shape) + (a.ndim < 3)).astype(dtype), shapes)
+
+
+def run(definition: ModuleDef, params: Tree, x: Tree, batch: Tree, axes: Any = ONE_DEVICE) -> Tree:
+    """The module's output, its layers scanned as the trainer does."""
+    carry = definition.first.apply(params["first"], x, batch, axes)
+    layer = lambda c, w: (definition.layer.apply(w, c, batch, axes), None)
+    return definition.last.apply(params["last"], jax.lax.scan(layer, carry, params["layers"])[0], batch, axes)
+
+
+@functools.cache
+def compiled(config: Decoder | ViT, dtype: Any = jnp.float64, encoders: tuple[str, ...] = ()) -> Callable[..., Tree]:
+    """`run` of `config`, with what it needs but parameters and data."""
+    definition = config.module(dtype, encoders=encoders) if isinstance(config, Decoder) else config.module(dtype)
+    return jax.jit(functools.partial(run, definition))
+
+
+def rows_of(*documents: list[np.ndarray]) -> Tree:
+    """A batch whose rows pack these documents (token arrays) and end in padding."""
+    names = ("tokens", "positions", "segment_ids")
+    batch = {n: np.zeros((len(documents), SEQ), np.int32) for n in names}
+    for row, packed in enumerate(documents):
+        at = 0
+        for i, tokens in enumerate(packed):
+            place = (row, slice(at, at + len(tokens)))
+            batch["tokens"][place], batch["positions"][place] = tokens, np.arange(len(tokens))
+            batch["segment_ids"][place] = i + 1
+            at += len(tokens)
+    return batch
+
+
+def documents(*lengths: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(sum(lengths))
+    return [rng.integers(0, DECODER.vocab_size, n) for n in lengths]
+
+
+def close(a: Any, b: Any) -> None:
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * float(np.abs(b).max()))
+
+
+# -- values --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 4, "head_dim": 6, "rope_theta": 500.0, "norm_eps": 1e-2},
+        {"num_kv_heads": 1, "qk_norm": True},
+        {"attention_bias": True},
+        {"sliding_window": 3},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": RopeScaling("linear", 4.0)},
+    ],
+    ids=str,
+)
+def test_a_decoder_equals_plain_numpy(changes: dict, x64: None) -> None:
+    config = dataclasses.replace(DECODER, **{"head_dim": None} | changes)
+    params = random_params(config.module(jnp.float64))
+    (tokens,) = documents(SEQ)
+    got = compiled(config)(params, {}, rows_of([tokens]))
+    close(got["x"][0], plain.decoder_row(config, params, params["first"]["embed"][tokens]))
+    close(got["head"], params["last"]["head"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"feature_layer": -2, "projector_width": None},
+        {"variant": "clip"},
+        {"variant": "clip", "select": "default", "feature_layer": -2},
+    ],
+    ids=str,
+)
+def test_a_vit_equals_plain_numpy(changes: dict, x64: None) -> None:
+    config = dataclasses.replace(VIT, **changes)
+    definition = config.module(jnp.float64)
+    params = random_params(definition)
+    pixels = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    got = compiled(config)(params, {}, {"vision.pixels": pixels})["x"]
+    assert got.shape == (2, definition.rows, definition.width)
+    close(got, np.stack([plain.vit_picture(config, params, p) for p in pixels.astype(np.float64)]))
+
+
+def test_a_tied_head_is_the_embedding(x64: None) -> None:
+    config = dataclasses.replace(DECODER, tied=True)
+    definition = config.module(jnp.float64)
+    params = random_params(definition)
+    assert definition.tied == {"head": "embed"}
+    assert definition.last.logical["head"] == definition.first.logical["embed"]
+    tied = params | {"last": params["last"] | {"head": params["first"]["embed"]}}
+    np.testing.assert_array_equal(compiled(config)(tied, {}, rows_of(documents(4)))["head"], params["first"]["embed"].T)
+
+
+def test_rows_of_encoders_replace_embeddings_and_get_their_gradients(x64: None) -> None:
+    encoders = ("vision", "audio")
+    definition = DECODER.module(jnp.float64, encoders=encoders)
+    params, rng = random_params(definition), np.random.default_rng(2)
+    rows = {"vision": rng.normal(size=(3, 2, 16)), "audio": rng.normal(size=(1, 3, 16))}
+    (tokens,) = documents(SEQ)
+    index = {f"{e}.index": np.full((1, SEQ), -1, np.int32) for e in encoders}
+    index["vision.index"][0, 3:7] = [4, 5, 0, 1]  # item 2, then item 0; item 1 is unused
+    index["audio.index"][0, 9:12] = [0, 1, 2]
+    embedded = params["first"]["embed"][tokens]
+    embedded[3:7], embedded[9:12] = rows["vision"][[2, 0]].reshape(4, 16), rows["audio"][0]
+    tokens = np.where((index["vision.index"][0] >= 0) | (index["audio.index"][0] >= 0), 10**6, tokens)
+    batch = rows_of([tokens]) | index
+    close(compiled(DECODER, encoders=encoders)(params, rows, batch)["x"][0], plain.decoder_row(DECODER, params, embedded))
+    on_device = jax.tree.map(jnp.asarray, params)
+    grads = jax.jit(jax.grad(lambda rows: jnp.square(run(definition, on_device, rows, batch)["x"][:, :, :7]).sum()))(rows)
+    assert (np.abs(grads["vision"][[0, 2]]).max(-1) > 0).all() and (np.abs(grads["audio"]).max(-1) > 0).all()
+    np.testing.assert_array_equal(grads["vision"][1], 0)
+
+
+@pytest.mark.parametrize("index", [6, 10**6])
+def test_a_row_that_is_not_there_is_nan(index: int, x64: None) -> None:
+    params = random_params(DECODER.module(jnp.float64))
+    batch = rows_of(documents(4)) | {"vision.index": np.full((1, SEQ), -1, np.int32)}
+    batch["vision.index"][0, 1] = index
+    x = compiled(DECODER, encoders=("vision",))(params, {"vision": np.ones((3, 2, 16))}, batch)["x"][0]
+    assert np.isnan(x[1]).all()
+
+
+# -- packing, causality, padding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [DECODER, RICH], ids=["plain", "rich"])
+def test_a_packed_row_equals_separate_rows(config: Decoder, x64: None) -> None:
+    params = random_params(config.module(jnp.float64))
+    a, b, c = documents(6, 3, 5)
+    x = compiled(config)(params, {}, rows_of([a, b, c], [a], [b], [c]))["x"]
+    close(x[0, :6], x[1, :6])
+    close(x[0, 6:9], x[2, :3])
+    close(x[0, 9:14], x[3, :5])
+    assert np.abs(x[0, 6:9] - x[1, :3]).max() > 0.1
+
+
+def test_a_token_changes_nothing_before_it_and_everything_after(x64: None) -> None:
+    params = random_params(DECODER.module(jnp.float64))
+    (a,) = documents(SEQ)
+    b = np.where(np.arange(SEQ) == 6, (a + 1) % DECODER.vocab_size, a)
+    x = compiled(DECODER)(params, {}, rows_of([a], [b]))["x"]
+    np.testing.assert_array_equal(x[0, :6], x[1, :6])
+    assert (np.abs(x[0, 6:] - x[1, 6:]).max(-1) > 1e-6).all()
+
+
+def test_a_window_ends_what_a_token_reaches(x64: None) -> None:
+    config = dataclasses.replace(DECODER, sliding_window=3)  # two layers: each reaches two tokens on
+    params = random_params(config.module(jnp.float64))
+    (a,) = documents(SEQ)
+    b = np.where(np.arange(SEQ) == 6, (a + 1) % DECODER.vocab_size, a)
+    x = compiled(config)(params, {}, rows_of([a], [b]))["x"]
+    changed = np.abs(x[0] - x[1]).max(-1)
+    assert (changed[6:11] > 1e-6).all() and (changed[11:] == 0).all()
+
+
+def test_padding_is_finite_and_nobody_looks_at_it(x64: None) -> None:
+    definition = RICH.module(jnp.float64)
+    params = random_params(definition)
+    batch = rows_of(documents(5), [])  # the second row is padding alone
+    other = batch | {"tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], 7)}
+    x, y = (compiled(RICH)(params, {}, b)["x"] for b in (batch, other))
+    assert np.isfinite(x).all()
+    np.testing.assert_array_equal(x[0, :5], y[0, :5])
+    grads = jax.jit(jax.grad(lambda p: run(definition, p, {}, batch)["x"].sum()))(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+# -- precision -----------------------------------------------------------------------------------------------------------
+
+
+def jaxprs(jaxpr: Any) -> Iterator[Any]:
+    """`jaxpr` and all that its equations hold."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from jaxprs(inner)
+
+
+def test_in_float64_nothing_is_rounded_to_less(x64: None) -> None:
+    for config in (RICH, VIT, dataclasses.replace(VIT, variant="clip")):
+        definition = config.module(jnp.float64)
+        batch = rows_of(documents(4)) | {"vision.pixels": np.zeros((1, 8, 8, 3), np.float32)}
+        loss = lambda p, d=definition, b=batch: run(d, p, {}, b)["x"].sum()
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(random_params(definition)).jaxpr
+        made = [v.aval for j in jaxprs(jaxpr) for e in j.eqns for v in e.outvars]
+        assert len(made) > 200
+        assert not [a for a in made if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype != jnp.float64]
+
+
+@pytest.mark.parametrize("config", [RICH, VIT], ids=["decoder", "vit"])
+def test_in_bfloat16_outputs_are_narrow_and_gradients_are_not(config: Decoder | ViT) -> None:
+    rng = np.random.default_rng(0)
+    batch = rows_of(documents(9, 5), documents(12))
+    batch |= {"vision.pixels": rng.normal(size=(4, 8, 8, 3)).astype(np.float32)}
+    definition = config.module(jnp.bfloat16)
+    params = random_params(definition, dtype=np.float32)
+    narrow, wide = (compiled(config, dtype)(params, {}, batch)["x"] for dtype in (jnp.bfloat16, jnp.float32))
+    assert narrow.dtype == jnp.bfloat16 and wide.dtype == jnp.float32
+    size = lambda a: float(np.sqrt(np.square(np.asarray(a, np.float64)).sum()))
+    assert size(np.float32(narrow) - wide) < 0.05 * size(wide)
+    grads = jax.eval_shape(jax.grad(lambda p: run(definition, p, {}, batch)["x"].sum().astype(jnp.float32)), params)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+def test_weight_gradients_of_bfloat16_products_accumulate_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(16, 4, 8, 32)), jnp.bfloat16)  # 16 microbatches
+    g = jnp.asarray(rng.normal(size=(16, 4, 8, 6, 4)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(32, 6, 4)), jnp.float32)
+    exact = np.einsum("mbsd,mbshk->dhk", np.asarray(x, np.float64), np.asarray(g, np.float64))
+
+    def error(product: Callable[..., jax.Array]) -> float:
+        total = jnp.zeros_like(w)
+        for x_m, g_m in zip(x, g, strict=True):
+            (g_w,) = jax.vjp(lambda w, x_m=x_m: product(x_m, w), w)[1](g_m)
+            assert g_w.dtype == jnp.float32
+            total = total + g_w
+        return float(np.sqrt(np.mean(np.square(total - exact))) / np.sqrt(np.mean(np.square(exact))))
+
+    assert dot(x[0], w).dtype == jnp.bfloat16
+    assert error(dot) < 1e-6
+    assert error(lambda x, w: jnp.tensordot(x, w.astype(x.dtype), 1)) > 1e-3  # what autodiff gives
+
+
+def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> None:
+    rng = np.random.default_rng(0)
+    x, w, g = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(4, 5, 6)), rng.normal(size=(2, 3, 6))
+    mine, pull = jax.vjp(lambda x, w: dot(x, w, contract=2), x, w)
+    theirs, pull_theirs = jax.vjp(lambda x, w: jnp.tensordot(x, w, 2), x, w)
+    jax.tree.map(close, (mine, pull(g)), (theirs, pull_theirs(g)))
+
+
+# -- parameters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [RICH, dataclasses.replace(RICH, tied=True), VIT, dataclasses.replace(VIT, variant="clip")])
+def test_every_parameter_is_float32_and_its_dims_are_named(config: Decoder | ViT) -> None:
+    definition = config.module(jnp.bfloat16)
+    for part in (definition.first, definition.layer, definition.last):
+        shapes = jax.eval_shape(part.init, jax.random.key(0))
+        named = jax.tree.map(lambda a, dims: a.dtype == jnp.float32 and len(dims) == a.ndim, shapes, part.logical)
+        assert all(jax.tree.leaves(named))
+
+
+def test_initial_values_depend_on_the_key_alone() -> None:
+    layer = DECODER.module(jnp.float32).layer
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = jax.jit(jax.vmap(layer.init))(keys)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(same, jax.tree.map(lambda a: a[1], stacked), layer.init(keys[1]))
+    assert not np.array_equal(stacked["mlp"]["up"][0], stacked["mlp"]["up"][1])
+    assert not np.array_equal(stacked["mlp"]["up"], stacked["mlp"]["gate"])
+    assert abs(np.std(stacked["mlp"]["down"]) - DECODER.mlp_width**-0.5) < 0.02
+
+
+# -- settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (DECODER, {"num_kv_heads": 3}, "Decoder.num_heads=4 is not a multiple of num_kv_heads=3: .*; change either"),
+        (DECODER, {"width": 18, "head_dim": None}, "Decoder.width=18 is not a multiple of num_heads=4; .* set head_dim"),
+        (DECODER, {"head_dim": 5}, "Decoder.head_dim=5 is odd, .*; make it even"),
+        (DECODER, {"head_dim": 0}, "Decoder.head_dim=0; it must be a whole number of at least 1"),
+        (DECODER, {"num_layers": 0}, "Decoder.num_layers=0; it must be a whole number of at least 1"),
+        (DECODER, {"mlp_width": 1.5}, "Decoder.mlp_width=1.5; it must be a whole number of at least 1"),
+        (DECODER, {"sliding_window": 0}, "Decoder.sliding_window=0; it must be a whole number of at least 1"),
+        (DECODER, {"rope_theta": 0.0}, "Decoder.rope_theta=0.0; it must be positive"),
+        (DECODER, {"norm_eps": -1.0}, "Decoder.norm_eps=-1.0; it must be positive"),
+        (VIT, {"image_size": 10}, "ViT.image_size=10 is not a multiple of patch_size=4; 8 is"),
+        (VIT, {"patch_size": 9}, "ViT.image_size=8 is not a multiple of patch_size=9; 9 is"),
+        (VIT, {"num_heads": 3}, "ViT.width=16 is not a multiple of num_heads=3; change either"),
+        (VIT, {"variant": "dino"}, "ViT.variant='dino'; it must be one of siglip, clip"),
+        (VIT, {"select": "cls"}, "ViT.select='cls'; it must be one of full, default"),
+        (VIT, {"select": "default"}, "ViT.select='default' drops the first token, .* use select='full'"),
+        (VIT, {"feature_layer": 0}, "ViT.feature_layer=0 .* from -2 to -1"),
+        (VIT, {"feature_layer": -3}, "ViT.feature_layer=-3 .* from -2 to -1"),
+        (VIT, {"projector_width": 0}, "ViT.projector_width=0; it must be a whole number of at least 1"),
+        (LLAMA3, {"kind": "yarn"}, "RopeScaling.kind='yarn'; it must be one of llama3, linear"),
+        (LLAMA3, {"factor": 0.0}, "RopeScaling.factor=0.0; it must be positive"),
+        (LLAMA3, {"high_frequency_factor": 1.0}, "RopeScaling.high_frequency_factor=1.0 must be larger than .*=1.0; Llama"),
+    ],
+    ids=lambda v: str(v) if isinstance(v, dict) else "",
+)
+def test_a_bad_setting_is_refused_with_its_rule(config: Any, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        dataclasses.replace(config, **changes)
+    assert re.match(message, str(caught.value))

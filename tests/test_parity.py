@@ -1,0 +1,135 @@
+"""Whatever the layouts: gradients, optimizer state and losses are those of the reference on one device.
+
+Float64 at step one is the sharp test: 1e-11 leaves no room for a wrong scale, and the state (a momentum) is the clipped
+gradient. The long runs of SGD and AdamW in float32 and float64 are marked slow.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from hetjax import compare
+from hetjax.layout import Layout, like
+from hetjax.optimizer import OptimizerConfig
+from hetjax.reference import Reference
+
+MOMENTUM = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=None)
+SGD = OptimizerConfig(name="sgd", learning_rate=0.3, warmup_steps=3, decay_steps=20, clip_norm=None)
+ADAMW = OptimizerConfig(learning_rate=3e-3, warmup_steps=3, weight_decay=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run: layouts by module, and what else differs from the plain tiny model."""
+
+    llm: Layout = Layout()
+    vision: Layout = Layout()
+    audio: Layout | None = None
+    shape: tiny.Shape = tiny.Shape()
+    tied: bool = False
+    changes: tuple[tuple[str, Any], ...] = ()  # of the optimizer's settings
+    text_only: tuple[int, ...] = ()  # microbatches without a picture
+    schedule: str = "1f1b"
+    encoder_window: int | None = None
+
+    @property
+    def encoders(self) -> dict[str, Layout]:
+        return {"vision": self.vision} | ({"audio": self.audio} if self.audio else {})
+
+
+PAPER = ["4/1/1|4/1/1", "2/1/2|2/1/2", "2/2/1|4/1/1", "1/1/4|1/1/4", "1/4/1|4/1/1", "1/4/1|1/1/4", "1/2/2|2/1/2", "4/1/1|1/1/4", "2/2/1|2/1/2", "2/1/2|1/1/4"]
+FROZEN_LLM = (("frozen", ("llm/*",)),)
+FROZEN_VISION = (("frozen", ("vision/*",)),)
+PROJECTOR = (("frozen", ("*",)), ("trainable", ("vision/last/projector/*",)))
+CLIP = (("clip_norm", 0.05),)
+LOW, HIGH = "0-3", "4-7"
+
+
+def paper_case(text: str, *, colocated: bool) -> Case:
+    """LLM tp/pp/dp | encoder tp/pp/dp: on four devices each, or both on all eight with twice the dp."""
+    (tp, pp, dp), (e_tp, e_pp, e_dp) = (map(int, side.split("/")) for side in text.split("|"))
+    if colocated:
+        return Case(Layout(tp=tp, pp=pp, dp=2 * dp), Layout(tp=e_tp, pp=e_pp, dp=2 * e_dp))
+    return Case(Layout(tp=tp, pp=pp, dp=dp, devices=LOW), Layout(tp=e_tp, pp=e_pp, dp=e_dp, devices=HIGH))
+
+
+KINDS = {
+    "one device": Case(),
+    "encoder pp 2": Case(Layout(tp=2, devices="2-3"), Layout(pp=2, devices="0-1")),
+    "encoder cp 2": Case(Layout(tp=2, devices=LOW[:1] + "-1"), Layout(cp=2, tp=2, devices=HIGH)),
+    "llm cp 2": Case(Layout(cp=2, tp=2, devices=LOW), Layout(dp=4, devices=HIGH)),
+    "llm cp 4 pp 2 tied": Case(Layout(cp=4, pp=2), Layout(dp=8), tied=True, encoder_window=2),
+    "copies 2": Case(Layout(dp=2, cp=2, tp=2), like(Layout(dp=2, cp=2, tp=2))),
+    "fan-out 1 to 4": Case(Layout(dp=4, devices=LOW), Layout(devices="7")),
+    "ratio 3 to 2": Case(Layout(dp=2, devices="3-4"), Layout(dp=3, devices="0-2"), shape=tiny.Shape(samples=6, groups=6, slots=12)),
+    "overlapping": Case(Layout(dp=2, tp=2, devices=LOW), Layout(dp=4, devices="2-5"), encoder_window=1),
+    "two encoders": Case(Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), Layout(tp=2, devices="6-7")),
+    "clip active": Case(Layout(tp=2, devices="0-1"), Layout(dp=2, devices="2-3"), changes=CLIP),
+    "frozen encoder": Case(Layout(dp=2, devices="0-1"), Layout(dp=2, tp=2, devices=HIGH), changes=FROZEN_VISION),
+    "frozen llm": Case(Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), changes=FROZEN_LLM),
+    "projector only": Case(Layout(dp=2, pp=2, devices=LOW), Layout(dp=2, pp=2, devices=HIGH), changes=PROJECTOR),
+    "text-only microbatches": Case(Layout(dp=2, devices="0-1"), Layout(dp=2, devices="2-3"), text_only=(0, 2)),
+    "one microbatch, gpipe": Case(Layout(pp=4, devices=LOW), Layout(dp=4), shape=tiny.Shape(microbatches=1), schedule="gpipe"),
+    "uneven stages, tied": Case(Layout(pp=2, layers=(1, 3), dp=2, devices=LOW), Layout(tp=4, devices=HIGH), tied=True),
+}
+PAPER_CASES = {f"{text} {place}": paper_case(text, colocated=place == "colocated") for text in PAPER for place in ("colocated", "disjoint")}
+DEFAULT = [
+    "encoder cp 2", "llm cp 4 pp 2 tied", "copies 2", "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders",
+    "frozen encoder", "projector only", "text-only microbatches", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
+]  # fmt: skip
+ALL = KINDS | PAPER_CASES
+
+
+@functools.cache
+def reference(encoders: tuple[str, ...], tied: bool, config: OptimizerConfig, dtype: Any) -> Reference:
+    """One compiled reference serves every layout of a model."""
+    return Reference(tiny.graph(Layout(), dict.fromkeys(encoders, Layout()), dtype, tied=tied), config)
+
+
+def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
+    config = dataclasses.replace(config, **dict(case.changes))
+    graph = tiny.graph(case.llm, case.encoders, dtype, tied=case.tied)
+    options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
+    trainer = tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
+    data = lambda seed: tiny.microbatches(case.shape, tuple(case.encoders), seed=seed, text_only=case.text_only)
+    judge = reference(tuple(case.encoders), case.tied, HashableConfig.of(config), dtype)
+    return list(compare.compare(trainer, map(data, range(steps)), judge))
+
+
+class HashableConfig(OptimizerConfig):
+    """An optimizer's settings as a key of the cache."""
+
+    @staticmethod
+    def of(config: OptimizerConfig) -> "HashableConfig":
+        return HashableConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
+def test_gradients_and_state_equal_the_reference_in_float64(name: str) -> None:
+    (report,) = run(ALL[name], MOMENTUM, jnp.float64, 1)
+    assert report.within(loss=1e-12, leaves=1e-11), report
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ALL)
+def test_losses_of_20_steps_of_sgd_equal_the_reference_in_float64(name: str) -> None:
+    reports = run(ALL[name], SGD, jnp.float64, 20)
+    assert max(r.loss_error for r in reports) <= 1e-9, reports
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "loss"), [(SGD, 1e-5), (ADAMW, 1e-4)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("name", ALL)
+def test_float32_runs_equal_the_reference(name: str, config: OptimizerConfig, loss: float) -> None:
+    reports = run(ALL[name], config, jnp.float32, 20)
+    assert reports[0].within(loss=1e-5, leaves=1e-5), reports[0]
+    assert max(r.loss_error for r in reports) <= loss, [r.loss_error for r in reports]
