@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetjax.data import Sample
 from hetjax.trainer import State, Trainer
 
 Arrays = Mapping[str, np.ndarray]
@@ -35,23 +36,19 @@ def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.nda
     return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), len(targets))
 
 
-def blank(microbatch: Arrays, keys: Iterable[str]) -> dict[str, np.ndarray]:
-    """The microbatch with zeros in the arrays `keys`: pictures of the mean colour."""
-    return {**microbatch, **{key: np.zeros_like(microbatch[key]) for key in keys}}
-
-
-def prior_accuracy(train: Iterable[tuple[str, str]], held_out: Iterable[tuple[str, str]]) -> float:
-    """How often the commonest training answer to the same question, or to any, is right: what text alone can score.
-
-    Both are (question, answer) pairs."""
+def prior_accuracy(train: Iterable[Sample], held_out: Iterable[Sample]) -> float:
+    """How often the commonest training answer to the same question, or to any, is right: what text alone can score."""
     by_question: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     overall: collections.Counter[str] = collections.Counter()
-    for question, answer in train:
+    for question, answer in map(_question_and_answer, train):
         by_question[question][answer] += 1
         overall[answer] += 1
     right = total = 0
-    for question, answer in held_out:
-        answers = by_question.get(question, overall)
-        right += bool(answers) and answers.most_common(1)[0][0] == answer
+    for question, answer in map(_question_and_answer, held_out):
+        right += by_question.get(question, overall).most_common(1)[0][0] == answer
         total += 1
     return right / max(total, 1)
+
+
+def _question_and_answer(sample: Sample) -> tuple[str, str]:
+    return "\n".join(sample.turns[::2]), "\n".join(sample.turns[1::2])

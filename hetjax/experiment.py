@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hetjax import config
+from hetjax import command
 from hetjax.data import DataConfig, ItemSpec, Loader
 from hetjax.data.microbatch import abstract
 from hetjax.graph import Graph, Module, Remat, vlm
@@ -145,8 +145,8 @@ def start(experiment: Experiment) -> None:
     if "float64" in (experiment.param_dtype, experiment.llm.compute_dtype, *(e.compute_dtype for e in experiment.encoders)):
         jax.config.update("jax_enable_x64", True)
     if experiment.emulated_devices:
-        config.emulate_devices(experiment.emulated_devices)
-    config.use_compilation_cache(experiment.compilation_cache)
+        command.emulate_devices(experiment.emulated_devices)
+    command.use_compilation_cache(experiment.compilation_cache)
 
 
 def build(experiment: Experiment) -> Trainer:

@@ -154,6 +154,17 @@ class Finish:
         return params, states, Outcome(loss, norm, module_squares, ok, finite)
 
 
+    def not_finite(self, outcome: Outcome) -> list[str]:
+        """The paths of the gradients of a step that were not finite; waits for the devices."""
+        found = []
+        for key, stage in self.stages.items():
+            leaves = jax.tree_util.tree_leaves_with_path(stage.parameters.owned(stage.parameters.grads))
+            for (path, _), good in zip(leaves, np.asarray(outcome.finite[key]), strict=True):
+                if not good:
+                    found.append(optimizer.path_of(key[0], path))
+        return found
+
+
 def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
     return tree[path[0]][path[1]]
 

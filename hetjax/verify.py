@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from hetjax import config, experiment
+from hetjax import command, config, experiment
 from hetjax.compare import StepReport, compare
 from hetjax.experiment import Experiment
 from hetjax.reference import Reference
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="training steps to compare (default 2)")
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="float64", help="of both sides (default float64)")
     parser.add_argument("--shrink", action="store_true", help="a small model of the same layers and layouts")
-    arguments = config.parse_arguments(argv, parser, needs_workdir=False)
+    arguments = command.parse_arguments(argv, parser, needs_workdir=False)
     flags = arguments.flags
     try:
         if flags.steps < 1:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,15 +15,6 @@ from hetjax import command
 from hetjax.ginfile import ConfigError
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(code: str, **environment: str) -> str:
-    """What `code` prints in a fresh process."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PJRT_", "XDG_"))}
-    command = [sys.executable, "-c", f"from hetjax import command\nimport jax, os\n{code}"]
-    return subprocess.run(
-        command, env=inherited | environment, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def test_arguments_are_files_settings_a_directory_and_own_flags() -> None:
@@ -66,9 +58,18 @@ def test_a_wrong_command_line_ends_with_status_2(
 
 
 def test_emulated_devices_come_with_threads_for_their_collectives() -> None:
-    code = "command.emulate_devices(3)\njax.numpy.ones(3).block_until_ready()\n"
-    devices, threads = run(code + "print(len(jax.devices()), len(os.listdir('/proc/self/task')))").split()
-    assert int(devices) == 3 and int(threads) > 64
+    code = """
+import os
+from hetjax import command
+command.emulate_devices(3)
+import jax
+jax.numpy.ones(3).block_until_ready()
+print(len(jax.devices()), len(os.listdir('/proc/self/task')))
+"""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PJRT_"))}
+    ran = subprocess.run([sys.executable, "-c", code], env=inherited, cwd=ROOT, check=True, capture_output=True)
+    devices, threads = map(int, ran.stdout.split())
+    assert devices == 3 and threads > 64
 
 
 def test_emulated_devices_after_the_start_of_jax_need_enough_of_them() -> None:
@@ -79,17 +80,26 @@ def test_emulated_devices_after_the_start_of_jax_need_enough_of_them() -> None:
         command.emulate_devices(99)
 
 
-@pytest.mark.parametrize(
-    ("call", "environment", "directory"),
-    [
-        ("", {"XDG_CACHE_HOME": "/tmp/xdg"}, "/tmp/xdg/hetjax"),
-        ("'/tmp/own'", {}, "/tmp/own"),
-        ("'/tmp/own'", {"JAX_COMPILATION_CACHE_DIR": "/tmp/given"}, "/tmp/given"),
-        ("''", {}, "off"),
-    ],
-)
-def test_the_compilation_cache_is_where_it_was_asked_for(
-    call: str, environment: dict[str, str], directory: str
-) -> None:
-    show = "print(jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else 'off')"
-    assert run(f"command.use_compilation_cache({call})\n{show}", **environment) == directory
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """jax as it is without a compilation cache, and as it was before when the test ends."""
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_the_compilation_cache_is_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/xdg")
+    command.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == "/tmp/xdg/hetjax"
+    jax.config.update("jax_compilation_cache_dir", None)
+    command.use_compilation_cache("/tmp/own")
+    assert jax.config.jax_compilation_cache_dir == "/tmp/own"
+    command.use_compilation_cache("/tmp/other")  # jax has one already
+    assert jax.config.jax_compilation_cache_dir == "/tmp/own" and jax.config.jax_enable_compilation_cache
+    command.use_compilation_cache("")
+    assert not jax.config.jax_enable_compilation_cache

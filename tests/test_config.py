@@ -229,7 +229,7 @@ LINES = BASE.count("\n")
         ("test_config.Experiment.steps = True", r"run.gin:LINE: .*steps = True, but it must be int"),
         ("test_config.Experiment.rate = True", r"run.gin:LINE: .*rate = True, but it must be float"),
         ("test_config.Experiment.tensorboard = 1", r"run.gin:LINE: .*tensorboard = 1, but it must be bool"),
-        ("test_config.Experiment.window = '3'", r"run.gin:LINE: .*window = '3', but it must be int | None"),
+        ("test_config.Experiment.window = '3'", r"run.gin:LINE: .*window = '3', but it must be int \| None"),
         ("test_config.Experiment.schedule = '2f2b'", r"run.gin:LINE: .*schedule = '2f2b', but it must be .*'gpipe'"),
         (
             "test_config.Experiment.extra = {'a': 'b'}",

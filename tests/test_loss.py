@@ -43,14 +43,14 @@ def over_tp(function: Any, tp: int, out: P) -> Any:
 def test_any_chunk_gives_the_loss_and_gradients_of_full_logits(chunk: int, x64: None) -> None:
     inputs = example()
     mine = jax.jit(jax.value_and_grad(functools.partial(token_sum, axes=ONE_DEVICE, chunk=chunk), (0, 1)))(*inputs)
-    jax.tree.map(close, mine, jax.jit(jax.value_and_grad(full, (0, 1)))(*inputs))
+    close(mine, jax.jit(jax.value_and_grad(full, (0, 1)))(*inputs))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_vocabulary_cut_over_tp_gives_the_same(tp: int, x64: None) -> None:
     inputs = example()
     mine = jax.jit(jax.value_and_grad(over_tp(functools.partial(token_sum, chunk=7), tp, P()), (0, 1)))(*inputs)
-    jax.tree.map(close, mine, jax.jit(jax.value_and_grad(full, (0, 1)))(*inputs))
+    close(mine, jax.jit(jax.value_and_grad(full, (0, 1)))(*inputs))
 
 
 def test_large_logits_do_not_overflow(x64: None) -> None:
@@ -71,7 +71,12 @@ def test_logits_of_all_tokens_never_exist() -> None:
     dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
     inputs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]
     program = jax.value_and_grad(functools.partial(token_sum, axes=ONE_DEVICE, chunk=16), (0, 1))
-    sizes = [math.prod(v.aval.shape) for j in jaxprs(jax.make_jaxpr(program)(*inputs).jaxpr) for e in j.eqns for v in e.outvars]
+    sizes = [
+        math.prod(v.aval.shape)
+        for j in jaxprs(jax.make_jaxpr(program)(*inputs).jaxpr)
+        for e in j.eqns
+        for v in e.outvars
+    ]
     assert 16 * 256 in sizes and max(sizes) < B * 64 * 256 / 8
 
 
@@ -82,7 +87,11 @@ def test_bfloat16_logits_are_not_rounded() -> None:
     got = token_sum(x, jnp.asarray(head), targets, jnp.asarray(weights, jnp.float32), axes=ONE_DEVICE)
     logits = np.asarray(x, np.float64) @ head.astype(np.float64)
     top = logits.max(-1)
-    entropy = np.log(np.exp(logits - top[..., None]).sum(-1)) + top - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    entropy = (
+        np.log(np.exp(logits - top[..., None]).sum(-1))
+        + top
+        - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    )
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, (entropy * weights).sum(), rtol=1e-6)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,9 @@ from models.vit import ViT
 
 Tree = Any
 DECODER = Decoder(vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
-VIT = ViT(image_size=8, patch_size=4, width=16, num_layers=2, num_heads=4, mlp_width=24, output_width=12, projector_width=20)
+VIT = ViT(
+    image_size=8, patch_size=4, width=16, num_layers=2, num_heads=4, mlp_width=24, output_width=12, projector_width=20
+)
 LLAMA3 = RopeScaling("llama3", 8.0, original_length=24)
 RICH = dataclasses.replace(DECODER, qk_norm=True, attention_bias=True, rope_scaling=LLAMA3, sliding_window=5)
 SEQ = 16
@@ -75,11 +76,17 @@ def documents(*lengths: int) -> list[np.ndarray]:
     return [rng.integers(0, DECODER.vocab_size, n) for n in lengths]
 
 
-def close(a: Any, b: Any) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * float(np.abs(b).max()))
+def close(a: Tree, b: Tree) -> None:
+    """Every array of `a` is within 1e-12 of that of `b`, relative to its largest element.
+
+    Where that is 0 but for rounding (a key's bias moves no softmax), relative to a hundredth of the tree's largest.
+    """
+    top = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(b))
+    scale = lambda leaf: max(float(np.abs(leaf).max()), 1e-2 * top)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * scale(b)), a, b)
 
 
-# -- values --------------------------------------------------------------------------------------------------------------
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -147,10 +154,14 @@ def test_rows_of_encoders_replace_embeddings_and_get_their_gradients(x64: None) 
     embedded[3:7], embedded[9:12] = rows["vision"][[2, 0]].reshape(4, 16), rows["audio"][0]
     tokens = np.where((index["vision.index"][0] >= 0) | (index["audio.index"][0] >= 0), 10**6, tokens)
     batch = rows_of([tokens]) | index
-    close(compiled(DECODER, encoders=encoders)(params, rows, batch)["x"][0], plain.decoder_row(DECODER, params, embedded))
+    close(
+        compiled(DECODER, encoders=encoders)(params, rows, batch)["x"][0], plain.decoder_row(DECODER, params, embedded)
+    )
     on_device = jax.tree.map(jnp.asarray, params)
-    grads = jax.jit(jax.grad(lambda rows: jnp.square(run(definition, on_device, rows, batch)["x"][:, :, :7]).sum()))(rows)
-    assert (np.abs(grads["vision"][[0, 2]]).max(-1) > 0).all() and (np.abs(grads["audio"]).max(-1) > 0).all()
+    grads = jax.jit(jax.grad(lambda rows: jnp.square(run(definition, on_device, rows, batch)["x"][:, :, :7]).sum()))(
+        rows
+    )
+    assert (np.abs(grads["vision"][np.array([0, 2])]).max(-1) > 0).all() and (np.abs(grads["audio"]).max(-1) > 0).all()
     np.testing.assert_array_equal(grads["vision"][1], 0)
 
 
@@ -163,7 +174,7 @@ def test_a_row_that_is_not_there_is_nan(index: int, x64: None) -> None:
     assert np.isnan(x[1]).all()
 
 
-# -- packing, causality, padding -----------------------------------------------------------------------------------------
+# -- packing, causality, padding ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [DECODER, RICH], ids=["plain", "rich"])
@@ -208,7 +219,7 @@ def test_padding_is_finite_and_nobody_looks_at_it(x64: None) -> None:
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-# -- precision -----------------------------------------------------------------------------------------------------------
+# -- precision ---------------------------------------------------------------------------------------------------------
 
 
 def jaxprs(jaxpr: Any) -> Iterator[Any]:
@@ -273,13 +284,15 @@ def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> Non
     x, w, g = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(4, 5, 6)), rng.normal(size=(2, 3, 6))
     mine, pull = jax.vjp(lambda x, w: dot(x, w, contract=2), x, w)
     theirs, pull_theirs = jax.vjp(lambda x, w: jnp.tensordot(x, w, 2), x, w)
-    jax.tree.map(close, (mine, pull(g)), (theirs, pull_theirs(g)))
+    close((mine, pull(g)), (theirs, pull_theirs(g)))
 
 
-# -- parameters ----------------------------------------------------------------------------------------------------------
+# -- parameters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [RICH, dataclasses.replace(RICH, tied=True), VIT, dataclasses.replace(VIT, variant="clip")])
+@pytest.mark.parametrize(
+    "config", [RICH, dataclasses.replace(RICH, tied=True), VIT, dataclasses.replace(VIT, variant="clip")]
+)
 def test_every_parameter_is_float32_and_its_dims_are_named(config: Decoder | ViT) -> None:
     definition = config.module(jnp.bfloat16)
     for part in (definition.first, definition.layer, definition.last):
@@ -297,39 +310,3 @@ def test_initial_values_depend_on_the_key_alone() -> None:
     assert not np.array_equal(stacked["mlp"]["up"][0], stacked["mlp"]["up"][1])
     assert not np.array_equal(stacked["mlp"]["up"], stacked["mlp"]["gate"])
     assert abs(np.std(stacked["mlp"]["down"]) - DECODER.mlp_width**-0.5) < 0.02
-
-
-# -- settings ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "changes", "message"),
-    [
-        (DECODER, {"num_kv_heads": 3}, "Decoder.num_heads=4 is not a multiple of num_kv_heads=3: .*; change either"),
-        (DECODER, {"width": 18, "head_dim": None}, "Decoder.width=18 is not a multiple of num_heads=4; .* set head_dim"),
-        (DECODER, {"head_dim": 5}, "Decoder.head_dim=5 is odd, .*; make it even"),
-        (DECODER, {"head_dim": 0}, "Decoder.head_dim=0; it must be a whole number of at least 1"),
-        (DECODER, {"num_layers": 0}, "Decoder.num_layers=0; it must be a whole number of at least 1"),
-        (DECODER, {"mlp_width": 1.5}, "Decoder.mlp_width=1.5; it must be a whole number of at least 1"),
-        (DECODER, {"sliding_window": 0}, "Decoder.sliding_window=0; it must be a whole number of at least 1"),
-        (DECODER, {"rope_theta": 0.0}, "Decoder.rope_theta=0.0; it must be positive"),
-        (DECODER, {"norm_eps": -1.0}, "Decoder.norm_eps=-1.0; it must be positive"),
-        (VIT, {"image_size": 10}, "ViT.image_size=10 is not a multiple of patch_size=4; 8 is"),
-        (VIT, {"patch_size": 9}, "ViT.image_size=8 is not a multiple of patch_size=9; 9 is"),
-        (VIT, {"num_heads": 3}, "ViT.width=16 is not a multiple of num_heads=3; change either"),
-        (VIT, {"variant": "dino"}, "ViT.variant='dino'; it must be one of siglip, clip"),
-        (VIT, {"select": "cls"}, "ViT.select='cls'; it must be one of full, default"),
-        (VIT, {"select": "default"}, "ViT.select='default' drops the first token, .* use select='full'"),
-        (VIT, {"feature_layer": 0}, "ViT.feature_layer=0 .* from -2 to -1"),
-        (VIT, {"feature_layer": -3}, "ViT.feature_layer=-3 .* from -2 to -1"),
-        (VIT, {"projector_width": 0}, "ViT.projector_width=0; it must be a whole number of at least 1"),
-        (LLAMA3, {"kind": "yarn"}, "RopeScaling.kind='yarn'; it must be one of llama3, linear"),
-        (LLAMA3, {"factor": 0.0}, "RopeScaling.factor=0.0; it must be positive"),
-        (LLAMA3, {"high_frequency_factor": 1.0}, "RopeScaling.high_frequency_factor=1.0 must be larger than .*=1.0; Llama"),
-    ],
-    ids=lambda v: str(v) if isinstance(v, dict) else "",
-)
-def test_a_bad_setting_is_refused_with_its_rule(config: Any, changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        dataclasses.replace(config, **changes)
-    assert re.match(message, str(caught.value))

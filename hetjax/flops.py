@@ -1,0 +1,122 @@
+"""How much a model computes, and how much a device can: the one source of FLOPs.
+
+Counted are a model's FLOPs, not a device's: those of matrix products, two per multiply-add, on the whole row whether
+packed or padded. What a layout repeats (copies, rematerialised layers) is not counted; nor are lookups, norms and
+activations. A backward costs two forwards, so a trained parameter costs 6 FLOPs per token it meets (arXiv:2001.08361).
+
+Of attention there are two figures: with every query on every key, as some papers report it and as a kernel without
+masks computes it, and with the half that a causal mask leaves. `total` has the causal one.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from models.decoder import Decoder
+from models.vit import ViT
+
+# Dense bf16 FLOP/s by the start of `jax.Device.device_kind`, from the vendors' data sheets. NVIDIA prints them with
+# sparsity, twice as much. TPUs whose chip is two devices are left out.
+PEAK_BF16 = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA A800": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H800": 989e12,
+    "NVIDIA H20": 148e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs by what they are spent on."""
+
+    matmul: float  # products with parameters
+    attention: float  # scores and weighted sums, every query on every key
+    causal_attention: float  # the part of `attention` that the mask leaves; all of it where there is none
+
+    @property
+    def total(self) -> float:
+        """With attention as the mask leaves it."""
+        return self.matmul + self.causal_attention
+
+    @property
+    def total_non_causal(self) -> float:
+        """With attention of every query on every key."""
+        return self.matmul + self.attention
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.causal_attention + other.causal_attention,
+        )
+
+    def __mul__(self, count: float) -> "Flops":
+        return Flops(self.matmul * count, self.attention * count, self.causal_attention * count)
+
+
+def decoder_forward(config: Decoder, seq_len: int) -> Flops:
+    """A token's share of the forward on rows of `seq_len` tokens, logits included.
+
+    A sliding window of w counts as w keys per query, and under the mask as the w (1 - w / 2 seq_len) that it averages.
+    """
+    d, heads = config.width, config.num_heads * config.head_features
+    kv_heads = config.num_kv_heads * config.head_features
+    layer = d * heads + 2 * d * kv_heads + heads * d + 3 * d * config.mlp_width
+    keys = min(seq_len, config.sliding_window or seq_len)
+    attention = 4 * heads * keys * config.num_layers
+    return Flops(
+        matmul=2 * (layer * config.num_layers + d * config.vocab_size),
+        attention=attention,
+        causal_attention=attention * (1 - keys / (2 * seq_len)),
+    )
+
+
+def vit_forward(config: ViT) -> Flops:
+    """The forward of one picture through the layers that are built and the projector."""
+    d, tokens = config.width, config.num_tokens
+    layers = config.num_layers + 1 + config.feature_layer
+    patches = config.num_patches * 3 * config.patch_size**2 * d
+    projector = config.rows * (d * config.hidden + config.hidden * config.output_width)
+    attention = 4 * tokens * tokens * d * layers
+    return Flops(
+        matmul=2 * (patches + tokens * (4 * d * d + 2 * d * config.mlp_width) * layers + projector),
+        attention=attention,
+        causal_attention=attention,
+    )
+
+
+def training(forward: Flops, *, trainable: bool = True, backward: bool = True) -> Flops:
+    """Forward and backward. A frozen module skips the gradients of its parameters, and where nothing before it trains
+    (`backward` false) the backward altogether."""
+    if not backward:
+        return forward
+    return Flops(forward.matmul * (3 if trainable else 2), forward.attention * 3, forward.causal_attention * 3)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of a device, None where they are not known. `device_kind` as jax names it."""
+    known = [name for name in PEAK_BF16 if f"{device_kind} ".startswith((f"{name} ", f"{name}-"))]
+    return PEAK_BF16[max(known, key=len)] if known else None
+
+
+def utilization(flops_per_second: float, device_kinds: Iterable[str]) -> float | None:
+    """The share of the devices' peak (MFU, if given model FLOPs); None where the peak of one is not known."""
+    peaks = [peak_flops(kind) for kind in device_kinds]
+    known = [peak for peak in peaks if peak is not None]
+    return flops_per_second / sum(known) if len(known) == len(peaks) else None

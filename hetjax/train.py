@@ -1,0 +1,233 @@
+"""Trains: build, compile, restore, then step, log, evaluate and save until the last step.
+
+    python -m hetjax.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+
+Called again with the same --workdir it continues from the newest checkpoint. SIGTERM saves and exits with status 0.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hetjax import command, config, evaluate, experiment, flops, memory, metrics, optimizer
+from hetjax.checkpoint import CheckpointError, Checkpoints
+from hetjax.data import Loader, blank
+from hetjax.experiment import Experiment
+from hetjax.finish import Outcome
+from hetjax.trainer import State, Trainer
+
+Values = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status: 0 trained or saved after SIGTERM, 2 for what the user can fix."""
+    arguments = command.parse_arguments(argv)
+    try:
+        run = config.load(arguments.gin_files, arguments.bindings, Experiment)
+        workdir = Path(arguments.workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
+        _write(workdir / "config.gin", "\n".join([*files, "# command line", *arguments.bindings, ""]))
+        _write(workdir / "operative_config.gin", config.operative(run))
+        train(run, workdir)
+    except (ValueError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(run: Experiment, workdir: Path) -> None:
+    """Trains `run` to its last step, or to SIGTERM, with everything that is written in `workdir`."""
+    experiment.start(run)
+    trainer = experiment.build(run)
+    print(trainer.picture(), flush=True)
+    _compile(trainer, evaluates=run.held_out is not None)
+    needed = memory.estimate(trainer)
+    print(memory.table(needed), flush=True)
+    memory.check(needed, memory.available(jax.devices()))
+    with contextlib.ExitStack() as stack:
+        loader = stack.enter_context(experiment.train_loader(run))
+        held_out = experiment.held_out_loader(run)
+        if held_out is not None:
+            stack.enter_context(held_out)
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=run.keep))
+        resumed = checkpoints.latest
+        if resumed is None:
+            state = trainer.init()
+        else:
+            state, position = checkpoints.restore(trainer)
+            loader.restore(position)
+            print(f"resumed from {checkpoints.directory} at step {resumed}", flush=True)
+        writer = stack.enter_context(
+            metrics.open_writers(workdir, num_steps=run.steps, resumed_step=resumed, tensorboard=run.tensorboard)
+        )
+        log = Log(run, trainer, loader, writer)
+        stopped = stack.enter_context(_terminated())
+        while state.step < run.steps and not stopped:
+            microbatches = loader.next_step(run.num_microbatches)
+            state, outcome = trainer.step(state, microbatches)
+            log.step(state.step, microbatches, outcome)
+            if run.eval_every and state.step % run.eval_every == 0 and held_out is not None and state.step < run.steps:
+                log.flush()
+                writer.write(state.step, evaluate_on(trainer, state, held_out, run.eval_microbatches))
+                log.restart()
+            if state.step % run.save_every == 0 or state.step == run.steps:
+                checkpoints.save(trainer, state, loader.state())
+        log.flush()
+        checkpoints.save(trainer, state, loader.state())
+        if stopped:
+            print(f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True)
+        elif held_out is not None:
+            writer.write(state.step, _final(trainer, state, loader, held_out, run.eval_microbatches))
+        _report_data(loader)
+
+
+def _compile(trainer: Trainer, *, evaluates: bool) -> None:
+    start = time.perf_counter()
+    live = sys.stdout.isatty()
+
+    def report(name: str, done: int, total: int) -> None:
+        if live:
+            print(f"\r\033[Kcompiled {done}/{total} programs: {name}", end="", flush=True)
+
+    trainer.compile(report, evaluate=evaluates)
+    clear = "\r\033[K" if live else ""
+    print(f"{clear}compiled every program in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def evaluate_on(trainer: Trainer, state: State, held_out: Loader, microbatches: int) -> Values:
+    """Loss and exact-match accuracy on the first `microbatches` of held-out data (0: all of them)."""
+    found = evaluate.score(trainer, state, _some(held_out, microbatches))
+    return {"eval/loss": found.loss, "eval/accuracy": found.accuracy}
+
+
+def _final(trainer: Trainer, state: State, loader: Loader, held_out: Loader, microbatches: int) -> Values:
+    """The last evaluation: with pictures, with blank ones, and what the questions alone give away."""
+    values = evaluate_on(trainer, state, held_out, microbatches)
+    if held_out.items:
+        unseen = ((blank(arrays), owner) for arrays, owner in _some(held_out, microbatches))
+        values["eval/accuracy_blank"] = evaluate.score(trainer, state, unseen).accuracy
+    asked = {int(i) for _, owner in _some(held_out, microbatches) for i in np.unique(owner[owner >= 0])}
+    values["eval/accuracy_prior"] = evaluate.prior_accuracy(loader.samples.values(), [held_out.samples[i] for i in asked])
+    return values
+
+
+def _some(held_out: Loader, microbatches: int) -> Iterator[tuple[Any, np.ndarray]]:
+    return itertools.islice(held_out.one_pass(), microbatches or None)
+
+
+class Log:
+    """Writes a line every `log_every` steps, each from values that the devices have long finished."""
+
+    def __init__(self, run: Experiment, trainer: Trainer, loader: Loader, writer: metrics.Writer) -> None:
+        self.run, self.trainer, self.loader, self.writer = run, trainer, loader, writer
+        self.pending: tuple[int, Outcome] | None = None
+        self.flops = flops.per_microbatch(trainer.graph, run.data.samples, run.data.seq_len, _items(run))
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock of the next line anew."""
+        self.start, self.steps, self.tokens, self.pictures = time.perf_counter(), 0, 0, 0
+        self.waited = self.loader.seconds_waited
+
+    def step(self, step: int, microbatches: Sequence[Any], outcome: Outcome) -> None:
+        """Takes note of a step that was dispatched; looks at the one before it."""
+        if self.pending is not None:
+            self._check(*self.pending)
+        self.steps += 1
+        self.tokens += sum(int((m["segment_ids"] > 0).sum()) for m in microbatches)
+        self.pictures += sum(_pictures(self.run, m) for m in microbatches)
+        self.pending = (step, outcome)
+        if step % self.run.log_every == 0 or step == self.run.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the line of the last step."""
+        if self.pending is None or not self.steps:
+            return
+        step, outcome = self.pending
+        self._check(step, outcome)
+        values: Values = {
+            "loss": float(outcome.loss),
+            "learning_rate": optimizer.learning_rate(self.run.optimizer, step - 1),
+            "gradient_norm": float(outcome.norm),
+        }
+        for name, squares in outcome.module_squares.items():
+            values[f"gradient_norm/{name}"] = math.sqrt(sum(float(s) for s in squares))
+        seconds = time.perf_counter() - self.start
+        values |= {
+            "tokens_per_second": self.tokens / seconds,
+            "images_per_second": self.pictures / seconds,
+            "step_seconds": seconds / self.steps,
+            "data_wait_seconds": self.loader.seconds_waited - self.waited,
+        }
+        values |= self._rates(seconds / self.steps)
+        self.pending = None
+        self.writer.write(step, values)
+        self.restart()
+
+    def _rates(self, step_seconds: float) -> Values:
+        """Model TFLOP/s per device, MFU where the device's peak is known, and memory where the device tells."""
+        values: Values = {}
+        for module in self.trainer.graph.modules:
+            done = self.flops[module.name] * self.run.num_microbatches / step_seconds / module.layout.num_devices
+            values[f"tflops_per_device/{module.name}"] = done / 1e12
+            peak = flops.peak_flops(jax.devices()[0].device_kind)
+            if peak is not None:
+                values[f"mfu/{module.name}"] = done / peak
+        stats = [d.memory_stats() or {} for d in jax.local_devices()]
+        peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+        if peaks:
+            values["memory_gib"] = max(peaks) / 2**30
+        return values
+
+    def _check(self, step: int, outcome: Outcome) -> None:
+        if not bool(outcome.ok):
+            broken = self.trainer.finish.not_finite(outcome)
+            print(f"step {step - 1} was skipped in every module: not finite: {', '.join(broken[:5]) or 'the loss'}", flush=True)
+
+
+def _items(run: Experiment) -> dict[str, int]:
+    return {e.name: e.slots_per_group * run.data.groups for e in run.encoders}
+
+
+def _pictures(run: Experiment, microbatch: Any) -> int:
+    """Slots of a microbatch that hold an item."""
+    return sum(int((microbatch[f"{e.name}.index"] >= 0).sum()) // e.model.rows for e in run.encoders)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[list[int]]:
+    """A list that SIGTERM makes true; the loop looks at it between steps."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report_data(loader: Loader) -> None:
+    fill = ", ".join(f"{name} {share:.0%}" for name, share in loader.fill().items())
+    print(f"not padding: {fill}; bad samples: {len(loader.bad)}; cut: {len(loader.truncated)}; too long: {len(loader.too_long)}")
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

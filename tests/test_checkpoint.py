@@ -1,0 +1,118 @@
+"""Every array survives a save; what was saved under one layout restores under any other; damage is reported."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from hetjax.checkpoint import CheckpointError, Checkpoints, to_names
+from hetjax.layout import Layout
+from hetjax.optimizer import OptimizerConfig
+from hetjax.trainer import State, Trainer
+
+SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=2)
+ADAMW = OptimizerConfig(learning_rate=1e-2)
+DISJOINT = (Layout(pp=2, tp=2, devices="0-3"), Layout(dp=2, devices="4-5"))
+COLOCATED = (Layout(dp=4, tp=2), Layout(dp=8))
+
+
+def build(layouts: tuple[Layout, Layout], config: OptimizerConfig = ADAMW, **model: object) -> Trainer:
+    graph = tiny.graph(layouts[0], {"vision": layouts[1]}, np.float32, tied=True)
+    return tiny.trainer(graph, SHAPE, config)
+
+
+def train(trainer: Trainer, state: State, seeds: range) -> tuple[State, list[float]]:
+    losses = []
+    for seed in seeds:
+        state, outcome = trainer.step(state, tiny.microbatches(SHAPE, seed=seed))
+        losses.append(float(outcome.loss))
+    return state, losses
+
+
+def values(trainer: Trainer, state: State) -> dict[str, np.ndarray]:
+    return {name: np.asarray(a) for name, a in to_names(trainer, state).items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray], list[float]]:
+    """A checkpoint of step 2 under the disjoint layouts, its arrays, and the losses of the two steps after it."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    trainer = build(DISJOINT)
+    state, _ = train(trainer, trainer.init(), range(2))
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(trainer, state, {"place": 7})
+        arrays = values(trainer, state)
+        _, losses = train(trainer, state, range(2, 4))  # donates what is being written
+    return directory, arrays, losses
+
+
+@pytest.mark.parametrize("layouts", [DISJOINT, COLOCATED], ids=["same layout", "another layout"])
+def test_every_array_and_the_losses_after_it_are_restored(saved: tuple, layouts: tuple[Layout, Layout]) -> None:
+    directory, arrays, losses = saved
+    trainer = build(layouts)
+    with Checkpoints(directory) as checkpoints:
+        state, data = checkpoints.restore(trainer)
+    assert (state.step, data) == (2, {"place": 7})
+    restored = values(trainer, state)
+    assert restored.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(restored[name], array, err_msg=name)
+    _, again = train(trainer, state, range(2, 4))
+    if layouts is DISJOINT:
+        assert again == losses
+    else:
+        np.testing.assert_allclose(again, losses, rtol=1e-6)
+
+
+def test_names_are_those_of_the_model_layer_by_layer(saved: tuple) -> None:
+    _, arrays, _ = saved
+    assert "params/llm/layers/0003/attention/q" in arrays and "optimizer/llm/0/mu/layers/0003/attention/q" in arrays
+    assert "params/llm/first/embed" in arrays and "params/llm/last/head" not in arrays
+    assert len({name for name in arrays if re.search(r"optimizer/\w+/\d+/count", name)}) == 2
+
+
+def test_only_the_last_ones_are_kept_and_a_second_save_of_a_step_is_none(tmp_path: Path) -> None:
+    trainer = build(COLOCATED)
+    state = trainer.init()
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        for step in (1, 2, 3, 3):
+            checkpoints.save(trainer, state._replace(step=step), {})
+        checkpoints.wait()
+        assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["2", "3"]
+        with pytest.raises(CheckpointError, match="step 1 was not saved, a checkpoint of step 3 is there; use another"):
+            checkpoints.save(trainer, state._replace(step=1), {})
+
+
+def test_an_empty_directory_has_nothing_to_restore(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="no complete checkpoint; train first"):
+        checkpoints.restore(build(COLOCATED))
+
+
+def test_another_optimizer_is_refused_by_name(saved: tuple) -> None:
+    trainer = build(COLOCATED, OptimizerConfig(name="sgd", momentum=0.9))
+    with Checkpoints(saved[0]) as checkpoints, pytest.raises(CheckpointError, match=r"optimizer/llm/0/count: this run has no such array"):
+        checkpoints.restore(trainer)
+
+
+def test_another_model_is_refused_with_both_shapes(saved: tuple) -> None:
+    graph = tiny.graph(Layout(), {"vision": Layout()}, np.float32, tied=True)
+    llm = tiny.decoder(tied=True, mlp_width=16).module(np.float32, encoders=("vision",))
+    modules = tuple(m if m.name != "llm" else m.__class__("llm", llm, m.layout, m.remat) for m in graph.modules)
+    trainer = tiny.trainer(graph.__class__(modules, graph.edges), SHAPE, ADAMW)
+    message = re.escape("optimizer/llm/0/mu/layers/0000/mlp/down has shape [32, 16], this run's is [16, 16]")
+    with Checkpoints(saved[0]) as checkpoints, pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(trainer)
+
+
+def test_a_damaged_checkpoint_says_what_to_do(saved: tuple, tmp_path: Path) -> None:
+    damaged = tmp_path / "checkpoints"
+    shutil.copytree(saved[0], damaged)
+    for path in damaged.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Checkpoints(damaged) as checkpoints, pytest.raises(CheckpointError, match="cannot be read .* remove this directory"):
+        checkpoints.restore(build(COLOCATED))
+    jax.effects_barrier()
