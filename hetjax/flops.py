@@ -10,6 +10,7 @@ masks computes it, and with the half that a causal mask leaves. `total` has the 
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from models.decoder import Decoder
 from models.vit import ViT
@@ -99,6 +100,13 @@ def vit_forward(config: ViT) -> Flops:
         attention=attention,
         causal_attention=attention,
     )
+
+
+def forward(config: Any, *, rows: int, seq_len: int, items: int) -> Flops | None:
+    """The forward of a microbatch of `rows` rows and `items` pictures; None for a model that is not known here."""
+    if isinstance(config, Decoder):
+        return decoder_forward(config, seq_len) * (rows * seq_len)
+    return vit_forward(config) * items if isinstance(config, ViT) else None
 
 
 def training(forward: Flops, *, trainable: bool = True, backward: bool = True) -> Flops:

@@ -73,6 +73,10 @@ class Graph:
                     f"set {module.name}'s output_width to {width}"
                 )
 
+    def module(self, name: str) -> Module:
+        """The module of this name."""
+        return next(m for m in self.modules if m.name == name)
+
     @property
     def sink(self) -> Module:
         """The language model."""

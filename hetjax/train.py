@@ -133,7 +133,7 @@ class Log:
     def __init__(self, run: Experiment, trainer: Trainer, loader: Loader, writer: metrics.Writer) -> None:
         self.run, self.trainer, self.loader, self.writer = run, trainer, loader, writer
         self.pending: tuple[int, Outcome] | None = None
-        self.flops = flops.per_microbatch(trainer.graph, run.data.samples, run.data.seq_len, _items(run))
+        self.flops = _step_flops(run, trainer)
         self.restart()
 
     def restart(self) -> None:
@@ -180,12 +180,12 @@ class Log:
     def _rates(self, step_seconds: float) -> Values:
         """Model TFLOP/s per device, MFU where the device's peak is known, and memory where the device tells."""
         values: Values = {}
-        for module in self.trainer.graph.modules:
-            done = self.flops[module.name] * self.run.num_microbatches / step_seconds / module.layout.num_devices
-            values[f"tflops_per_device/{module.name}"] = done / 1e12
-            peak = flops.peak_flops(jax.devices()[0].device_kind)
+        peak = flops.peak_flops(jax.devices()[0].device_kind)
+        for name, step_flops in self.flops.items():
+            rate = step_flops / step_seconds / self.trainer.graph.module(name).layout.num_devices
+            values[f"tflops_per_device/{name}"] = rate / 1e12
             if peak is not None:
-                values[f"mfu/{module.name}"] = done / peak
+                values[f"mfu/{name}"] = rate / peak
         stats = [d.memory_stats() or {} for d in jax.local_devices()]
         peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
         if peaks:
@@ -198,8 +198,20 @@ class Log:
             print(f"step {step - 1} was skipped in every module: not finite: {', '.join(broken[:5]) or 'the loss'}", flush=True)
 
 
-def _items(run: Experiment) -> dict[str, int]:
-    return {e.name: e.slots_per_group * run.data.groups for e in run.encoders}
+def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
+    """Model FLOPs of a step by module, causal attention counted as half; modules of unknown kind are left out."""
+    found = {}
+    items = {e.name: e.slots_per_group * run.data.groups for e in run.encoders}
+    for module in trainer.graph.modules:
+        forward = flops.forward(
+            module.definition.config, rows=run.data.samples, seq_len=run.data.seq_len, items=items.get(module.name, 0)
+        )
+        if forward is not None:
+            stages = [s for (name, _), s in trainer.pipeline.stages.items() if name == module.name]
+            trains, backward = any(s.parameters.trains for s in stages), any(s.has_backward for s in stages)
+            per_microbatch = flops.training(forward, trainable=trains, backward=backward).total
+            found[module.name] = per_microbatch * run.num_microbatches
+    return found
 
 
 def _pictures(run: Experiment, microbatch: Any) -> int:

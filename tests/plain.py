@@ -1,4 +1,4 @@
-"""The models once more, in plain NumPy: one row or picture and one head at a time, formulas as Hugging Face has them."""
+"""The models again in plain NumPy: one row or picture, and one head, at a time; formulas as Hugging Face has them."""
 
 import math
 from typing import Any

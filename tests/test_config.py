@@ -158,6 +158,7 @@ def test_an_unscoped_reference_stays_in_the_scope_of_its_user(tmp_path: Path) ->
             "test_config.Experiment.extra = {'a': 1e-08}",
             "test_config.Experiment.curve = @test_config.constant",
             "vision/test_config.Layout.devices = (0, 4)",
+            "audio/test_config.Encoder.model = [1, (2,), {'deep': [@test_config.Layout()]}]",
             "test_config.Experiment.schedule = 'gpipe'",
             'audio/test_config.Encoder.name = "it\'s \\"audio\\"\\n"',
         ),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from test_models import close, jaxprs
+from test_model_precision import jaxprs
+from test_models import close
 
 from hetjax.loss import token_correct, token_sum
 from models.axes import ONE_DEVICE, Axes, Axis
