@@ -90,6 +90,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         weights = jax.nn.softmax(logits, -1)
     else:
         mask = mask[:, None, None]
-        # finite, not -inf: a row without any key has a softmax, and a gradient, which the second where sets to 0
+        # finite, not -inf: the softmax of a query without any key is no NaN, and the outer where makes it 0
         weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), -1), 0)
     return jnp.einsum("bngqk,bknd->bqngd", weights.astype(v.dtype), v).reshape(b, s, h, d)

@@ -4,7 +4,6 @@ Activations are in the compute dtype; parameters stay in theirs (float32) until 
 over tokens are computed in at least float32, so that parameters' gradients never pass through a narrower type.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +32,13 @@ def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, dtype: Any = None) -> 
     return _dot(contract, jnp.dtype(dtype or x.dtype), vary_like(x, w), vary_like(w, x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dot(contract: int, dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+def _product(contract: int, dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.tensordot(x, w.astype(x.dtype), contract, preferred_element_type=dtype)
 
 
 def _dot_forward(contract: int, dtype: Any, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Kept]:
-    return _dot(contract, dtype, x, w), (x, w)
+    # not through `_dot`: a checkpoint policy that keeps products would not see this one
+    return _product(contract, dtype, x, w), (x, w)
 
 
 def _dot_backward(contract: int, dtype: Any, kept: Kept, g: jax.Array) -> Kept:
@@ -53,6 +52,7 @@ def _dot_backward(contract: int, dtype: Any, kept: Kept, g: jax.Array) -> Kept:
     return g_x, g_w.astype(w.dtype)
 
 
+_dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 _dot.defvjp(_dot_forward, _dot_backward)
 
 

@@ -1,10 +1,10 @@
 """Every array survives a save; what was saved under one layout restores under any other; damage is reported."""
 
+import gc
 import re
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -108,11 +108,13 @@ def test_another_model_is_refused_with_both_shapes(saved: tuple) -> None:
         checkpoints.restore(trainer)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_says_what_to_do(saved: tuple, tmp_path: Path) -> None:
     damaged = tmp_path / "checkpoints"
     shutil.copytree(saved[0], damaged)
-    for path in damaged.rglob("d/*"):
+    for path in damaged.rglob("manifest.ocdbt"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with Checkpoints(damaged) as checkpoints, pytest.raises(CheckpointError, match="cannot be read .* remove this directory"):
         checkpoints.restore(build(COLOCATED))
-    jax.effects_barrier()
+    del checkpoints
+    gc.collect()  # Orbax leaves the tasks of a failed read behind, each with an exception that no one retrieved

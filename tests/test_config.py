@@ -158,7 +158,6 @@ def test_an_unscoped_reference_stays_in_the_scope_of_its_user(tmp_path: Path) ->
             "test_config.Experiment.extra = {'a': 1e-08}",
             "test_config.Experiment.curve = @test_config.constant",
             "vision/test_config.Layout.devices = (0, 4)",
-            "audio/test_config.Encoder.model = [1, (2,), {'deep': [@test_config.Layout()]}]",
             "test_config.Experiment.schedule = 'gpipe'",
             'audio/test_config.Encoder.name = "it\'s \\"audio\\"\\n"',
         ),
@@ -171,6 +170,11 @@ def test_the_operative_file_makes_the_same_experiment(tmp_path: Path, bindings: 
     assert config.operative(load(tmp_path, text)) == text
     assert "test_config.Experiment.steps = 10" in text.splitlines()  # a default, written out
     assert "encoders_0/layout/test_config.Layout.dp = 4" in text.splitlines()
+
+
+def test_the_operative_file_keeps_containers_as_they_are(tmp_path: Path) -> None:
+    made = Experiment(Encoder([1, (2,), (), [], {"deep": [Layout(dp=2), (ViT(3), None)]}]))
+    assert load(tmp_path, config.operative(made)) == made
 
 
 def test_the_operative_file_keeps_modules_of_the_same_name_apart() -> None:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import RICH, VIT, close, compiled, documents, random_params, rows_of, run
+from test_models import DECODER, RICH, SEQ, VIT, close, compiled, documents, random_params, rows_of, run
 
+from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.layers import dot
 from models.vit import ViT
@@ -80,3 +81,19 @@ def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> Non
     mine, pull = jax.vjp(lambda x, w: dot(x, w, contract=2), x, w)
     theirs, pull_theirs = jax.vjp(lambda x, w: jnp.tensordot(x, w, 2), x, w)
     close((mine, pull(g)), (theirs, pull_theirs(g)))
+
+
+def test_a_checkpoint_policy_sees_the_products() -> None:
+    """One that keeps them keeps the hidden features [b, s, 24]; one that keeps nothing does not."""
+    layer = DECODER.module(jnp.float32).layer
+    params, batch = layer.init(jax.random.key(0)), rows_of(documents(5))
+
+    def kept(policy: Any) -> list[tuple[int, ...]]:
+        run_layer = jax.checkpoint(lambda w, c: layer.apply(w, c, batch, ONE_DEVICE)["x"], policy=policy)
+        return [
+            a.shape for a in jax.tree.leaves(jax.vjp(run_layer, params, {"x": jnp.ones((1, SEQ, DECODER.width))})[1])
+        ]
+
+    hidden = (1, SEQ, DECODER.mlp_width)
+    assert kept(jax.checkpoint_policies.dots_with_no_batch_dims_saveable).count(hidden) == 2
+    assert hidden not in kept(jax.checkpoint_policies.nothing_saveable)
