@@ -249,6 +249,6 @@ class _Loop:
         start = time.perf_counter()
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
-                g_y = link.boundary.backward({k: g_x[name] for k, name in link.names.items()})
+                g_y = link.boundary.backward({k: g_x[link.names[k]] for k in link.boundary.gradients})
                 self.cotangents[link.source, i] = g_y
         self.boundary_seconds += time.perf_counter() - start
