@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,7 +36,9 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -147,19 +148,19 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
     for key, stage in trainer.pipeline.stages.items():
         mine = stage.parameters
         abstract = (mine.owned(mine.params), mine.state)
-        place = lambda name, where: jax.device_put(names[name], where)
         rows: dict[int, list[jax.Array]] = {}
-        for (name, leaf, cut), place_in_tree in zip(_entries(key, stage), _owners(stage), strict=True):
-            where = leaf.sharding if cut is None else _one_layer(leaf).sharding
-            rows.setdefault(place_in_tree, []).append(place(name, where))
+        for (name, leaf, layer), owner in zip(_entries(key, stage), _owners(stage), strict=True):
+            where = leaf.sharding if layer is None else _one_layer(leaf).sharding
+            rows.setdefault(owner, []).append(jax.device_put(names[name], where))
         leaves = [
             _stack(tuple(rows[i]), leaf.sharding) if is_stacked(path) else rows[i][0]
             for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(abstract))
         ]
         owned, states[key] = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-        for part, leaf in mine.borrowed:
-            source = names[f"params/{key[0]}/first/{mine.tied[leaf]}"]
-            owned = {**owned, part: {**owned.get(part, {}), leaf: jax.device_put(source, mine.params[part][leaf].sharding)}}
+        for part, borrowed in mine.borrowed:
+            source = names[f"params/{key[0]}/first/{mine.tied[borrowed]}"]
+            copy = jax.device_put(source, mine.params[part][borrowed].sharding)
+            owned = {**owned, part: {**owned.get(part, {}), borrowed: copy}}
         params[key] = owned
     return State(params, states, trainer.pipeline.zeros(), step)
 

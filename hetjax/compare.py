@@ -1,7 +1,7 @@
 """The same steps under layouts and through the reference, and how far apart they are.
 
-A leaf's error is ||x - reference|| / max(||reference||, 0.01 ||module's reference||): some leaves (key biases) have a true
-gradient of zero, and relative error means nothing there.
+A leaf's error is ||x - reference|| / max(||reference||, 0.01 ||module's reference||): some leaves (key biases) have a
+true gradient of zero, and relative error means nothing there.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,6 +1,6 @@
 """What a run is: the modules with their layouts, the data, the optimizer. Frozen dataclasses that gin fills in.
 
-`build` turns an experiment into a trainer, `train_loader` and `held_out_loader` into its data; the commands, `verify` and
+`build` turns an experiment into a trainer, `train_loader` and `held_out_loader` into its data; the commands and
 notebooks all start there:
 
     experiment = config.load(["configs/quickstart.gin"], [], Experiment)
@@ -104,7 +104,16 @@ class Experiment:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoders", tuple(self.encoders))
-        least = dict(steps=1, num_microbatches=1, save_every=1, keep=1, log_every=1, eval_every=0, eval_microbatches=0, emulated_devices=0)
+        least = dict(
+            steps=1,
+            num_microbatches=1,
+            save_every=1,
+            keep=1,
+            log_every=1,
+            eval_every=0,
+            eval_microbatches=0,
+            emulated_devices=0,
+        )
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
@@ -123,7 +132,8 @@ def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
 def build_graph(experiment: Experiment) -> Graph:
     """The module graph of an experiment."""
     towers = tuple(
-        Module(e.name, e.model.module(jnp.dtype(e.compute_dtype), name=e.name), e.layout, Remat(e.remat)) for e in experiment.encoders
+        Module(e.name, e.model.module(jnp.dtype(e.compute_dtype), name=e.name), e.layout, Remat(e.remat))
+        for e in experiment.encoders
     )
     llm = experiment.llm
     definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=tuple(e.name for e in experiment.encoders))
@@ -142,7 +152,11 @@ def in_precision(experiment: Experiment, dtype: str) -> Experiment:
 
 def start(experiment: Experiment) -> None:
     """Sets up jax for the experiment: emulated devices, float64, compilation cache. Call it before the first array."""
-    if "float64" in (experiment.param_dtype, experiment.llm.compute_dtype, *(e.compute_dtype for e in experiment.encoders)):
+    if "float64" in (
+        experiment.param_dtype,
+        experiment.llm.compute_dtype,
+        *(e.compute_dtype for e in experiment.encoders),
+    ):
         jax.config.update("jax_enable_x64", True)
     if experiment.emulated_devices:
         command.emulate_devices(experiment.emulated_devices)
@@ -185,7 +199,7 @@ def _loader(experiment: Experiment, data: DataConfig) -> Loader:
     loader = Loader(data, tuple(e.items for e in experiment.encoders))
     if loader.vocab_size > experiment.llm.model.vocab_size:
         raise ValueError(
-            f"{experiment.llm.name}: vocab_size={experiment.llm.model.vocab_size}, but the tokenizer {data.tokenizer_path} "
-            f"has {loader.vocab_size} tokens; set vocab_size to at least {loader.vocab_size}"
+            f"{experiment.llm.name}: vocab_size={experiment.llm.model.vocab_size}, but the tokenizer "
+            f"{data.tokenizer_path} has {loader.vocab_size} tokens; set vocab_size to at least {loader.vocab_size}"
         )
     return loader

@@ -4,13 +4,15 @@ Norms and flags travel between meshes as device scalars; the host never waits. A
 finite changes nothing anywhere: parameters, optimizer state and its counts stay as they were, in every module.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from hetjax import optimizer
 from hetjax.boundary import Boundary
@@ -67,18 +69,27 @@ class Finish:
             to = owner.parameters.grads["first"][source].sharding
             back = owner.parameters.params["first"][source]
             found.append(
-                Tie(owner_key, key, ("first", source), (part, leaf), Boundary({"x": grad}, {"x": to}), Boundary({"x": back}, {"x": weight.sharding}))
+                Tie(
+                    owner_key,
+                    key,
+                    ("first", source),
+                    (part, leaf),
+                    Boundary({"x": grad}, {"x": to}),
+                    Boundary({"x": back}, {"x": weight.sharding}),
+                )
             )
         return found
 
-    def thunks(self) -> list[tuple[str, Any]]:
+    def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
-        found = [(f"{m}/{i} measure", lambda k=(m, i): self._compile_measure(k)) for m, i in self.stages]
+        found: list[tuple[str, Callable[[], object]]] = [
+            (f"{m}/{i} measure", functools.partial(self._compile_measure, (m, i))) for m, i in self.stages
+        ]
         found.append(("decide", self._compile_decide))
         for tie in self.ties:
             for direction in (tie.gradient, tie.value):
                 found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()]
-            found.append((f"tied {tie.owner[0]} add", lambda t=tie: self._compile_add(t)))
+            found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
         return found
 
     def _compile_measure(self, key: StageKey) -> None:
@@ -92,7 +103,9 @@ class Finish:
 
     def _compile_add(self, tie: Tie) -> None:
         leaf = self.stages[tie.owner].parameters.grads["first"][tie.owner_path[1]]
-        self._add[tie.owner] = jax.jit(jnp.add, out_shardings=leaf.sharding, donate_argnums=0).lower(leaf, leaf).compile()
+        self._add[tie.owner] = (
+            jax.jit(jnp.add, out_shardings=leaf.sharding, donate_argnums=0).lower(leaf, leaf).compile()
+        )
 
     def _compile_decide(self) -> None:
         clip = self.config.clip_norm
@@ -153,7 +166,6 @@ class Finish:
             params[tie.copy] = _set(params[tie.copy], tie.copy_path, value)
         return params, states, Outcome(loss, norm, module_squares, ok, finite)
 
-
     def not_finite(self, outcome: Outcome) -> list[str]:
         """The paths of the gradients of a step that were not finite; waits for the devices."""
         found = []
@@ -175,5 +187,7 @@ def _set(tree: Mapping, path: tuple[str, str], leaf: jax.Array) -> dict:
 
 def _broadcast(scalar: jax.Array, everywhere: NamedSharding) -> jax.Array:
     """A one-device scalar on every device of a mesh: one put per device, straight from the source."""
-    copies = jax.device_put([scalar] * everywhere.mesh.size, [SingleDeviceSharding(d) for d in everywhere.mesh.devices.flat])
+    copies = jax.device_put(
+        [scalar] * everywhere.mesh.size, [SingleDeviceSharding(d) for d in everywhere.mesh.devices.flat]
+    )
     return jax.make_array_from_single_device_arrays((), everywhere, copies)

@@ -51,13 +51,17 @@ class Graph:
         names = [m.name for m in self.modules]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"modules: the name {name!r} is used {names.count(name)} times; give each its own name")
+                raise ValueError(
+                    f"modules: the name {name!r} is used {names.count(name)} times; give each its own name"
+                )
             if not name.isidentifier():
                 raise ValueError(f"modules: {name!r} is not a valid name; use letters, digits and underscores")
         for edge in self.edges:
             for end in (edge.producer, edge.consumer):
                 if end not in names:
-                    raise ValueError(f"edges: {edge.producer} -> {edge.consumer} names {end!r}; the modules are {names}")
+                    raise ValueError(
+                        f"edges: {edge.producer} -> {edge.consumer} names {end!r}; the modules are {names}"
+                    )
         sinks = [n for n in names if all(e.producer != n for e in self.edges)]
         if len(sinks) != 1:
             raise ValueError(f"edges: exactly one module may feed nothing (the language model); {sinks} feed nothing")
@@ -69,7 +73,8 @@ class Graph:
         for module in self.encoders:
             if module.definition.width != width:
                 raise ValueError(
-                    f"{module.name}: its output has {module.definition.width} features, {self.sink.name} takes {width}; "
+                    f"{module.name}: its output has {module.definition.width} features, "
+                    f"{self.sink.name} takes {width}; "
                     f"set {module.name}'s output_width to {width}"
                 )
 

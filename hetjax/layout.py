@@ -72,7 +72,9 @@ class Layout:
     @property
     def device_ids(self) -> tuple[int, ...]:
         """Positions in `jax.devices()`, stage by stage."""
-        return tuple(range(self.num_devices)) if self.devices is None else tuple(self.devices)
+        if self.devices is None:
+            return tuple(range(self.num_devices))
+        return tuple(int(i) for i in self.devices)
 
     def __str__(self) -> str:
         sizes = [f"{n}={getattr(self, n)}" for n in ("dp", "copies", "cp", "tp", "pp") if getattr(self, n) > 1]
@@ -80,7 +82,7 @@ class Layout:
 
 
 def like(layout: Layout) -> Layout:
-    """The homogeneous layout of an encoder: on the devices of `layout`'s first stage, with its dp and tp, repeated over its cp."""
+    """The homogeneous layout of an encoder: the devices, dp and tp of `layout`'s first stage, repeated over its cp."""
     return Layout(
         dp=layout.dp,
         tp=layout.tp,
@@ -97,7 +99,9 @@ def _parse_devices(text: str) -> tuple[int, ...]:
             raise ValueError(f"Layout.devices={text!r}: {part!r} is neither a number nor a range; write '0-3,6'")
         start, stop = int(match[1]), int(match[2] or match[1])
         if stop < start:
-            raise ValueError(f"Layout.devices={text!r}: the range {part.strip()!r} runs backwards; write '{stop}-{start}'")
+            raise ValueError(
+                f"Layout.devices={text!r}: the range {part.strip()!r} runs backwards; write '{stop}-{start}'"
+            )
         ids += range(start, stop + 1)
     return tuple(ids)
 
@@ -148,7 +152,8 @@ def _check_devices(name: str, layout: Layout, available: int) -> None:
     ids, needed = layout.device_ids, layout.num_devices
     if len(ids) != needed:
         raise ValueError(
-            f"{name}: {layout} needs {needed} devices, Layout.devices names {len(ids)}; name {needed}, or change the layout"
+            f"{name}: {layout} needs {needed} devices, Layout.devices names {len(ids)}; name {needed}, "
+            "or change the layout"
         )
     for i in ids:
         if ids.count(i) > 1:
@@ -172,7 +177,9 @@ def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
         for what, count in counts.items():
             if count % size:
                 fits = [str(n) for n in range(1, count + 1) if count % n == 0]
-                raise ValueError(f"{name}: {axis}={size} does not divide {what}={count}; use {axis} of {', '.join(fits[:8])}")
+                raise ValueError(
+                    f"{name}: {axis}={size} does not divide {what}={count}; use {axis} of {', '.join(fits[:8])}"
+                )
 
 
 def _layer_counts(name: str, num_layers: int, layout: Layout) -> tuple[int, ...]:
@@ -234,16 +241,14 @@ def param_specs(definition: ModuleDef, plan: StagePlan) -> dict:
 
 def _specs(logical: Mapping, *, stacked: bool = False) -> dict:
     lead = (None,) if stacked else ()
-    return {
-        k: _specs(v, stacked=stacked) if isinstance(v, Mapping) else spec((*lead, *v)) for k, v in logical.items()
-    }
+    return {k: _specs(v, stacked=stacked) if isinstance(v, Mapping) else spec((*lead, *v)) for k, v in logical.items()}
 
 
 def zero_spec(shape: tuple[int, ...], where: P, mesh: Mesh, *, skip: bool = False) -> tuple[P, int | None]:
     """(spec, dim) of a parameter cut over its data replicas too, on the first dim whose shard divides (ZeRO-1).
 
-    dim None: none divides, and every replica keeps the whole leaf. `skip` leaves the first dim alone: stacked layers are
-    stored one by one.
+    dim None: none divides, and every replica keeps the whole leaf. `skip` leaves the first dim alone: stacked layers
+    are stored one by one.
     """
     replicas = math.prod(mesh.shape[a] for a in DATA_AXES)
     entries = [*where, *[None] * (len(shape) - len(where))]
@@ -256,7 +261,7 @@ def zero_spec(shape: tuple[int, ...], where: P, mesh: Mesh, *, skip: bool = Fals
 
 
 def zigzag(seq: int, cp: int) -> np.ndarray:
-    """The order of positions in which cp contiguous shards have equal causal work: shard r gets chunks r and 2cp-1-r."""
+    """The order of positions that gives cp contiguous shards equal causal work: shard r gets chunks r and 2cp-1-r."""
     chunks = np.arange(seq).reshape(2 * cp, -1)
     return np.concatenate([chunks[[r, 2 * cp - 1 - r]].reshape(-1) for r in range(cp)])
 

@@ -40,9 +40,16 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
 def _of_stage(stage: Stage, in_flight: int) -> DeviceMemory:
     mine = stage.parameters
     per_microbatch = _bytes((stage.x, stage.batch, stage.kept))
-    workspace = max((m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()), default=0)
+    workspace = max(
+        (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()),
+        default=0,
+    )
     return DeviceMemory(
-        _bytes(mine.params), _bytes(mine.state), _bytes(mine.acc) if mine.trains else 0, max(in_flight, 1) * per_microbatch, workspace
+        _bytes(mine.params),
+        _bytes(mine.state),
+        _bytes(mine.acc) if mine.trains else 0,
+        max(in_flight, 1) * per_microbatch,
+        workspace,
     )
 
 
@@ -68,7 +75,7 @@ def check(devices: dict[int, DeviceMemory], available: dict[int, int]) -> None:
         if device in available and memory.total > available[device]:
             raise ValueError(
                 f"device {device}: the run needs {memory.total / 2**30:.2f} GiB, the device has "
-                f"{available[device] / 2**30:.2f} GiB; use fewer samples a group, remat='full', or more tp, pp or devices"
+                f"{available[device] / 2**30:.2f} GiB; use fewer samples a group, remat='full', or more devices"
             )
 
 

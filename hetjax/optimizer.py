@@ -67,7 +67,9 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"OptimizerConfig.{name}={getattr(self, name)}; it must be from 0 to 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"OptimizerConfig.clip_norm={self.clip_norm}; it must be positive, or None for no clipping")
+            raise ValueError(
+                f"OptimizerConfig.clip_norm={self.clip_norm}; it must be positive, or None for no clipping"
+            )
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is updated."""
@@ -89,8 +91,8 @@ def _check_elementwise(tx: optax.GradientTransformation) -> None:
     halves = jnp.concatenate([second_update(params[:2]), second_update(params[2:])])
     if not jnp.allclose(second_update(params), halves, rtol=1e-4, atol=1e-6):
         raise ValueError(
-            "OptimizerConfig.chain: an entry mixes the elements of a parameter or of several (a norm, a factored moment), "
-            "so its result would depend on the layout; use element by element transformations, and clip_norm to clip"
+            "OptimizerConfig.chain: an entry mixes the elements of a parameter or of several (as norms do), "
+            "so its result would depend on the layout; use transformations of single elements, and clip_norm to clip"
         )
 
 
@@ -100,10 +102,14 @@ def path_of(module: str, path: Sequence[Any]) -> str:
 
 
 def check(config: OptimizerConfig, paths: Sequence[str]) -> None:
-    """Raises ValueError for a pattern that matches none of the parameters, when nothing trains, or for a chain that mixes."""
+    """Raises ValueError for a pattern that matches no parameter, when nothing trains, or for a chain that mixes."""
     if config.chain:
         _check_elementwise(optax.chain(*config.chain))
-    settings = {"frozen": config.frozen, "trainable": config.trainable, "learning_rate_multipliers": config.learning_rate_multipliers}
+    settings = {
+        "frozen": config.frozen,
+        "trainable": config.trainable,
+        "learning_rate_multipliers": config.learning_rate_multipliers,
+    }
     for setting, patterns in settings.items():
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
@@ -140,7 +146,9 @@ def transformation(config: OptimizerConfig, module: str) -> optax.GradientTransf
     """The optax chain for a module's trainable parameters, at a learning rate of 1."""
 
     def decays(params: Tree) -> Tree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: not _matches(path_of(module, path), config.no_decay), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not _matches(path_of(module, path), config.no_decay), params
+        )
 
     decay = [optax.add_decayed_weights(config.weight_decay, decays)] if config.weight_decay else []
     direction = {

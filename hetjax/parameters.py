@@ -75,7 +75,9 @@ class Parameters:
         """Nested dicts of leaves without those that the stage borrows."""
         if not self.borrowed or not isinstance(tree, dict):
             return tree
-        kept = {part: {k: v for k, v in leaves.items() if (part, k) not in self.borrowed} for part, leaves in tree.items()}
+        kept = {
+            part: {k: v for k, v in leaves.items() if (part, k) not in self.borrowed} for part, leaves in tree.items()
+        }
         return {part: leaves for part, leaves in kept.items() if leaves}
 
     def full_last(self, params: Params) -> Params:
@@ -115,7 +117,10 @@ class Parameters:
 
     def _abstract_state(self) -> Tree:
         """Moments lie as their gradients do: the tail of a moment's path is its parameter's; scalars are repeated."""
-        where = {jax.tree_util.keystr(k): g.sharding.spec for k, g in jax.tree_util.tree_leaves_with_path(self.owned(self.grads))}
+        where = {
+            jax.tree_util.keystr(k): g.sharding.spec
+            for k, g in jax.tree_util.tree_leaves_with_path(self.owned(self.grads))
+        }
 
         def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))

@@ -90,7 +90,10 @@ class Pipeline:
                     is_sink=module is graph.sink,
                     x={n: link.boundary.destination[k] for link in self.sources[key] for k, n in link.names.items()},
                     x_wanted=frozenset(
-                        n for link in self.sources[key] if self.stages[link.source].has_backward for n in link.names.values()
+                        n
+                        for link in self.sources[key]
+                        if self.stages[link.source].has_backward
+                        for n in link.names.values()
                     ),
                     batch=batch,
                 )
@@ -142,7 +145,11 @@ class Pipeline:
         return {key: stage.parameters.zeros() for key, stage in self.stages.items() if stage.parameters.trains}
 
     def run(
-        self, params: Mapping[StageKey, Tree], microbatches: Sequence[Microbatch], acc: dict[StageKey, Tree], count: float
+        self,
+        params: Mapping[StageKey, Tree],
+        microbatches: Sequence[Microbatch],
+        acc: dict[StageKey, Tree],
+        count: float,
     ) -> Gradients:
         """Forward and backward of every microbatch. Gradients are those of (sum of token losses) / `count`.
 
@@ -163,11 +170,13 @@ class Pipeline:
         return y["loss"], correct if order is None else correct[:, np.argsort(order)]
 
     def place(self, key: StageKey, microbatch: Microbatch) -> dict[str, jax.Array]:
-        """The arrays that a stage reads, on its devices; sequences in zig-zag order where the stage's cp splits them."""
+        """The arrays that a stage reads, on its devices; in zig-zag order where the stage's cp splits a sequence."""
         stage, order = self.stages[key], self._orders.get(key[0])
         reads = stage.module.definition.reads
         arrays = [
-            np.take(microbatch[n], order, reads[n].index("seq")) if order is not None and "seq" in reads[n] else microbatch[n]
+            np.take(microbatch[n], order, reads[n].index("seq"))
+            if order is not None and "seq" in reads[n]
+            else microbatch[n]
             for n in stage.batch
         ]
         return dict(zip(stage.batch, jax.device_put(arrays, [a.sharding for a in stage.batch.values()]), strict=True))
@@ -242,7 +251,9 @@ class _Loop:
     def _backward(self, key: StageKey, i: int) -> None:
         stage = self.pipeline.stages[key]
         g = self.cotangents.pop((key, i))
-        g_x, acc, finished = stage.programs["backward"](self.params[key], *self.kept.pop((key, i)), g, self.acc.get(key, {}))
+        g_x, acc, finished = stage.programs["backward"](
+            self.params[key], *self.kept.pop((key, i)), g, self.acc.get(key, {})
+        )
         if key in self.acc:
             self.acc[key] = acc
         self.waiting[key].append(finished)

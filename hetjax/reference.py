@@ -1,7 +1,7 @@
 """The judge: a whole training step as one pure function on one device.
 
-It shares the models' layer functions with the trainer and nothing else: no stages, no schedule, no boundary, no sharding,
-no microbatches (the step is one batch), layers in a Python loop, full logits, its own learning rate, clip and skip.
+It shares the models' layer functions with the trainer and nothing else: no stages, no schedule, no boundary, no
+sharding, no microbatches (the step is one batch), layers in a Python loop, full logits, its own rate, clip and skip.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def apply_module(definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[st
 
 def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:
     """Cross-entropy from full logits, summed over target tokens and divided by their number."""
-    edges = {}
+    edges: dict[str, jax.Array] = {}
     for encoder in graph.encoders:
         y = apply_module(encoder.definition, params[encoder.name], {}, batch)
         edges |= {encoder.name if k == "x" else f"{encoder.name}.{k}": v for k, v in y.items()}
@@ -96,7 +96,13 @@ class Reference:
     def _tx(self, name: str) -> optax.GradientTransformation:
         return optimizer.transformation(self.config, name)
 
-    def step(self, params: dict[str, Tree], state: dict[str, Tree], microbatches: Sequence[Mapping[str, np.ndarray]], step: int) -> Result:
+    def step(
+        self,
+        params: dict[str, Tree],
+        state: dict[str, Tree],
+        microbatches: Sequence[Mapping[str, np.ndarray]],
+        step: int,
+    ) -> Result:
         """One training step over all microbatches."""
         trainable, frozen = self.split(params)
         loss, grads = self._grad(trainable, frozen, whole_batch(self.graph, microbatches))

@@ -20,14 +20,16 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to rebuild a VJP: its tree, and for each leaf the index of the input that it is, or the axes of a residual."""
+    """How to rebuild a VJP: its tree, and for each leaf the input that it is, or the axes of a residual."""
 
     tree: Any
     leaves: tuple[int | tuple[str, ...], ...]
 
 
-def take_apart(pull: Callable[..., Tree], inputs: Sequence[jax.Array], axis_names: Sequence[str]) -> tuple[Recipe, list[jax.Array]]:
-    """The recipe of a VJP and the residuals that it needs beyond `inputs`, each with a leading dim of size 1 if it varies."""
+def take_apart(
+    pull: Callable[..., Tree], inputs: Sequence[jax.Array], axis_names: Sequence[str]
+) -> tuple[Recipe, list[jax.Array]]:
+    """The recipe of a VJP, and its residuals beyond `inputs`, each with a leading dim of size 1 if it varies."""
     places = {id(x): i for i, x in enumerate(inputs)}
     leaves, tree = jax.tree.flatten(pull)
     kinds: list[int | tuple[str, ...]] = []

@@ -2,8 +2,8 @@
 
 A schedule is found by simulating the devices: whenever a stage's devices are free it takes the task that its policy
 prefers, within a bound on the microbatches in flight. GPipe (arXiv:1811.06965) is forwards first without a bound; 1F1B
-(PipeDream-Flush, arXiv:2006.09503) is backwards first with a bound of the stages from here to the loss. Two stages, three
-microbatches, 1F1B:
+(PipeDream-Flush, arXiv:2006.09503) is backwards first with a bound of the stages from here to the loss. Two stages,
+three microbatches, 1F1B:
 
     stage 0   F0 F1 .  .  B0 F2 .  .  B1 .  .  B2
     stage 1   .  F0 B0 .  F1 B1 .  .  F2 B2
@@ -127,7 +127,10 @@ class _Simulation:
 
     def run(self) -> list[Task]:
         free_at = {d: 0.0 for n in self.nodes for d in n.devices}
-        waiting = {n.key: [collections.deque(t for t in self.needs if t.key == n.key and t.kind is k) for k in Kind] for n in self.nodes}
+        waiting = {
+            n.key: [collections.deque(t for t in self.needs if t.key == n.key and t.kind is k) for k in Kind]
+            for n in self.nodes
+        }
         order: list[Task] = []
         now = 0.0
         while len(order) < len(self.needs):
@@ -158,7 +161,9 @@ class _Simulation:
         if self.windowed and not self._in_phase(task, now):
             return False
         if task.kind is Kind.BACKWARD:
-            return self.kind == "1f1b" or all(self._done(task._replace(microbatch=i, kind=Kind.FORWARD), now) for i in self._peers(task))
+            return self.kind == "1f1b" or all(
+                self._done(task._replace(microbatch=i, kind=Kind.FORWARD), now) for i in self._peers(task)
+            )
         bound = self._bound(task.key)
         if task.microbatch < bound:
             return True
@@ -183,15 +188,25 @@ class _Simulation:
         return range(start, min(start + self.window, self.num_microbatches))
 
     def _in_phase(self, task: Task, now: float) -> bool:
-        """Colocated encoders: forwards of a window, then the sink over it, then their backwards, then the next window."""
+        """Colocated encoders: forwards of a window, the sink over it, their backwards, then the next window."""
         members = self._window_of(task.microbatch)
         shared = [n for n in self.nodes if n.module in self.windowed]
         if task.module in self.windowed and task.kind is Kind.FORWARD:
             before = range(max(0, members.start - self.window), members.start)
             last = Kind.BACKWARD
-            return all(self._done(Task(*n.key, i, last), now) for i in before for n in self.nodes if n.module == self.sink or n.module in self.windowed)
+            return all(
+                self._done(Task(*n.key, i, last), now)
+                for i in before
+                for n in self.nodes
+                if n.module == self.sink or n.module in self.windowed
+            )
         if task.module in self.windowed:
-            return all(self._done(Task(*n.key, i, Kind.BACKWARD), now) for i in members for n in self.nodes if n.module == self.sink)
+            return all(
+                self._done(Task(*n.key, i, Kind.BACKWARD), now)
+                for i in members
+                for n in self.nodes
+                if n.module == self.sink
+            )
         if task.module == self.sink:
             return all(self._done(Task(*n.key, i, Kind.FORWARD), now) for i in members for n in shared)
         return True

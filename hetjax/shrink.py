@@ -1,4 +1,4 @@
-"""A small model in a large one's place: same layouts, vocabulary, pictures and kinds of layers; fewer and narrower ones."""
+"""A small model in a large one's place: same layouts, vocabulary and pictures; fewer and narrower layers."""
 
 import dataclasses
 import math
@@ -15,10 +15,14 @@ def shrunk(experiment: Experiment) -> Experiment:
     llm = experiment.llm
     model = _smaller(llm.model, llm.layout)
     encoders = tuple(
-        dataclasses.replace(e, model=dataclasses.replace(_smaller(e.model, e.layout), output_width=model.width), layout=_even(e.layout))
+        dataclasses.replace(
+            e, model=dataclasses.replace(_smaller(e.model, e.layout), output_width=model.width), layout=_even(e.layout)
+        )
         for e in experiment.encoders
     )
-    return dataclasses.replace(experiment, llm=dataclasses.replace(llm, model=model, layout=_even(llm.layout)), encoders=encoders)
+    return dataclasses.replace(
+        experiment, llm=dataclasses.replace(llm, model=model, layout=_even(llm.layout)), encoders=encoders
+    )
 
 
 def _even(layout: Layout) -> Layout:
@@ -27,7 +31,7 @@ def _even(layout: Layout) -> Layout:
 
 
 def _smaller(model: Any, layout: Layout) -> Any:
-    """A model config with as many layers as stages (at least 2) and heads of `HEAD_DIM`, in the same ratio of groups."""
+    """A model config of as many layers as stages (at least 2), and heads of `HEAD_DIM` in the same ratio."""
     fields = {f.name for f in dataclasses.fields(model)}
     kv_heads = getattr(model, "num_kv_heads", model.num_heads)
     ratio = model.num_heads // kv_heads

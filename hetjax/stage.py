@@ -202,7 +202,7 @@ class Stage:
         inputs, specs = (mine.params, self.x, self.batch), (mine.specs, spec_tree(self.x), spec_tree(self.batch))
         kept_specs = residuals.specs(self._recipe) if self.has_backward else []
         forward = self._on_devices(self._forward, specs, (self.y_specs, kept_specs))
-        found = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
+        found: dict[str, Callable[[], None]] = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
         if evaluate:
             hits = {"correct": P(*DATA_AXES)} if self.ends_in_loss else {}
             program = self._on_devices(self._evaluate, specs, {**self.y_specs, **hits})
@@ -215,7 +215,7 @@ class Stage:
             backward = self._on_devices(
                 self._backward, (*specs, kept_specs, self.y_specs, acc_specs), (g_x, acc_specs, P())
             )
-            args = (*inputs, self.kept, self.y, mine.acc)
+            args: tuple[Any, ...] = (*inputs, self.kept, self.y, mine.acc)
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
             acc_specs = spec_tree(mine.acc)
@@ -263,7 +263,9 @@ def _settle(y: jax.Array, names: frozenset[str]) -> jax.Array:
     extra = tuple(a for a in AXES if a in varying_axes(y) - names)
     for axis in extra:
         if lax.axis_size(axis) > 1:
-            raise ValueError(f"a model output of shape {y.shape} differs along {axis}; it may differ along {sorted(names)}")
+            raise ValueError(
+                f"a model output of shape {y.shape} differs along {axis}; it may differ along {sorted(names)}"
+            )
     return lax.psum(y, extra) if extra else y
 
 

@@ -7,7 +7,6 @@ Called again with the same --workdir it continues from the newest checkpoint. SI
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import signal
@@ -87,7 +86,9 @@ def train(run: Experiment, workdir: Path) -> None:
         log.flush()
         checkpoints.save(trainer, state, loader.state())
         if stopped:
-            print(f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True)
+            print(
+                f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True
+            )
         elif held_out is not None:
             writer.write(state.step, _final(trainer, state, loader, held_out, run.eval_microbatches))
         _report_data(loader)
@@ -119,7 +120,9 @@ def _final(trainer: Trainer, state: State, loader: Loader, held_out: Loader, mic
         unseen = ((blank(arrays), owner) for arrays, owner in _some(held_out, microbatches))
         values["eval/accuracy_blank"] = evaluate.score(trainer, state, unseen).accuracy
     asked = {int(i) for _, owner in _some(held_out, microbatches) for i in np.unique(owner[owner >= 0])}
-    values["eval/accuracy_prior"] = evaluate.prior_accuracy(loader.samples.values(), [held_out.samples[i] for i in asked])
+    values["eval/accuracy_prior"] = evaluate.prior_accuracy(
+        loader.samples.values(), [held_out.samples[i] for i in asked]
+    )
     return values
 
 
@@ -195,7 +198,10 @@ class Log:
     def _check(self, step: int, outcome: Outcome) -> None:
         if not bool(outcome.ok):
             broken = self.trainer.finish.not_finite(outcome)
-            print(f"step {step - 1} was skipped in every module: not finite: {', '.join(broken[:5]) or 'the loss'}", flush=True)
+            print(
+                f"step {step - 1} was skipped in every module: not finite: {', '.join(broken[:5]) or 'the loss'}",
+                flush=True,
+            )
 
 
 def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
@@ -232,7 +238,8 @@ def _terminated() -> Iterator[list[int]]:
 
 def _report_data(loader: Loader) -> None:
     fill = ", ".join(f"{name} {share:.0%}" for name, share in loader.fill().items())
-    print(f"not padding: {fill}; bad samples: {len(loader.bad)}; cut: {len(loader.truncated)}; too long: {len(loader.too_long)}")
+    counts = f"bad samples: {len(loader.bad)}; cut: {len(loader.truncated)}; too long: {len(loader.too_long)}"
+    print(f"not padding: {fill}; {counts}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -36,7 +36,7 @@ class StepGradients(NamedTuple):
     grads: dict[StageKey, Tree]
     losses: list[jax.Array]  # sums, one per microbatch
     acc: dict[StageKey, Tree]  # emptied
-    count: float  # target tokens of the step
+    target_count: float
     host: HostTimes
 
 
@@ -82,7 +82,9 @@ class Trainer:
     def _paths(self) -> list[str]:
         stages = self.pipeline.stages.items()
         trees = [(name, stage.parameters.owned(stage.parameters.params)) for (name, _), stage in stages]
-        found = [optimizer.path_of(n, path) for n, tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        found = [
+            optimizer.path_of(n, path) for n, tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ]
         return list(dict.fromkeys(found))
 
     def picture(self) -> str:
@@ -108,7 +110,7 @@ class Trainer:
         return State(params, states, self.pipeline.zeros(), 0)
 
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
-        """One training step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
+        """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
         return self.update(state, self.gradients(state, microbatches))
 
     def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
@@ -126,7 +128,7 @@ class Trainer:
         """The state after the step whose gradients these are. `state` is consumed."""
         rate = optimizer.learning_rate(self.config, state.step)
         params, states, outcome = self.finish.apply(
-            state.params, state.optimizer, done.grads, done.losses, count=done.count, learning_rate=rate
+            state.params, state.optimizer, done.grads, done.losses, count=done.target_count, learning_rate=rate
         )
         return State(params, states, done.acc, state.step + 1), outcome
 

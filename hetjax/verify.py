@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
         with experiment.train_loader(run) as loader:
             trainer.compile()
             steps = (loader.next_step(run.num_microbatches) for _ in range(flags.steps))
-            return _print_reports(compare(trainer, steps, Reference(trainer.graph, trainer.config)), TOLERANCES[flags.dtype])
+            return _print_reports(
+                compare(trainer, steps, Reference(trainer.graph, trainer.config)), TOLERANCES[flags.dtype]
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,13 +65,14 @@ def _print_reports(reports: Iterable[StepReport], tolerance: Tolerance) -> int:
         failed += not good
         verdict = "within" if good else "BEYOND"
         print(
-            f"step {report.step}: loss {report.loss:.6f}, reference {report.reference_loss:.6f}, difference {report.loss_error:.1e} "
-            f"(at most {tolerance.loss:.0e}): {verdict} tolerance"
+            f"step {report.step}: loss {report.loss:.6f}, reference {report.reference_loss:.6f}, "
+            f"difference {report.loss_error:.1e} (at most {tolerance.loss:.0e}): {verdict} tolerance"
         )
         for name in report.gradients:
             for kind, found in (("gradients", report.gradients), ("optimizer", report.state)):
                 if name in found:
-                    print(f"  {name:<10} {kind:<10} {found[name].error:.1e} (at most {leaves:.0e})  worst: {found[name].leaf}", flush=True)
+                    worst = f"{found[name].error:.1e} (at most {leaves:.0e})  worst: {found[name].leaf}"
+                    print(f"  {name:<10} {kind:<10} {worst}", flush=True)
     print("every layout trains as one device does" if not failed else f"FAILED: {failed} step(s) beyond tolerance")
     return 1 if failed else 0
 

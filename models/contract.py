@@ -1,7 +1,7 @@
 """The contract between models and the trainer: a module is parts that the core can cut into pipeline stages.
 
-`first` embeds, `layer` is scanned over stacked layers, `last` heads. A stage is any range of that. Parameters are nested
-dicts of arrays; `logical` names the dims that a layout may shard. The core sees nothing else of a model.
+`first` embeds, `layer` is scanned over stacked layers, `last` heads. A stage is any range of that. Parameters are
+nested dicts of arrays; `logical` names the dims that a layout may shard. The core sees nothing else of a model.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""What every test stands on: eight emulated CPU devices, warnings that are errors, and counters of compilations and fetches."""
+"""What every test stands on: eight emulated CPU devices, warnings as errors, counters of compilations and fetches."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# The CPU client's thread pool is as wide as the machine, and programs with collectives starve each other in a narrow one.
+# The CPU client's thread pool is as wide as the machine; programs with collectives starve each other in a narrow one.
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A collective that waits for a device which never comes ends the process, instead of hanging the suite.
@@ -17,10 +17,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-import jax  # noqa: E402
-import jax.monitoring  # noqa: E402
-import pytest  # noqa: E402
-from jax._src import array as jax_array  # noqa: E402
+import jax
+import jax.monitoring
+import pytest
+from jax._src import array as jax_array
 
 NUM_DEVICES = 8
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"  # a second run of the suite compiles little
@@ -65,7 +65,7 @@ def compilations() -> Iterator[Counter]:
 
 @pytest.fixture
 def host_fetches(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """Counts arrays whose values were brought to the host, also those that jax fetches in silence for a `device_put`."""
+    """Counts arrays whose values were brought to the host, also those that jax fetches in silence to put them."""
     counter = Counter()
     plain = jax_array.ArrayImpl._value.fget
 

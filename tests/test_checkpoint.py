@@ -88,13 +88,19 @@ def test_only_the_last_ones_are_kept_and_a_second_save_of_a_step_is_none(tmp_pat
 
 
 def test_an_empty_directory_has_nothing_to_restore(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="no complete checkpoint; train first"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match="no complete checkpoint; train first"),
+    ):
         checkpoints.restore(build(COLOCATED))
 
 
 def test_another_optimizer_is_refused_by_name(saved: tuple) -> None:
     trainer = build(COLOCATED, OptimizerConfig(name="sgd", momentum=0.9))
-    with Checkpoints(saved[0]) as checkpoints, pytest.raises(CheckpointError, match=r"optimizer/llm/0/count: this run has no such array"):
+    with (
+        Checkpoints(saved[0]) as checkpoints,
+        pytest.raises(CheckpointError, match=r"optimizer/llm/0/count: this run has no such array"),
+    ):
         checkpoints.restore(trainer)
 
 
@@ -114,7 +120,10 @@ def test_a_damaged_checkpoint_says_what_to_do(saved: tuple, tmp_path: Path) -> N
     shutil.copytree(saved[0], damaged)
     for path in damaged.rglob("manifest.ocdbt"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with Checkpoints(damaged) as checkpoints, pytest.raises(CheckpointError, match="cannot be read .* remove this directory"):
+    with (
+        Checkpoints(damaged) as checkpoints,
+        pytest.raises(CheckpointError, match=r"cannot be read .* remove this directory"),
+    ):
         checkpoints.restore(build(COLOCATED))
     del checkpoints
     gc.collect()  # Orbax leaves the tasks of a failed read behind, each with an exception that no one retrieved

@@ -94,13 +94,29 @@ def test_zero_spec_cuts_the_first_dim_whose_shard_divides() -> None:
 REFUSED = [
     (Layout(tp=3), module(), "m: tp=3 does not divide heads=8; use tp of 1, 2, 4, 8"),
     (Layout(tp=8), module(), "m: tp=8 does not divide kv_heads=4; use tp of 1, 2, 4"),
-    (Layout(dp=16), module(), "m: dp=16 stands on device 8, but there are 8 (0 to 7); use fewer devices, or emulate more"),
-    (Layout(dp=2, devices="0-2"), module(), "m: dp=2 needs 2 devices, Layout.devices names 3; name 2, or change the layout"),
+    (
+        Layout(dp=16),
+        module(),
+        "m: dp=16 stands on device 8, but there are 8 (0 to 7); use fewer devices, or emulate more",
+    ),
+    (
+        Layout(dp=2, devices="0-2"),
+        module(),
+        "m: dp=2 needs 2 devices, Layout.devices names 3; name 2, or change the layout",
+    ),
     (Layout(dp=2, devices=(1, 1)), module(), "m: Layout.devices names device 1 2 times; name each device once"),
     (Layout(devices=(-1,)), module(), "m: dp=1 stands on device -1, but there are 8"),
     (Layout(pp=6), module(), "m: pp=6 stages for 5 layers; use pp of at most 5"),
-    (Layout(pp=2, layers=(4, 2)), module(), "m: Layout.layers=[4, 2] must be pp=2 counts of at least 1 that add up to 5"),
-    (Layout(pp=2, layers=(5, 0)), module(), "m: Layout.layers=[5, 0] must be pp=2 counts of at least 1 that add up to 5"),
+    (
+        Layout(pp=2, layers=(4, 2)),
+        module(),
+        "m: Layout.layers=[4, 2] must be pp=2 counts of at least 1 that add up to 5",
+    ),
+    (
+        Layout(pp=2, layers=(5, 0)),
+        module(),
+        "m: Layout.layers=[5, 0] must be pp=2 counts of at least 1 that add up to 5",
+    ),
     (Layout(pp=2, layers=(5,)), module(), "m: Layout.layers=[5] must be pp=2 counts of at least 1"),
     (Layout(cp=2), module(axes=frozenset({"dp"})), "m: cp=2, but the model's code does not handle cp (it handles dp)"),
 ]
@@ -130,9 +146,17 @@ def test_malformed_layouts_are_refused(settings: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "is_sink", "message"),
     [
-        (Layout(dp=3), True, "m: dp=3 does not divide the microbatch's groups=4; set groups to a multiple of 3, or dp to a divisor of 4"),
+        (
+            Layout(dp=3),
+            True,
+            "m: dp=3 does not divide the microbatch's groups=4; set groups to a multiple of 3, or dp to a divisor of 4",
+        ),
         (Layout(dp=5), False, "m: dp=5 does not divide the microbatch's 8 item slots (groups x slots_per_group)"),
-        (Layout(cp=4), True, "m: cp=4 cuts the sequence into 8 chunks (zig-zag), which do not divide seq_len=12; make seq_len a multiple of 8"),
+        (
+            Layout(cp=4),
+            True,
+            "m: cp=4 cuts the sequence into 8 chunks (zig-zag), which do not divide seq_len=12; make",
+        ),
     ],
 )
 def test_layouts_that_do_not_divide_the_microbatch_are_refused(layout: Layout, is_sink: bool, message: str) -> None:

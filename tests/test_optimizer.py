@@ -19,7 +19,9 @@ PARAMS = {
 }
 
 
-def update(config: OptimizerConfig, params: Any, grads: Any, *, ok: bool = True, scale: float = 1.0, steps: int = 1) -> Any:
+def update(
+    config: OptimizerConfig, params: Any, grads: Any, *, ok: bool = True, scale: float = 1.0, steps: int = 1
+) -> Any:
     tx = optimizer.transformation(config, "llm")
     state = tx.init(params)
     for _ in range(steps):
@@ -46,7 +48,11 @@ def test_adamw_equals_optax_adamw() -> None:
     grads = jax.tree.map(jnp.sin, PARAMS)
     config = OptimizerConfig(name="adamw", weight_decay=0.3, no_decay=("*norm*",), b1=0.8, b2=0.9)
     got, _ = update(config, PARAMS, grads, steps=3)
-    mask = {"first": {"embed": True}, "layers": {"attention": {"q": True}, "norm": False}, "last": {"projector": {"in": True}}}
+    mask = {
+        "first": {"embed": True},
+        "layers": {"attention": {"q": True}, "norm": False},
+        "last": {"projector": {"in": True}},
+    }
     tx = optax.adamw(0.1, b1=0.8, b2=0.9, weight_decay=0.3, mask=mask)
     params, state = PARAMS, tx.init(PARAMS)
     for _ in range(3):
@@ -68,7 +74,9 @@ def test_paths_choose_what_trains_and_how_fast() -> None:
         name="sgd", frozen=("llm/*",), trainable=("llm/last/*", "*norm"), learning_rate_multipliers={"*norm": 2.0}
     )
     trainable, frozen = optimizer.split(config, "llm", PARAMS)
-    assert jax.tree.structure(trainable) == jax.tree.structure({"layers": {"norm": 0}, "last": {"projector": {"in": 0}}})
+    assert jax.tree.structure(trainable) == jax.tree.structure(
+        {"layers": {"norm": 0}, "last": {"projector": {"in": 0}}}
+    )
     assert jax.tree.structure(frozen) == jax.tree.structure({"first": {"embed": 0}, "layers": {"attention": {"q": 0}}})
     jax.tree.map(np.testing.assert_array_equal, optimizer.merge(trainable, frozen), PARAMS)
     got, _ = update(config, trainable, jax.tree.map(jnp.ones_like, trainable))
@@ -87,7 +95,9 @@ def test_warmup_cosine_and_end() -> None:
 def test_clip_and_norm_and_flags() -> None:
     assert float(optimizer.squared_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])})) == 25
     assert float(optimizer.clip_scale(jnp.asarray(5.0), 2.5)) == pytest.approx(0.5, rel=1e-6)
-    assert float(optimizer.clip_scale(jnp.asarray(5.0), None)) == 1 == float(optimizer.clip_scale(jnp.asarray(0.5), 1.0))
+    assert (
+        float(optimizer.clip_scale(jnp.asarray(5.0), None)) == 1 == float(optimizer.clip_scale(jnp.asarray(0.5), 1.0))
+    )
     flags = optimizer.finite_flags({"a": jnp.array([1.0, jnp.inf]), "b": jnp.ones(2)})
     assert flags.tolist() == [False, True]
 
@@ -120,7 +130,10 @@ def test_bad_settings_are_refused(settings: dict, message: str) -> None:
     ("settings", "message"),
     [
         (dict(frozen=("lm/*",)), "OptimizerConfig.frozen: 'lm/*' matches no parameter; the nearest is 'llm/norm'"),
-        (dict(learning_rate_multipliers={"x": 1.0}), "OptimizerConfig.learning_rate_multipliers: 'x' matches no parameter"),
+        (
+            dict(learning_rate_multipliers={"x": 1.0}),
+            "OptimizerConfig.learning_rate_multipliers: 'x' matches no parameter",
+        ),
         (dict(frozen=("*",)), "OptimizerConfig.frozen=['*'] freezes every parameter; name what trains in `trainable`"),
         (dict(name="chain", chain=(optax.clip_by_global_norm(1e-3),)), "an entry mixes the elements of a parameter"),
     ],

@@ -41,7 +41,18 @@ class Case:
         return {"vision": self.vision} | ({"audio": self.audio} if self.audio else {})
 
 
-PAPER = ["4/1/1|4/1/1", "2/1/2|2/1/2", "2/2/1|4/1/1", "1/1/4|1/1/4", "1/4/1|4/1/1", "1/4/1|1/1/4", "1/2/2|2/1/2", "4/1/1|1/1/4", "2/2/1|2/1/2", "2/1/2|1/1/4"]
+PAPER = [
+    "4/1/1|4/1/1",
+    "2/1/2|2/1/2",
+    "2/2/1|4/1/1",
+    "1/1/4|1/1/4",
+    "1/4/1|4/1/1",
+    "1/4/1|1/1/4",
+    "1/2/2|2/1/2",
+    "4/1/1|1/1/4",
+    "2/2/1|2/1/2",
+    "2/1/2|1/1/4",
+]
 FROZEN_LLM = (("frozen", ("llm/*",)),)
 FROZEN_VISION = (("frozen", ("vision/*",)),)
 PROJECTOR = (("frozen", ("*",)), ("trainable", ("vision/last/projector/*",)))
@@ -65,7 +76,9 @@ KINDS = {
     "llm cp 4 pp 2 tied": Case(Layout(cp=4, pp=2), Layout(dp=8), tied=True, encoder_window=2),
     "copies 2": Case(Layout(dp=2, cp=2, tp=2), like(Layout(dp=2, cp=2, tp=2))),
     "fan-out 1 to 4": Case(Layout(dp=4, devices=LOW), Layout(devices="7")),
-    "ratio 3 to 2": Case(Layout(dp=2, devices="3-4"), Layout(dp=3, devices="0-2"), shape=tiny.Shape(samples=6, groups=6, slots=12)),
+    "ratio 3 to 2": Case(
+        Layout(dp=2, devices="3-4"), Layout(dp=3, devices="0-2"), shape=tiny.Shape(samples=6, groups=6, slots=12)
+    ),
     "overlapping": Case(Layout(dp=2, tp=2, devices=LOW), Layout(dp=4, devices="2-5"), encoder_window=1),
     "two encoders": Case(Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), Layout(tp=2, devices="6-7")),
     "clip active": Case(Layout(tp=2, devices="0-1"), Layout(dp=2, devices="2-3"), changes=CLIP),
@@ -73,10 +86,16 @@ KINDS = {
     "frozen llm": Case(Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), changes=FROZEN_LLM),
     "projector only": Case(Layout(dp=2, pp=2, devices=LOW), Layout(dp=2, pp=2, devices=HIGH), changes=PROJECTOR),
     "text-only microbatches": Case(Layout(dp=2, devices="0-1"), Layout(dp=2, devices="2-3"), text_only=(0, 2)),
-    "one microbatch, gpipe": Case(Layout(pp=4, devices=LOW), Layout(dp=4), shape=tiny.Shape(microbatches=1), schedule="gpipe"),
+    "one microbatch, gpipe": Case(
+        Layout(pp=4, devices=LOW), Layout(dp=4), shape=tiny.Shape(microbatches=1), schedule="gpipe"
+    ),
     "uneven stages, tied": Case(Layout(pp=2, layers=(1, 3), dp=2, devices=LOW), Layout(tp=4, devices=HIGH), tied=True),
 }
-PAPER_CASES = {f"{text} {place}": paper_case(text, colocated=place == "colocated") for text in PAPER for place in ("colocated", "disjoint")}
+PAPER_CASES = {
+    f"{text} {place}": paper_case(text, colocated=place == "colocated")
+    for text in PAPER
+    for place in ("colocated", "disjoint")
+}
 DEFAULT = [
     "encoder cp 2", "llm cp 4 pp 2 tied", "copies 2", "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders",
     "frozen encoder", "projector only", "text-only microbatches", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",

@@ -93,7 +93,9 @@ def test_gpipe_runs_every_forward_before_the_first_backward() -> None:
 
 def test_colocated_encoder_runs_three_phases_per_window() -> None:
     nodes = vlm(vision=[[0, 1]], llm=[[0, 1]])
-    text = lambda window: " ".join(f"{t.module[0]}{t.kind.value}{t.microbatch}" for t in build_schedule(nodes, 4, encoder_window=window).order)
+    text = lambda window: " ".join(
+        f"{t.module[0]}{t.kind.value}{t.microbatch}" for t in build_schedule(nodes, 4, encoder_window=window).order
+    )
     assert text(None) == "vF0 vF1 vF2 vF3 lF0 lB0 lF1 lB1 lF2 lB2 lF3 lB3 vB0 vB1 vB2 vB3"
     assert text(2) == "vF0 vF1 lF0 lB0 lF1 lB1 vB0 vB1 vF2 vF3 lF2 lB2 lF3 lB3 vB2 vB3"
     assert text(1) == "vF0 lF0 lB0 vB0 vF1 lF1 lB1 vB1 vF2 lF2 lB2 vB2 vF3 lF3 lB3 vB3"

@@ -30,7 +30,15 @@ class Shape:
 def decoder(**changes: Any) -> Decoder:
     """Four layers, grouped-query attention with four key-value heads so that tp 4 divides."""
     sizes = dict(
-        vocab_size=VOCAB, width=WIDTH, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=4, mlp_width=32, qk_norm=True, attention_bias=True
+        vocab_size=VOCAB,
+        width=WIDTH,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=4,
+        mlp_width=32,
+        qk_norm=True,
+        attention_bias=True,
     )
     return Decoder(**(sizes | changes))
 
@@ -41,20 +49,31 @@ def vit(**changes: Any) -> ViT:
     return ViT(**(sizes | changes))
 
 
-def graph(llm: Layout, encoders: dict[str, Layout], dtype: Any, *, tied: bool = False, remat: Remat = Remat.FULL) -> Graph:
+def graph(
+    llm: Layout, encoders: dict[str, Layout], dtype: Any, *, tied: bool = False, remat: Remat = Remat.FULL
+) -> Graph:
     """The tiny model under these layouts."""
     towers = tuple(Module(name, vit().module(dtype, name=name), layout, remat) for name, layout in encoders.items())
     language = Module("llm", decoder(tied=tied).module(dtype, encoders=tuple(encoders)), llm, remat)
     return vlm(towers, language)
 
 
-def microbatches(shape: Shape, encoders: tuple[str, ...] = ("vision",), *, seed: int = 0, rows: int = 4, text_only: tuple[int, ...] = ()) -> list:
+def microbatches(
+    shape: Shape,
+    encoders: tuple[str, ...] = ("vision",),
+    *,
+    seed: int = 0,
+    rows: int = 4,
+    text_only: tuple[int, ...] = (),
+) -> list:
     """Random microbatches: 0 to 2 pictures a sample, packed and padded rows, uneven target counts."""
     rng = np.random.default_rng(seed)
     return [_microbatch(rng, shape, encoders, rows, i in text_only) for i in range(shape.microbatches)]
 
 
-def _microbatch(rng: np.random.Generator, shape: Shape, encoders: tuple[str, ...], rows: int, text_only: bool) -> dict[str, np.ndarray]:
+def _microbatch(
+    rng: np.random.Generator, shape: Shape, encoders: tuple[str, ...], rows: int, text_only: bool
+) -> dict[str, np.ndarray]:
     b, s = shape.samples, SEQ
     tokens = rng.integers(0, VOCAB, (b, s)).astype(np.int32)
     lengths = rng.integers(s // 2, s + 1, b)
@@ -87,12 +106,21 @@ def _microbatch(rng: np.random.Generator, shape: Shape, encoders: tuple[str, ...
     return batch
 
 
-def trainer(graph: Graph, shape: Shape, config: OptimizerConfig, *, dtype: Any = jnp.float32, **options: Any) -> Trainer:
+def trainer(
+    graph: Graph, shape: Shape, config: OptimizerConfig, *, dtype: Any = jnp.float32, **options: Any
+) -> Trainer:
     """A compiled trainer on the emulated devices."""
     example = microbatches(shape, tuple(e.name for e in graph.encoders))[0]
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in example.items()}
     built = Trainer(
-        graph, devices=jax.devices(), batch=abstract, groups=shape.groups, num_microbatches=shape.microbatches, config=config, param_dtype=dtype, **options
+        graph,
+        devices=jax.devices(),
+        batch=abstract,
+        groups=shape.groups,
+        num_microbatches=shape.microbatches,
+        config=config,
+        param_dtype=dtype,
+        **options,
     )
     built.compile()
     return built
