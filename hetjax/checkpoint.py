@@ -39,7 +39,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,17 +77,22 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise CheckpointError(f"{self.directory}: no complete checkpoint; train first, or check the path")
-        wanted = abstract_names(trainer)
+        data = self.check(trainer, step)
         with self._explained(step, "read"):
-            self._check_names(step, wanted)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(wanted)), data=ocp.args.JsonRestore())
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(abstract_names(trainer))))
             found = self._manager.restore(step, args=args)
-        return from_names(trainer, dict(_flat(found["state"])), step), found["data"]
+        return from_names(trainer, dict(_flat(found["state"])), step), data
+
+    def check(self, trainer: Trainer, step: int) -> dict[str, Any]:
+        """The position of the data at `step`. Reads no array.
+
+        Raises CheckpointError if the checkpoint is damaged, or of another model or optimizer."""
+        with self._explained(step, "read"):
+            self._check_names(step, abstract_names(trainer))
+            return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
     def _check_names(self, step: int, wanted: Names) -> None:
-        metadata = ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state")
-        tree = getattr(metadata, "item_metadata", metadata)
-        stored = {name: tuple(leaf.shape) for name, leaf in _flat(getattr(tree, "tree", tree))}
+        stored = {name: tuple(leaf.shape) for name, leaf in _flat(self._manager.item_metadata(step)["state"])}
         for name in sorted(stored.keys() | wanted.keys()):
             if name not in stored or name not in wanted:
                 side = "the checkpoint lacks it" if name in wanted else "this run has no such array"
@@ -148,14 +154,13 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
     for key, stage in trainer.pipeline.stages.items():
         mine = stage.parameters
         abstract = (mine.owned(mine.params), mine.state)
-        rows: dict[int, list[jax.Array]] = {}
-        for (name, leaf, layer), owner in zip(_entries(key, stage), _owners(stage), strict=True):
-            where = leaf.sharding if layer is None else _one_layer(leaf).sharding
-            rows.setdefault(owner, []).append(jax.device_put(names[name], where))
-        leaves = [
-            _stack(tuple(rows[i]), leaf.sharding) if is_stacked(path) else rows[i][0]
-            for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(abstract))
-        ]
+        entries = _entries(key, stage)
+        rows = jax.device_put(
+            [names[name] for name, _, _ in entries],
+            [leaf.sharding if layer is None else _one_layer(leaf).sharding for _, leaf, layer in entries],
+        )
+        where = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
+        leaves = jax.jit(functools.partial(_join, _cuts(stage)), out_shardings=where)(rows)
         owned, states[key] = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
         for part, borrowed in mine.borrowed:
             source = names[f"params/{key[0]}/first/{mine.tied[borrowed]}"]
@@ -197,11 +202,6 @@ def _cuts(stage: Stage) -> tuple[int, ...]:
     return tuple(leaf.shape[0] if is_stacked(path) else 0 for path, leaf in leaves)
 
 
-def _owners(stage: Stage) -> list[int]:
-    """For each stored array, which leaf of (owned parameters, state) it belongs to."""
-    return [i for i, count in enumerate(_cuts(stage)) for _ in range(max(count, 1))]
-
-
 def _one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     where = NamedSharding(leaf.sharding.mesh, P(*leaf.sharding.spec[1:]))
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
@@ -215,8 +215,10 @@ def _copies(leaves: tuple[jax.Array, ...], cuts: tuple[int, ...]) -> list[jax.Ar
     return found
 
 
-def _stack(rows: tuple[jax.Array, ...], where: NamedSharding) -> jax.Array:
-    return jax.jit(lambda *rows: jnp.stack(rows), out_shardings=where)(*rows)
+def _join(cuts: tuple[int, ...], rows: list[jax.Array]) -> list[jax.Array]:
+    """The leaves that `_copies` took apart."""
+    rest = iter(rows)
+    return [jnp.stack([next(rest) for _ in range(count)]) if count else next(rest) for count in cuts]
 
 
 def _nested(names: Mapping[str, Any]) -> Tree:

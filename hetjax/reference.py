@@ -4,6 +4,8 @@ It shares the models' layer functions with the trainer and nothing else: no stag
 sharding, no microbatches (the step is one batch), layers in a Python loop, full logits, its own rate, clip and skip.
 """
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -78,11 +80,13 @@ class Reference:
 
     def __init__(self, graph: Graph, config: optimizer.OptimizerConfig) -> None:
         self.graph, self.config = graph, config
-        self._grad = jax.jit(jax.value_and_grad(self._loss))
+        self._grad = jax.jit(jax.value_and_grad(functools.partial(mean_loss, graph)))
 
-    def _loss(self, trainable: dict[str, Tree], frozen: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:
-        params = {name: optimizer.merge(trainable[name], frozen[name]) for name in trainable}
-        return mean_loss(self.graph, params, batch)
+    def with_config(self, config: optimizer.OptimizerConfig) -> "Reference":
+        """The reference of another optimizer for the same model; nothing of the model compiles again."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def split(self, params: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """(trainable, frozen) parameters by module."""
@@ -105,7 +109,8 @@ class Reference:
     ) -> Result:
         """One training step over all microbatches."""
         trainable, frozen = self.split(params)
-        loss, grads = self._grad(trainable, frozen, whole_batch(self.graph, microbatches))
+        loss, grads = self._grad(params, whole_batch(self.graph, microbatches))
+        grads, _ = self.split(grads)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         if not bool(jnp.isfinite(norm) & jnp.isfinite(loss)):
             return Result(loss, grads, params, state)

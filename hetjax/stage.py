@@ -67,24 +67,33 @@ class Stage:
 
     # -- the model on one device ---------------------------------------------------------------------------------
 
-    def _run(self, params: Params, x: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def _run(self, params: Params, x: Tree, batch: Mapping[str, jax.Array], end: Callable[..., Tree]) -> Tree:
+        """The carry behind the stage's layers; for the last stage, what `end(its last parameters, carry)` makes of it."""
         definition, plan = self.module.definition, self.plan
-        carry = definition.first.apply(params["first"], x, batch, plan.axes) if plan.first else x
-        layer = lambda w, c: definition.layer.apply(w, c, batch, plan.axes)
-        if self.module.remat is not Remat.NONE:
-            layer = jax.checkpoint(layer, policy=POLICIES[self.module.remat], prevent_cse=False)
+        first = self._remat(lambda w, x: definition.first.apply(w, x, batch, plan.axes))
+        layer = self._remat(lambda w, c: definition.layer.apply(w, c, batch, plan.axes))
+        carry = first(params["first"], x) if plan.first else x
         carry = lax.scan(lambda c, w: (layer(w, c), None), carry, params["layers"])[0]
-        if plan.last:
-            return definition.last.apply(self.parameters.full_last(params), carry, batch, plan.axes)
-        return carry
+        return self._remat(end)(self.parameters.full_last(params), carry) if plan.last else carry
+
+    def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
+        """`function`, of whose inner results the backward keeps what the module's setting says."""
+        if self.module.remat is Remat.NONE:
+            return function
+        return jax.checkpoint(function, policy=POLICIES[self.module.remat], prevent_cse=False)
 
     def _outputs(self, params: Params, x: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """What leaves the stage; the loss as this device's part of the sum."""
-        y = self._run(params, x, batch)
-        if self.ends_in_loss:
-            total = loss.token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)
-            return {"loss": _settle(total, frozenset(DATA_AXES))}
-        return {k: _settle(v, _axes_of(spec(self._dims[k]))) for k, v in y.items()}
+
+        def end(last: Params, carry: Tree) -> Tree:
+            y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
+            if not self.ends_in_loss:
+                return y
+            return {"loss": loss.token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)}
+
+        y = self._run(params, x, batch, end)
+        wanted = {k: frozenset(DATA_AXES) if self.ends_in_loss else _axes_of(spec(self._dims[k])) for k in y}
+        return {k: _settle(v, wanted[k]) for k, v in y.items()}
 
     @property
     def _dims(self) -> Mapping[str, tuple[str | None, ...]]:
@@ -164,11 +173,17 @@ class Stage:
         params = _varying(params)
         if not self.ends_in_loss:
             return self._outputs(params, x, batch)
-        y = self._run(params, x, batch)
-        scored = (y["x"], y["head"], batch["targets"], batch["weights"])
-        total = _settle(loss.token_sum(*scored, axes=self.plan.axes), frozenset(DATA_AXES))
-        hits = _settle(loss.token_correct(*scored, axes=self.plan.axes), frozenset(DATA_AXES))
-        return {"loss": lax.psum(total, DATA_AXES), "correct": hits}
+
+        def end(last: Params, carry: Tree) -> Tree:
+            y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
+            scored = (y["x"], y["head"], batch["targets"], batch["weights"])
+            return {
+                "loss": loss.token_sum(*scored, axes=self.plan.axes),
+                "correct": loss.token_correct(*scored, axes=self.plan.axes),
+            }
+
+        y = {k: _settle(v, frozenset(DATA_AXES)) for k, v in self._run(params, x, batch, end).items()}
+        return {"loss": lax.psum(y["loss"], DATA_AXES), "correct": y["correct"]}
 
     def _reduce(self, acc: Tree) -> tuple[Tree, Tree]:
         def reduce_leaf(leaf: jax.Array, dim: int) -> jax.Array:

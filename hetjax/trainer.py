@@ -105,8 +105,12 @@ class Trainer:
 
     def init(self) -> State:
         """Step 0. Values depend on the seed, module, part and global layer index alone, never on the layout."""
-        params = {key: stage.parameters.init() for key, stage in self.pipeline.stages.items()}
-        states = {key: stage.parameters.init_state(params[key]) for key, stage in self.pipeline.stages.items()}
+        stages = self.pipeline.stages
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each stage compiles its own
+            params = dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
+            states = dict(
+                zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)
+            )
         return State(params, states, self.pipeline.zeros(), 0)
 
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:

@@ -104,9 +104,9 @@ ALL = KINDS | PAPER_CASES
 
 
 @functools.cache
-def reference(encoders: tuple[str, ...], tied: bool, config: OptimizerConfig, dtype: Any) -> Reference:
-    """One compiled reference serves every layout of a model."""
-    return Reference(tiny.graph(Layout(), dict.fromkeys(encoders, Layout()), dtype, tied=tied), config)
+def reference(encoders: tuple[str, ...], tied: bool, dtype: Any) -> Reference:
+    """One compiled reference serves every layout and optimizer of a model."""
+    return Reference(tiny.graph(Layout(), dict.fromkeys(encoders, Layout()), dtype, tied=tied), MOMENTUM)
 
 
 def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
@@ -115,19 +115,8 @@ def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[com
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
     trainer = tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
     data = lambda seed: tiny.microbatches(case.shape, tuple(case.encoders), seed=seed, text_only=case.text_only)
-    judge = reference(tuple(case.encoders), case.tied, HashableConfig.of(config), dtype)
+    judge = reference(tuple(case.encoders), case.tied, dtype).with_config(config)
     return list(compare.compare(trainer, map(data, range(steps)), judge))
-
-
-class HashableConfig(OptimizerConfig):
-    """An optimizer's settings as a key of the cache."""
-
-    @staticmethod
-    def of(config: OptimizerConfig) -> "HashableConfig":
-        return HashableConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
 
 
 @pytest.mark.usefixtures("x64")

@@ -1,0 +1,84 @@
+"""Step time of one model under homogeneous, colocated and disjoint layouts, against the FLOPs that each executes.
+
+    python benchmarks/layouts.py [--devices 8] [--repeats 5]
+
+A homogeneous encoder repeats its work over the language model's cp; its own layout does not. On emulated CPU devices the
+cores are shared, so a step takes as long as all devices' FLOPs together: the ratio of times should be that of FLOPs.
+"""
+
+import argparse
+
+from synthetic import Timed, Workload, emulate, median_seconds
+
+from hetjax import flops
+from hetjax.layout import Layout, like
+from models.decoder import Decoder
+from models.vit import ViT
+
+# Encoder FLOPs as a share of the language model's, by width and layers of the encoder: printed, so that it shows.
+CASES = {
+    "short context, encoder 25%": dict(seq_len=256, llm=Layout(dp=4, tp=2), vision=(160, 2)),
+    "long context, encoder 5%": dict(seq_len=1024, llm=Layout(dp=2, cp=4), vision=(128, 2)),
+    "long context, encoder 25%": dict(seq_len=1024, llm=Layout(dp=2, cp=4), vision=(256, 3)),
+}
+
+
+def main() -> None:
+    """Prints one table per case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    emulate(8)
+    for name, case in CASES.items():
+        width, layers = case["vision"]
+        pictures = 8 if case["seq_len"] == 256 else 16
+        work = Workload(
+            llm=Decoder(vocab_size=512, width=256, num_layers=4, num_heads=8, num_kv_heads=4, mlp_width=768),
+            vision=ViT(
+                image_size=64, patch_size=8, width=width, num_layers=layers, num_heads=8, mlp_width=4 * width, output_width=256
+            ),
+            samples=8,
+            seq_len=case["seq_len"],
+            pictures=pictures,
+            num_microbatches=2,
+        )
+        table(name, work, case["llm"], repeats)
+
+
+def table(name: str, work: Workload, llm: Layout, repeats: int) -> None:
+    """The three placements of one case, relative to the homogeneous one."""
+    half = Layout(dp=llm.dp if llm.cp > 1 else llm.dp // 2, cp=max(1, llm.cp // 2), tp=llm.tp, devices="0-3")
+    layouts = {
+        "homogeneous": (llm, like(llm)),
+        "colocated": (llm, Layout(dp=8)),
+        "disjoint": (half, Layout(dp=4, devices="4-7")),
+    }
+    executed = {n: executed_flops(work, vision.copies) for n, (_, vision) in layouts.items()}
+    runs = {n: Timed(work.trainer(*pair), work.step()) for n, pair in layouts.items()}
+    seconds = median_seconds(runs, repeats=repeats)
+    share = encoder_flops(work) / llm_flops(work)
+    print(f"\n{name}: encoder {share:.0%} of the language model's FLOPs; {work.num_microbatches} x {work.samples} rows of {work.seq_len}")
+    print("placement    llm                vision             seconds  of homogeneous  FLOPs of homogeneous")
+    for n, (a, b) in layouts.items():
+        ratios = seconds[n] / seconds["homogeneous"], executed[n] / executed["homogeneous"]
+        print(f"{n:<12} {a!s:<18} {b!s:<18} {seconds[n]:7.3f}  {ratios[0]:14.2f}  {ratios[1]:20.2f}", flush=True)
+
+
+def encoder_flops(work: Workload) -> float:
+    """Training FLOPs of the encoder in a step, done once."""
+    return flops.training(flops.vit_forward(work.vision)).total_non_causal * work.pictures * work.num_microbatches
+
+
+def llm_flops(work: Workload) -> float:
+    """Training FLOPs of the language model in a step; attention without a mask, as the CPU's kernel computes it."""
+    tokens = work.samples * work.seq_len * work.num_microbatches
+    return flops.training(flops.decoder_forward(work.llm, work.seq_len)).total_non_causal * tokens
+
+
+def executed_flops(work: Workload, copies: int) -> float:
+    """FLOPs of all devices together."""
+    return llm_flops(work) + copies * encoder_flops(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""A vision-language model of chosen size on random microbatches: what the benchmarks time."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetjax.graph import Module, Remat, vlm
+from hetjax.layout import Layout
+from hetjax.optimizer import OptimizerConfig
+from hetjax.trainer import State, Trainer
+from models.decoder import Decoder
+from models.vit import ViT
+
+Microbatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Models and the shape of a step."""
+
+    llm: Decoder
+    vision: ViT
+    samples: int  # rows of a microbatch
+    seq_len: int
+    pictures: int  # of a microbatch
+    num_microbatches: int
+    dtype: Any = jnp.float32
+    remat: Remat = Remat.NONE
+
+    def trainer(self, llm: Layout, vision: Layout, **options: Any) -> Trainer:
+        """A compiled trainer under these layouts."""
+        encoder = Module("vision", self.vision.module(self.dtype), vision, self.remat)
+        graph = vlm((encoder,), Module("llm", self.llm.module(self.dtype, encoders=("vision",)), llm, self.remat))
+        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
+        trainer = Trainer(
+            graph,
+            devices=jax.devices(),
+            batch=abstract,
+            groups=self.samples,
+            num_microbatches=self.num_microbatches,
+            config=OptimizerConfig(name="sgd", clip_norm=1.0),
+            **options,
+        )
+        trainer.compile()
+        return trainer
+
+    def microbatch(self, seed: int) -> Microbatch:
+        """Full rows, each with its share of the pictures at the front."""
+        rng = np.random.default_rng(seed)
+        shape = (self.samples, self.seq_len)
+        each, rows = self.pictures // self.samples, self.vision.rows
+        index = np.full(shape, -1, np.int32)
+        index[:, : each * rows] = np.arange(self.samples * each * rows).reshape(self.samples, -1)
+        tokens = rng.integers(0, self.llm.vocab_size, shape).astype(np.int32)
+        side = self.vision.image_size
+        return {
+            "tokens": tokens,
+            "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape),
+            "segment_ids": np.ones(shape, np.int32),
+            "targets": np.roll(tokens, -1, 1),
+            "weights": (index < 0).astype(np.float32),
+            "vision.index": index,
+            "vision.pixels": rng.normal(size=(self.pictures, side, side, 3)).astype(np.float32),
+        }
+
+    def step(self) -> list[Microbatch]:
+        """The microbatches of one step."""
+        return [self.microbatch(i) for i in range(self.num_microbatches)]
+
+
+def emulate(devices: int) -> None:
+    """Runs on emulated CPU devices. Call it before the first array."""
+    os.environ.setdefault("PJRT_NPROC", str(max(64, 8 * devices)))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
+class Timed:
+    """A trainer with its state, stepped and timed."""
+
+    def __init__(self, trainer: Trainer, step: list[Microbatch]) -> None:
+        self.trainer, self.microbatches = trainer, step
+        self.state: State = trainer.init()
+
+    def __call__(self) -> None:
+        self.state, outcome = self.trainer.step(self.state, self.microbatches)
+        jax.block_until_ready((self.state.params, outcome))
+
+
+def median_seconds(runs: Mapping[str, Callable[[], None]], *, repeats: int) -> dict[str, float]:
+    """Median seconds of each run; they take turns, so that what else the machine does meets all of them."""
+    for run in runs.values():  # warm up
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
