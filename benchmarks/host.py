@@ -61,16 +61,15 @@ def main() -> None:
 
 def boundary_seconds(trainer: Trainer, num_microbatches: int, repeats: int) -> float:
     """Median seconds of all transfers of a step, forward and back, with nothing else running."""
-    moves = []
-    for boundary in trainer.pipeline.boundaries.values():
-        zeros = lambda abstract: {k: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding) for k, a in abstract.items()}
-        moves.append((boundary, zeros(boundary.source), zeros(boundary.destination)))
+    zeros = lambda arrays: {k: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding) for k, a in arrays.items()}
+    boundaries = trainer.pipeline.boundaries.values()
+    moves = [(b, zeros(b.source), zeros({k: b.destination[k] for k in b.gradients})) for b in boundaries]
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         for _ in range(num_microbatches):
             for boundary, x, g in moves:
-                jax.block_until_ready((boundary.forward(x), boundary.backward({k: g[k] for k in boundary.gradients})))
+                jax.block_until_ready((boundary.forward(x), boundary.backward(g)))
         seconds.append(time.perf_counter() - start)
     return float(jnp.median(jnp.array(seconds[1:])))
 

@@ -1,9 +1,9 @@
 """Step time of one model under homogeneous, colocated and disjoint layouts, against the FLOPs that each executes.
 
-    python benchmarks/layouts.py [--devices 8] [--repeats 5]
+    python benchmarks/layouts.py [--repeats 5]
 
-A homogeneous encoder repeats its work over the language model's cp; its own layout does not. On emulated CPU devices the
-cores are shared, so a step takes as long as all devices' FLOPs together: the ratio of times should be that of FLOPs.
+A homogeneous encoder repeats its work over the language model's cp; its own layout does not. On emulated CPU devices
+the cores are shared: a step takes as long as all devices' FLOPs together, so the ratios should be those of the FLOPs.
 """
 
 import argparse
@@ -35,7 +35,13 @@ def main() -> None:
         work = Workload(
             llm=Decoder(vocab_size=512, width=256, num_layers=4, num_heads=8, num_kv_heads=4, mlp_width=768),
             vision=ViT(
-                image_size=64, patch_size=8, width=width, num_layers=layers, num_heads=8, mlp_width=4 * width, output_width=256
+                image_size=64,
+                patch_size=8,
+                width=width,
+                num_layers=layers,
+                num_heads=8,
+                mlp_width=4 * width,
+                output_width=256,
             ),
             samples=8,
             seq_len=case["seq_len"],
@@ -57,7 +63,8 @@ def table(name: str, work: Workload, llm: Layout, repeats: int) -> None:
     runs = {n: Timed(work.trainer(*pair), work.step()) for n, pair in layouts.items()}
     seconds = median_seconds(runs, repeats=repeats)
     share = encoder_flops(work) / llm_flops(work)
-    print(f"\n{name}: encoder {share:.0%} of the language model's FLOPs; {work.num_microbatches} x {work.samples} rows of {work.seq_len}")
+    rows = f"{work.num_microbatches} x {work.samples} rows of {work.seq_len}"
+    print(f"\n{name}: encoder {share:.0%} of the language model's FLOPs; {rows}")
     print("placement    llm                vision             seconds  of homogeneous  FLOPs of homogeneous")
     for n, (a, b) in layouts.items():
         ratios = seconds[n] / seconds["homogeneous"], executed[n] / executed["homogeneous"]

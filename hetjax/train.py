@@ -1,4 +1,4 @@
-"""Trains: build, compile, restore, then step, log, evaluate and save until the last step.
+"""Trains: build, open the data, compile, restore, then step, log, evaluate and save until the last step.
 
     python -m hetjax.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
 
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
         workdir = Path(arguments.workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
         files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
-        _write(workdir / "config.gin", "\n".join([*files, "# command line", *arguments.bindings, ""]))
-        _write(workdir / "operative_config.gin", config.operative(run))
+        asked = "\n".join([*files, "# command line", *arguments.bindings, ""])
+        _save(workdir, {"config.gin": asked, "operative_config.gin": config.operative(run)})
         train(run, workdir)
     except (ValueError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -51,10 +50,6 @@ def train(run: Experiment, workdir: Path) -> None:
     experiment.start(run)
     trainer = experiment.build(run)
     print(trainer.picture(), flush=True)
-    _compile(trainer, evaluates=run.held_out is not None)
-    needed = memory.estimate(trainer)
-    print(memory.table(needed), flush=True)
-    memory.check(needed, memory.available(jax.devices()))
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(experiment.train_loader(run))
         held_out = experiment.held_out_loader(run)
@@ -62,11 +57,16 @@ def train(run: Experiment, workdir: Path) -> None:
             stack.enter_context(held_out)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=run.keep))
         resumed = checkpoints.latest
+        if resumed is not None:  # whatever is wrong shows before the long part
+            loader.restore(checkpoints.check(trainer, resumed))
+        _compile(trainer, evaluates=run.held_out is not None)
+        needed = memory.estimate(trainer)
+        print(memory.table(needed), flush=True)
+        memory.check(needed, memory.available(jax.devices()))
         if resumed is None:
             state = trainer.init()
         else:
-            state, position = checkpoints.restore(trainer)
-            loader.restore(position)
+            state, _ = checkpoints.restore(trainer, resumed)
             print(f"resumed from {checkpoints.directory} at step {resumed}", flush=True)
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.steps, resumed_step=resumed, tensorboard=run.tensorboard)
@@ -78,18 +78,19 @@ def train(run: Experiment, workdir: Path) -> None:
             state, outcome = trainer.step(state, microbatches)
             log.step(state.step, microbatches, outcome)
             if run.eval_every and state.step % run.eval_every == 0 and held_out is not None and state.step < run.steps:
-                log.flush()
+                log.settle()
                 writer.write(state.step, evaluate_on(trainer, state, held_out, run.eval_microbatches))
                 log.restart()
-            if state.step % run.save_every == 0 or state.step == run.steps:
+            if state.step % run.save_every == 0:
+                log.settle()  # metrics are never behind a checkpoint
                 checkpoints.save(trainer, state, loader.state())
-        log.flush()
+        log.settle()
         checkpoints.save(trainer, state, loader.state())
         if stopped:
             print(
                 f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True
             )
-        elif held_out is not None:
+        elif held_out is not None and not _finished(workdir, state.step):
             writer.write(state.step, _final(trainer, state, loader, held_out, run.eval_microbatches))
         _report_data(loader)
 
@@ -146,21 +147,25 @@ class Log:
 
     def step(self, step: int, microbatches: Sequence[Any], outcome: Outcome) -> None:
         """Takes note of a step that was dispatched; looks at the one before it."""
-        if self.pending is not None:
-            self._check(*self.pending)
+        self.settle()
         self.steps += 1
         self.tokens += sum(int((m["segment_ids"] > 0).sum()) for m in microbatches)
         self.pictures += sum(_pictures(self.run, m) for m in microbatches)
         self.pending = (step, outcome)
-        if step % self.run.log_every == 0 or step == self.run.steps:
-            self.flush()
 
-    def flush(self) -> None:
-        """Writes the line of the last step."""
-        if self.pending is None or not self.steps:
+    def settle(self) -> None:
+        """Waits for the last step; says so if it was skipped, and writes the line that is due."""
+        if self.pending is None:
             return
         step, outcome = self.pending
-        self._check(step, outcome)
+        self.pending = None
+        if not bool(outcome.ok):
+            broken = ", ".join(self.trainer.finish.not_finite(outcome)[:5]) or "the loss"
+            print(f"step {step} was skipped in every module: not finite: {broken}", flush=True)
+        if step % self.run.log_every == 0 or step == self.run.steps:
+            self._write(step, outcome)
+
+    def _write(self, step: int, outcome: Outcome) -> None:
         values: Values = {
             "loss": float(outcome.loss),
             "learning_rate": optimizer.learning_rate(self.run.optimizer, step - 1),
@@ -176,7 +181,6 @@ class Log:
             "data_wait_seconds": self.loader.seconds_waited - self.waited,
         }
         values |= self._rates(seconds / self.steps)
-        self.pending = None
         self.writer.write(step, values)
         self.restart()
 
@@ -194,14 +198,6 @@ class Log:
         if peaks:
             values["memory_gib"] = max(peaks) / 2**30
         return values
-
-    def _check(self, step: int, outcome: Outcome) -> None:
-        if not bool(outcome.ok):
-            broken = self.trainer.finish.not_finite(outcome)
-            print(
-                f"step {step - 1} was skipped in every module: not finite: {', '.join(broken[:5]) or 'the loss'}",
-                flush=True,
-            )
 
 
 def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
@@ -242,10 +238,21 @@ def _report_data(loader: Loader) -> None:
     print(f"not padding: {fill}; {counts}")
 
 
-def _write(path: Path, text: str) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    os.replace(new, path)
+def _finished(workdir: Path, step: int) -> bool:
+    """Whether an earlier call wrote the last evaluation."""
+    records = metrics.read_jsonl(workdir / metrics.FILE)
+    return any(r["step"] == step and "eval/accuracy_prior" in r for r in records)
+
+
+def _save(workdir: Path, files: Mapping[str, str]) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            new = workdir / f"{name}.new"
+            new.write_text(text)
+            os.replace(new, workdir / name)
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir}: {error.strerror}; name a directory that can be written") from error
 
 
 if __name__ == "__main__":
