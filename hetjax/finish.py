@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax import optimizer
 from hetjax.boundary import Boundary
-from hetjax.pipeline import Pipeline, StageKey
+from hetjax.pipeline import HostTimes, Pipeline, StageKey
 from hetjax.stage import Stage
 
 Tree = Any
@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     module_squares: dict[str, list[jax.Array]]  # squared gradient norms, one per stage
     ok: jax.Array  # False: the step was skipped
     finite: dict[StageKey, jax.Array]  # a flag per gradient leaf
+    host: HostTimes  # of the pass over the schedule
 
 
 class Tie(NamedTuple):
@@ -140,6 +141,7 @@ class Finish:
         *,
         count: float,
         learning_rate: float,
+        host: HostTimes,
     ) -> tuple[dict[StageKey, Tree], dict[StageKey, Tree], Outcome]:
         """New (params, optimizer states) and the outcome. The first two arguments are consumed.
 
@@ -164,7 +166,7 @@ class Finish:
         for tie in self.ties:
             value = tie.value.forward({"x": _get(params[tie.owner], tie.owner_path)})["x"]
             params[tie.copy] = _set(params[tie.copy], tie.copy_path, value)
-        return params, states, Outcome(loss, norm, module_squares, ok, finite)
+        return params, states, Outcome(loss, norm, module_squares, ok, finite, host)
 
     def not_finite(self, outcome: Outcome) -> list[str]:
         """The paths of the gradients of a step that were not finite; waits for the devices."""

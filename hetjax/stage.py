@@ -68,7 +68,7 @@ class Stage:
     # -- the model on one device ---------------------------------------------------------------------------------
 
     def _run(self, params: Params, x: Tree, batch: Mapping[str, jax.Array], end: Callable[..., Tree]) -> Tree:
-        """The carry behind the stage's layers; for the last stage, what `end(its last parameters, carry)` makes of it."""
+        """The carry behind the layers; for a module's last stage, what `end(last parameters, carry)` makes of it."""
         definition, plan = self.module.definition, self.plan
         first = self._remat(lambda w, x: definition.first.apply(w, x, batch, plan.axes))
         layer = self._remat(lambda w, c: definition.layer.apply(w, c, batch, plan.axes))

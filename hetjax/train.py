@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -50,6 +51,9 @@ def train(run: Experiment, workdir: Path) -> None:
     experiment.start(run)
     trainer = experiment.build(run)
     print(trainer.picture(), flush=True)
+    for name, boundary in trainer.pipeline.boundaries.items():
+        payload, wire = (n * run.num_microbatches / 2**20 for n in (boundary.payload_bytes, boundary.wire_bytes))
+        print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB of them between device sets")
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(experiment.train_loader(run))
         held_out = experiment.held_out_loader(run)
@@ -143,6 +147,7 @@ class Log:
     def restart(self) -> None:
         """Starts the clock of the next line anew."""
         self.start, self.steps, self.tokens, self.pictures = time.perf_counter(), 0, 0, 0
+        self.host_seconds = self.boundary_seconds = 0.0
         self.waited = self.loader.seconds_waited
 
     def step(self, step: int, microbatches: Sequence[Any], outcome: Outcome) -> None:
@@ -151,6 +156,8 @@ class Log:
         self.steps += 1
         self.tokens += sum(int((m["segment_ids"] > 0).sum()) for m in microbatches)
         self.pictures += sum(_pictures(self.run, m) for m in microbatches)
+        self.host_seconds += outcome.host.dispatch_seconds
+        self.boundary_seconds += outcome.host.boundary_seconds
         self.pending = (step, outcome)
 
     def settle(self) -> None:
@@ -179,6 +186,8 @@ class Log:
             "images_per_second": self.pictures / seconds,
             "step_seconds": seconds / self.steps,
             "data_wait_seconds": self.loader.seconds_waited - self.waited,
+            "host_share": self.host_seconds / seconds,
+            "boundary_share": self.boundary_seconds / seconds,
         }
         values |= self._rates(seconds / self.steps)
         self.writer.write(step, values)
@@ -195,8 +204,8 @@ class Log:
                 values[f"mfu/{name}"] = rate / peak
         stats = [d.memory_stats() or {} for d in jax.local_devices()]
         peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-        if peaks:
-            values["memory_gib"] = max(peaks) / 2**30
+        used = max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        values["peak_memory_gib"] = used / 2**30  # of a device; of the process where devices do not tell
         return values
 
 

@@ -132,7 +132,13 @@ class Trainer:
         """The state after the step whose gradients these are. `state` is consumed."""
         rate = optimizer.learning_rate(self.config, state.step)
         params, states, outcome = self.finish.apply(
-            state.params, state.optimizer, done.grads, done.losses, count=done.target_count, learning_rate=rate
+            state.params,
+            state.optimizer,
+            done.grads,
+            done.losses,
+            count=done.target_count,
+            learning_rate=rate,
+            host=done.host,
         )
         return State(params, states, done.acc, state.step + 1), outcome
 

@@ -31,7 +31,7 @@ root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "configs" / "qu
 prepare(root / "data" / "easy-vqa")  # 5,000 pictures from the package easy-vqa; nothing where they are already there
 
 # %% [markdown]
-# The quickstart's experiment, made smaller. `emulated_devices` asks for eight CPU devices; `start` sets that up, and has
+# The quickstart's experiment, made smaller. `emulated_devices` asks for four CPU devices; `start` sets that up, and has
 # to come before the first array.
 
 # %%
@@ -39,7 +39,7 @@ EXPERIMENT = "experiment.Experiment"
 base = config.load(
     [str(root / "configs" / "quickstart.gin")],
     [
-        f"{EXPERIMENT}.emulated_devices = 8",
+        f"{EXPERIMENT}.emulated_devices = 4",
         f"{EXPERIMENT}.num_microbatches = 2",
         "settings.DataConfig.samples_per_group = 2",
         "vision/experiment.Encoder.slots_per_group = 2",
@@ -85,11 +85,11 @@ def train(run, steps=20):
 disjoint = train(under(vision=Layout(dp=2, devices="0-1"), llm=Layout(tp=2, devices="2-3")))
 
 # %% [markdown]
-# Then both on the same eight devices: the encoder cuts its pictures into four, each of two devices with half of the
-# heads; the language model is a pipeline of two stages.
+# Then both on the same four devices: the encoder cuts its pictures over all of them, the language model is a pipeline of
+# two stages, each of which cuts the samples over two devices.
 
 # %%
-colocated = train(under(vision=Layout(dp=4, tp=2), llm=Layout(dp=2, tp=2, pp=2)))
+colocated = train(under(vision=Layout(dp=4), llm=Layout(dp=2, pp=2)))
 
 # %% [markdown]
 # The curves, and how far they are apart: floating-point rounding.
