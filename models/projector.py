@@ -1,12 +1,10 @@
 """What takes an encoder's features to the language model's width."""
 
-import functools
-
 import jax
 from flax import nnx
 
 from models.axes import Axes
-from models.layers import mlp, normal, zeros
+from models.layers import exact_gelu, mlp, normal, zeros
 
 
 class Projector(nnx.Module):
@@ -19,5 +17,4 @@ class Projector(nnx.Module):
         self.out_bias = zeros((out_width,), (None,))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
         return mlp(x, getattr(self, "in"), self.in_bias, self.out, self.out_bias, activation=exact_gelu, axes=axes)

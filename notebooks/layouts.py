@@ -85,11 +85,11 @@ def train(run, steps=20):
 disjoint = train(under(vision=Layout(dp=2, devices="0-1"), llm=Layout(tp=2, devices="2-3")))
 
 # %% [markdown]
-# Then both on the same four devices: the encoder cuts its pictures over all of them, the language model is a pipeline of
-# two stages, each of which cuts the samples over two devices.
+# Then both on the same four devices: the encoder cuts its pictures over all of them, the language model its samples in
+# two, each of two devices with half of the heads.
 
 # %%
-colocated = train(under(vision=Layout(dp=4), llm=Layout(dp=2, pp=2)))
+colocated = train(under(vision=Layout(dp=4), llm=Layout(dp=2, tp=2)))
 
 # %% [markdown]
 # The curves, and how far they are apart: floating-point rounding.

@@ -15,6 +15,7 @@ from models.attention import RopeScaling, attend, causal_mask
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 from models.decoder import Decoder
+from models.layers import exact_gelu
 from models.vit import ViT
 
 Tree = Any
@@ -252,3 +253,10 @@ def test_initial_values_depend_on_the_key_alone() -> None:
     assert not np.array_equal(stacked["mlp"]["up"][0], stacked["mlp"]["up"][1])
     assert not np.array_equal(stacked["mlp"]["up"], stacked["mlp"]["gate"])
     assert abs(np.std(stacked["mlp"]["down"]) - DECODER.mlp_width**-0.5) < 0.02
+
+
+def test_the_exact_gelu_and_its_derivative_are_those_of_jax() -> None:
+    x = jnp.linspace(-6, 6, 201)
+    theirs = functools.partial(jax.nn.gelu, approximate=False)
+    for ours, reference in ((exact_gelu, theirs), (jax.vmap(jax.grad(exact_gelu)), jax.vmap(jax.grad(theirs)))):
+        np.testing.assert_allclose(ours(x), reference(x), rtol=1e-5, atol=1e-6)

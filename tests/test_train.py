@@ -1,4 +1,4 @@
-"""`python -m hetjax.train` from end to end: what it writes, what it saves, and that nothing but time depends on layouts."""
+"""`python -m hetjax.train` from end to end: what it writes and saves, and that only time depends on layouts."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from hetjax.metrics import FILE, read_jsonl
 from hetjax.trainer import State, Trainer
 
 STEPS, MODULES = 30, ("vision", "llm")
-OTHER = runs.layouts(vision=dict(dp=4, tp=2), llm=dict(dp=2, pp=2, tp=2))  # both on all eight devices
+OTHER = runs.layouts(vision=dict(dp=4, tp=2), llm=dict(dp=4, tp=2))  # both on all eight devices
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,18 @@ def test_every_step_has_its_numbers(whole: tuple[Path, runs.Changes]) -> None:
         assert record["gradient_norm"] == pytest.approx(math.hypot(*norms), rel=1e-5)
         assert all(record[name] >= 0 for name in times) and all(record[f"tflops_per_device/{m}"] > 0 for m in MODULES)
         assert record["learning_rate"] == pytest.approx(1e-2 * min(record["step"] / 3, 1))
-        assert record["tokens_per_second"] * record["step_seconds"] == pytest.approx(_tokens(record), abs=1e-6)
     assert records[-1]["loss"] < 0.3 * records[0]["loss"]
 
 
-def _tokens(record: Mapping[str, Any]) -> int:
-    return round(record["tokens_per_second"] * record["step_seconds"])
+def test_rates_are_what_the_data_hold_over_the_time(whole: tuple[Path, runs.Changes], gin: Path) -> None:
+    records = [r for r in read_jsonl(whole[0] / FILE) if "loss" in r]
+    with experiment.train_loader(runs.load(gin, {})) as loader:
+        for record in records:
+            step = loader.next_step(2)
+            tokens = sum(np.count_nonzero(m["segment_ids"]) for m in step)
+            pictures = sum(m["vision.pixels"].any((1, 2, 3)).sum() for m in step)
+            assert record["tokens_per_second"] * record["step_seconds"] == pytest.approx(tokens)
+            assert record["images_per_second"] * record["step_seconds"] == pytest.approx(pictures)
 
 
 def test_the_last_checkpoints_the_configuration_and_tensorboard_are_there(whole: tuple[Path, runs.Changes]) -> None:
@@ -69,7 +75,7 @@ def test_the_last_checkpoints_the_configuration_and_tensorboard_are_there(whole:
 def test_the_loss_curve_is_the_same_under_other_layouts(whole: tuple[Path, runs.Changes], gin: Path) -> None:
     workdir = gin.parent / "other"
     output = runs.train(gin, workdir, OTHER | runs.settings(steps=6))
-    assert "layers 1-1" in output or "layer 1" in output, "the picture shows the second stage"
+    assert "7       layers 0-1 dp3 tp1  layers 0-1 dp3 tp1" in output
     assert not (workdir / "tensorboard").exists()
     for name in ("loss", "gradient_norm", "gradient_norm/vision"):
         other, expected = runs.records(workdir, name), runs.records(whole[0], name)
@@ -100,7 +106,7 @@ def test_the_evaluation_is_that_of_full_logits_on_one_device(whole: tuple[Path, 
     run = runs.load(gin, changes)
     trainer = experiment.build(run)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        params = trainer.whole(checkpoints.restore(trainer)[0].params)
+        params = jax.tree.map(jnp.asarray, trainer.whole(checkpoints.restore(trainer)[0].params))
     evaluated = jax.jit(lambda batch: loss_and_hits(trainer.graph, params, batch))
     total = tokens = rows = right = blind = 0.0
     held_out = experiment.held_out_loader(run)
@@ -162,7 +168,7 @@ def test_a_step_that_is_not_finite_is_skipped_in_every_module(running: tuple, ca
     state, _ = trainer.step(trainer.init(), first)
     before = values(trainer, state)
     pixels = second[1]["vision.pixels"].copy()
-    pixels[np.flatnonzero(second[1]["vision.index"].max(1) >= 0)[0]] = np.inf
+    pixels[second[1]["vision.index"].max() // runs.ITEM.rows] = np.inf
     bad = [second[0], second[1] | {"vision.pixels": pixels}]
     lines = Lines()
     with experiment.train_loader(run) as loader:
