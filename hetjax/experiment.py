@@ -44,6 +44,7 @@ class Encoder:
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
+        check_model(self.name, self.model, "image_size", "a vision model, such as models.vit.ViT")
         check_choice(f"{self.name}.remat", self.remat, tuple(r.value for r in Remat))
         check_choice(f"{self.name}.compute_dtype", self.compute_dtype, PRECISIONS)
 
@@ -74,6 +75,7 @@ class LanguageModel:
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
+        check_model(self.name, self.model, "vocab_size", "a language model, such as models.decoder.Decoder")
         check_choice(f"{self.name}.remat", self.remat, tuple(r.value for r in Remat))
         check_choice(f"{self.name}.compute_dtype", self.compute_dtype, PRECISIONS)
 
@@ -127,6 +129,12 @@ def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{setting}={value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_model(module: str, model: Any, has: str, kind: str) -> None:
+    """Raises ValueError unless `model` has the field that tells its kind."""
+    if not hasattr(model, has):
+        raise ValueError(f"{module}.model is a {type(model).__name__}; it must be {kind}")
 
 
 def build_graph(experiment: Experiment) -> Graph:

@@ -82,11 +82,9 @@ def train(run: Experiment, workdir: Path) -> None:
             state, outcome = trainer.step(state, microbatches)
             log.step(state.step, microbatches, outcome)
             if run.eval_every and state.step % run.eval_every == 0 and held_out is not None and state.step < run.steps:
-                log.settle()
                 writer.write(state.step, evaluate_on(trainer, state, held_out, run.eval_microbatches))
                 log.restart()
             if state.step % run.save_every == 0:
-                log.settle()  # metrics are never behind a checkpoint
                 checkpoints.save(trainer, state, loader.state())
         log.settle()
         checkpoints.save(trainer, state, loader.state())
@@ -136,7 +134,7 @@ def _some(held_out: Loader, microbatches: int) -> Iterator[tuple[Any, np.ndarray
 
 
 class Log:
-    """Writes a line every `log_every` steps, each from values that the devices have long finished."""
+    """Writes a line every `log_every` steps: there it waits for the devices, and between them one step late."""
 
     def __init__(self, run: Experiment, trainer: Trainer, loader: Loader, writer: metrics.Writer) -> None:
         self.run, self.trainer, self.loader, self.writer = run, trainer, loader, writer
@@ -151,7 +149,7 @@ class Log:
         self.waited = self.loader.seconds_waited
 
     def step(self, step: int, microbatches: Sequence[Any], outcome: Outcome) -> None:
-        """Takes note of a step that was dispatched; looks at the one before it."""
+        """Takes note of a step that was dispatched; waits for the one before it, and for this one if a line is due."""
         self.settle()
         self.steps += 1
         self.tokens += sum(int((m["segment_ids"] > 0).sum()) for m in microbatches)
@@ -159,9 +157,11 @@ class Log:
         self.host_seconds += outcome.host.dispatch_seconds
         self.boundary_seconds += outcome.host.boundary_seconds
         self.pending = (step, outcome)
+        if self._due(step):
+            self.settle()
 
     def settle(self) -> None:
-        """Waits for the last step; says so if it was skipped, and writes the line that is due."""
+        """Waits for the last step; says so if it was skipped, and writes its line where one is due."""
         if self.pending is None:
             return
         step, outcome = self.pending
@@ -169,8 +169,11 @@ class Log:
         if not bool(outcome.ok):
             broken = ", ".join(self.trainer.finish.not_finite(outcome)[:5]) or "the loss"
             print(f"step {step} was skipped in every module: not finite: {broken}", flush=True)
-        if step % self.run.log_every == 0 or step == self.run.steps:
+        if self._due(step):
             self._write(step, outcome)
+
+    def _due(self, step: int) -> bool:
+        return step % self.run.log_every == 0 or step == self.run.steps
 
     def _write(self, step: int, outcome: Outcome) -> None:
         values: Values = {

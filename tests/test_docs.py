@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 import jupytext
 import nbclient
@@ -38,13 +39,13 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """Every `python -m hetjax...` of a page, as words; behind && too, and in running text."""
+    """Every `python -m hetjax... --gin_file=...` of a page, as words; behind && too, and in running text."""
     text = path.read_text().replace("\\\n", " ")
     lines = [line for block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`(python -m hetjax[^`]*)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
     parts = (part.split(" #")[0].strip() for line in lines for part in line.split("&&"))
     words = (shlex.split(re.sub(r"^\S*/python\b", "python", part)) for part in parts if " -m hetjax" in part)
-    return [w[w.index("python") :] for w in words]
+    return [w[w.index("python") :] for w in words if any(word.startswith("--gin_file") for word in w)]
 
 
 ALL_COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
@@ -101,7 +102,7 @@ def test_every_gin_example_builds_with_the_quickstart(
     base = QUICKSTART.read_text()
     if "layout.Layout" in block:
         base = LAYOUT_LINE.sub("", base)  # the page says that they take the place of the layouts that are there
-    if "experiment.Encoder.model" in block:
+    if "vision/experiment.Encoder.model" in block:
         base = ENCODER_LINE.sub("", base)
     if page == ENCODER.name:
         (tmp_path / "patch_mlp.py").write_text(blocks(ENCODER, "python")[0])
@@ -210,7 +211,8 @@ def assert_parity(graph: experiment.Graph) -> None:
     assert report.within(loss=1e-12, leaves=1e-11), report
 
 
-def test_the_notebook_runs_and_shows_equal_curves() -> None:
+def test_the_notebook_runs_and_shows_equal_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     notebook = jupytext.read(ROOT / "notebooks" / "layouts.py")
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}})
     client.execute()
