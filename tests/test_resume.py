@@ -2,10 +2,11 @@
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import runs
 from hetjax import experiment, train
 from hetjax.metrics import FILE
 
+STEPS = 200  # more than twenty calls can make before they are killed
 SAVES = runs.settings(save_every=2)
 FLOAT64 = runs.settings(param_dtype="float64") | {
     "llm/experiment.LanguageModel.compute_dtype": "float64",
@@ -27,29 +29,47 @@ LAYOUTS = [  # that of the gin file, colocated, the encoder in stages, the llm e
 ]
 
 
-def run_killed(gin: Path, changes: Sequence[runs.Changes], *, kills: int, seed: int) -> tuple[Path, int]:
-    """The directory of a run that came to its end after `kills` kills, and how many of them met it saving.
+class Moment(NamedTuple):
+    """When a call is killed: so many seconds after it wrote its n-th step (its 0th is its start)."""
 
-    The calls take the settings in `changes` in turn.
-    """
-    workdir = gin.parent / "killed"
+    steps: int
+    seconds: float
+
+
+class Killed(NamedTuple):
+    """What became of a run."""
+
+    workdir: Path
+    resumed: set[int]  # steps that a call went on from
+    saving: int  # kills that met it while it saved
+
+
+def at_random(seed: int, kills: int = 20) -> list[Moment]:
+    """Some while a call starts, most while it trains and saves; a save takes some four steps' time."""
     rng = np.random.default_rng(seed)
+    steps = [int(n) for n in rng.integers(0, 9, kills)]
+    return [Moment(n, rng.uniform(0, 0.2) if n else rng.uniform(0, 5)) for n in steps]
+
+
+def run_killed(gin: Path, changes: Sequence[runs.Changes], moments: Sequence[Moment]) -> Killed:
+    """A run that came to its end after a kill at each moment. Its calls take the settings in `changes` in turn."""
+    workdir = gin.parent / "killed"
     turns = itertools.cycle(changes)
-    saving = 0
-    for _ in range(kills):
+    said, saving = "", 0
+    for moment in moments:
         process = runs.start(gin, workdir, next(turns))
         assert process.stdout is not None
         with process.stdout as output:
-            steps = rng.integers(0, 4)  # none: it dies while it starts
-            steps_seen = (line for line in output if line.startswith("step "))
-            said = list(itertools.islice(steps_seen, int(steps)))
-            time.sleep(rng.uniform(0, 0.3) if steps else rng.uniform(0, 5))
+            seen = 0
+            while seen < moment.steps and (line := output.readline()):
+                said, seen = said + line, seen + line.startswith("step ")
+            time.sleep(moment.seconds)
             saving += any((workdir / "checkpoints").glob("*tmp*"))
             assert process.poll() is None, f"it ended before it could be killed: {said}{output.read()}"
             process.kill()
             process.wait()
-    runs.train(gin, workdir, next(turns))
-    return workdir, saving
+    said += runs.train(gin, workdir, next(turns))
+    return Killed(workdir, {int(n) for n in re.findall(r"resumed from \S+ at step (\d+)", said)}, saving)
 
 
 def curves(workdir: Path) -> list[dict[str, Any]]:
@@ -67,35 +87,35 @@ def undisturbed(gin: Path, changes: runs.Changes) -> list[dict[str, Any]]:
 
 def test_a_run_killed_twice_ends_as_if_it_was_not(tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
-    changes = SAVES | runs.settings(steps=16)
+    changes = SAVES | runs.settings(steps=14)
     expected = undisturbed(gin, changes)
-    assert [r["step"] for r in expected] == list(range(1, 17))
-    workdir, _ = run_killed(gin, [changes], kills=2, seed=1)
-    assert curves(workdir) == expected
+    assert [r["step"] for r in expected] == list(range(1, 15))
+    killed = run_killed(gin, [changes], [Moment(6, 0.1), Moment(1, 0.0)])
+    assert killed.resumed and curves(killed.workdir) == expected
 
 
 @pytest.mark.slow
 def test_a_run_killed_20_times_ends_bit_for_bit_as_if_it_was_not(tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
-    changes = SAVES | runs.settings(steps=120, eval_every=30) | runs.held_out(gin)
+    changes = SAVES | runs.settings(steps=STEPS, eval_every=30) | runs.held_out(gin)
     expected = undisturbed(gin, changes)
-    workdir, saving = run_killed(gin, [changes], kills=20, seed=2)
-    assert saving > 0, "no kill met a save"
-    assert curves(workdir) == expected
+    killed = run_killed(gin, [changes], at_random(seed=2))
+    assert killed.saving > 0 and len(killed.resumed) >= 5, killed
+    assert curves(killed.workdir) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_run_killed_20_times_may_change_its_layouts_each_time(tmp_path: Path) -> None:
-    """In float64: twenty layouts' rounding in float32 grows to more than 1e-6 in a hundred steps."""
+    """In float64: in float32 the layouts' rounding grows to more than 1e-6 within a hundred steps."""
     gin = runs.write(tmp_path)
-    changes = [SAVES | FLOAT64 | runs.settings(steps=120) | layout for layout in LAYOUTS]
+    changes = [SAVES | FLOAT64 | runs.settings(steps=STEPS) | layout for layout in LAYOUTS]
     for other in changes[1:]:  # the compilation cache gets their programs; killed runs only read it
         experiment.build(runs.load(gin, other)).compile()
     expected = undisturbed(gin, changes[0])
-    workdir, saving = run_killed(gin, changes, kills=20, seed=3)
-    assert saving > 0, "no kill met a save"
-    got = curves(workdir)
-    assert [r["step"] for r in got] == [r["step"] for r in expected] == list(range(1, 121))
+    killed = run_killed(gin, changes, at_random(seed=3))
+    assert killed.saving > 0 and len(killed.resumed) >= 5, killed
+    got = curves(killed.workdir)
+    assert [r["step"] for r in got] == [r["step"] for r in expected] == list(range(1, STEPS + 1))
     for name in ("loss", "learning_rate", "gradient_norm", "gradient_norm/vision", "gradient_norm/llm"):
         np.testing.assert_allclose([r[name] for r in got], [r[name] for r in expected], rtol=1e-6, err_msg=name)
