@@ -111,7 +111,10 @@ class _Builder:
 
 
 def operative(value: Any) -> str:
-    """A dataclass with all that it holds as a gin file, defaults included; `load` makes an equal one of it."""
+    """A dataclass with all that it holds as a gin file, defaults included; `load` makes an equal one of it.
+
+    A field whose value has no name in a module (what `@optax.scale_by_lion()` returns) is a comment.
+    """
     imports: dict[str, str] = {}
     lines: list[str] = []
     _write_fields(value, "", imports, lines)
@@ -124,7 +127,10 @@ def _write_fields(value: Any, scope: str, imports: dict[str, str], lines: list[s
     inner: list[str] = []
     for field in fields:
         path = scoped(scope, field.name)
-        lines.append(f"{name}.{field.name} = {_write(getattr(value, field.name), path, imports, inner)}")
+        try:
+            lines.append(f"{name}.{field.name} = {_write(getattr(value, field.name), path, imports, inner)}")
+        except ConfigError as error:
+            lines.append(f"# {name}.{field.name}: {error}")
     lines += inner
 
 
@@ -139,11 +145,11 @@ def _write(value: Any, scope: str, imports: dict[str, str], lines: list[str]) ->
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         _write_fields(value, scope, imports, lines)
         return f"@{scope}/{_write_name(type(value), imports)}()"
-    if callable(value):
+    if callable(value) and "<" not in value.__qualname__:  # not made inside of a function
         return f"@{_write_name(value, imports)}"
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
-    raise ConfigError(f"{scope.replace('/', '.')}: {value!r} cannot be written to a gin file; use a number or a string")
+    raise ConfigError(f"a {type(value).__name__} made at run time has no name that a gin file could write")
 
 
 def _write_name(target: Any, imports: dict[str, str]) -> str:

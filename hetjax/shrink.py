@@ -6,6 +6,8 @@ from typing import Any
 
 from hetjax.experiment import Experiment
 from hetjax.layout import Layout
+from models.decoder import Decoder
+from models.vit import ViT
 
 HEAD_DIM = 8
 
@@ -13,11 +15,9 @@ HEAD_DIM = 8
 def shrunk(experiment: Experiment) -> Experiment:
     """The experiment with every module cut down to sizes that its layout still divides."""
     llm = experiment.llm
-    model = _smaller(llm.model, llm.layout)
+    model = _smaller(llm.model, llm.layout, {})
     encoders = tuple(
-        dataclasses.replace(
-            e, model=dataclasses.replace(_smaller(e.model, e.layout), output_width=model.width), layout=_even(e.layout)
-        )
+        dataclasses.replace(e, model=_smaller(e.model, e.layout, {"output_width": model.width}), layout=_even(e.layout))
         for e in experiment.encoders
     )
     return dataclasses.replace(
@@ -30,14 +30,16 @@ def _even(layout: Layout) -> Layout:
     return dataclasses.replace(layout, layers=None)
 
 
-def _smaller(model: Any, layout: Layout) -> Any:
+def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
     """A model config of as many layers as stages (at least 2), and heads of `HEAD_DIM` in the same ratio."""
+    if not isinstance(model, Decoder | ViT):
+        raise ValueError(f"--shrink knows the sizes of Decoder and ViT, not of {type(model).__name__}; leave it out")
     fields = {f.name for f in dataclasses.fields(model)}
     kv_heads = getattr(model, "num_kv_heads", model.num_heads)
     ratio = model.num_heads // kv_heads
     kv_heads = min(kv_heads, math.lcm(2, layout.tp))
     heads = kv_heads * ratio
-    sizes = {
+    sizes = more | {
         "num_layers": min(model.num_layers, max(2, layout.pp)),
         "num_heads": heads,
         "num_kv_heads": kv_heads,

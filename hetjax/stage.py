@@ -73,6 +73,7 @@ class Stage:
         first = self._remat(lambda w, x: definition.first.apply(w, x, batch, plan.axes))
         layer = self._remat(lambda w, c: definition.layer.apply(w, c, batch, plan.axes))
         carry = first(params["first"], x) if plan.first else x
+        carry = jax.tree.map(lambda c: vary(c, DATA_AXES), carry)  # as what meets parameters is
         carry = lax.scan(lambda c, w: (layer(w, c), None), carry, params["layers"])[0]
         return self._remat(end)(self.parameters.full_last(params), carry) if plan.last else carry
 
