@@ -15,12 +15,13 @@ from hetjax.layout import Layout, like
 from models.decoder import Decoder
 from models.vit import ViT
 
-# Encoder FLOPs as a share of the language model's, by width and layers of the encoder: printed, so that it shows.
+# `vision` is the encoder's width and layers; its share of the language model's FLOPs is computed and printed.
 CASES = {
-    "short context, encoder 25%": dict(seq_len=256, llm=Layout(dp=4, tp=2), vision=(160, 2)),
-    "long context, encoder 5%": dict(seq_len=1024, llm=Layout(dp=2, cp=4), vision=(128, 2)),
-    "long context, encoder 25%": dict(seq_len=1024, llm=Layout(dp=2, cp=4), vision=(256, 3)),
+    "short context": dict(samples=8, seq_len=256, llm=Layout(dp=4, tp=2), vision=(256, 2)),
+    "long context, small encoder": dict(samples=4, seq_len=1024, llm=Layout(dp=2, cp=4), vision=(192, 2)),
+    "long context, large encoder": dict(samples=4, seq_len=1024, llm=Layout(dp=2, cp=4), vision=(320, 4)),
 }
+PICTURES = 16  # of a microbatch
 
 
 def main() -> None:
@@ -31,7 +32,6 @@ def main() -> None:
     emulate(8)
     for name, case in CASES.items():
         width, layers = case["vision"]
-        pictures = 8 if case["seq_len"] == 256 else 16
         work = Workload(
             llm=Decoder(vocab_size=512, width=256, num_layers=4, num_heads=8, num_kv_heads=4, mlp_width=768),
             vision=ViT(
@@ -43,9 +43,9 @@ def main() -> None:
                 mlp_width=4 * width,
                 output_width=256,
             ),
-            samples=8,
+            samples=case["samples"],
             seq_len=case["seq_len"],
-            pictures=pictures,
+            pictures=PICTURES,
             num_microbatches=2,
         )
         table(name, work, case["llm"], repeats)

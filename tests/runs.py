@@ -1,5 +1,6 @@
 """Real runs on a tiny data set: writes data and a gin file, and calls `python -m hetjax.train` in a subprocess."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import numpy as np
 from conftest import CACHE
 from corpus import Spec
+from PIL import Image
 
 from hetjax import config
 from hetjax.data import ItemSpec
@@ -17,7 +20,7 @@ from hetjax.experiment import Experiment
 from hetjax.metrics import FILE, read_jsonl
 
 ROOT = Path(__file__).parent.parent
-TRAIN, HELD_OUT = 6, 12  # samples; only the first half of the held-out questions are trained on
+TRAIN, HELD_OUT = 6, 12  # samples; the first half of the held-out ones are trained on
 ITEM = ItemSpec("vision", rows=4, height=8, width=8, slots_per_group=2)
 Changes = Mapping[str, Any]  # gin name -> value
 
@@ -76,11 +79,25 @@ def write(directory: Path) -> Path:
     kinds = [one, two, text, Spec({"vision": (1, 0)}, turns=2)]
     for name, count in (("train", TRAIN), ("held_out", HELD_OUT)):
         (directory / name).mkdir()
-        corpus.write(directory / name, [kinds[n % len(kinds)] for n in range(count)], [ITEM])
+        data = corpus.write(directory / name, [kinds[n % len(kinds)] for n in range(count)], [ITEM])
         corpus.write_tokenizer(directory / name, HELD_OUT)
+        _ask_for_colours(Path(data))
     path = directory / "run.gin"
     path.write_text(f"{GIN}\ntrain/settings.DataConfig.path = {str(directory / 'train' / 'data.json')!r}\n")
     return path
+
+
+def _ask_for_colours(path: Path) -> None:
+    """Samples with pictures all ask q0, so that only their colours, now far apart, tell the answers."""
+    entries = json.loads(path.read_text())
+    for n, entry in enumerate(entries):
+        names = entry.get("image", [])
+        for name in [names] if isinstance(names, str) else names:
+            colour = np.random.default_rng(n).integers(0, 256, 3)
+            Image.new("RGB", (8, 8), tuple(int(c) for c in colour)).save(path.with_name(name))
+        for turn in entry["conversations"][::2] if names else []:
+            turn["value"] = turn["value"].replace(f"q{n}", "q0")
+    path.write_text(json.dumps(entries))
 
 
 class Reference(str):

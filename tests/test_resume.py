@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ import pytest
 import runs
 
 from hetjax import experiment, train
+from hetjax.checkpoint import Checkpoints
 from hetjax.metrics import FILE
+from hetjax.trainer import State, Trainer
 
 STEPS = 200  # more than twenty calls can make before they are killed
 SAVES = runs.settings(save_every=2)
@@ -85,9 +87,16 @@ def undisturbed(gin: Path, changes: runs.Changes) -> list[dict[str, Any]]:
     return curves(workdir)
 
 
-def test_a_run_killed_twice_ends_as_if_it_was_not(tmp_path: Path) -> None:
+def test_a_run_killed_twice_ends_as_if_it_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gin = runs.write(tmp_path)
     changes = SAVES | runs.settings(steps=14)
+    plain = Checkpoints.save
+
+    def save(self: Checkpoints, trainer: Trainer, state: State, data: Mapping[str, Any]) -> None:
+        assert curves(self.directory.parent)[-1]["step"] == state.step, "a kill after the save would lose the line"
+        plain(self, trainer, state, data)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
     expected = undisturbed(gin, changes)
     assert [r["step"] for r in expected] == list(range(1, 15))
     killed = run_killed(gin, [changes], [Moment(6, 0.1), Moment(1, 0.0)])

@@ -119,12 +119,13 @@ def test_the_evaluation_is_that_of_full_logits_on_one_device(whole: tuple[Path, 
         rows += asked.any(1).sum()
         right += (np.where(asked, hits, True).all(1) & asked.any(1)).sum()
         blind += (np.where(asked, hits_blind, True).all(1) & asked.any(1)).sum()
-    assert rows == runs.HELD_OUT and 0 < right < rows
+    assert rows == runs.HELD_OUT and 0 < blind < right < rows, "the pictures matter"
     last = {name: runs.records(workdir, f"eval/{name}") for name in ("loss", "accuracy", "accuracy_blank")}
     assert [list(v) for v in last.values()] == [[15, STEPS], [15, STEPS], [STEPS]]
     assert last["loss"][STEPS] == pytest.approx(total / tokens, rel=1e-5)
     assert last["accuracy"][STEPS] == right / rows and last["accuracy_blank"][STEPS] == blind / rows
-    assert runs.records(workdir, "eval/accuracy_prior") == {STEPS: runs.TRAIN / runs.HELD_OUT}
+    known = 4  # the first asker of each kind of question; of two equally common answers the first counts
+    assert runs.records(workdir, "eval/accuracy_prior") == {STEPS: known / runs.HELD_OUT}
 
 
 def loss_and_hits(graph: Graph, params: Any, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
@@ -180,9 +181,10 @@ def test_a_step_that_is_not_finite_is_skipped_in_every_module(running: tuple, ca
     said = re.search(r"step 2 was skipped in every module: not finite: (.*)", capsys.readouterr().out)
     assert said and set(said[1].split(", ")) <= {f"vision/{name}" for name in _leaves(trainer, "vision")}
     assert list(lines.values) == [2] and not math.isfinite(lines.values[2]["loss"])
-    _, good = trainer.step(state._replace(step=1), second)
+    state, _ = trainer.step(state._replace(step=1), second)
     other, _ = trainer.step(trainer.init(), first)
-    assert float(good.loss) == float(trainer.step(other, second)[1].loss), "no accumulator kept the infinity"
+    other, _ = trainer.step(other, second)
+    assert equal(values(trainer, state), values(trainer, other)), "no accumulator kept the infinity"
 
 
 def _leaves(trainer: Trainer, module: str) -> set[str]:
