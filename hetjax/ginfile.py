@@ -76,7 +76,10 @@ class Reader:
             near = nearest(Path(path).name, [p.name for p in Path(path).parent.glob("*.gin")])
             raise ConfigError(f"{where}no such gin file: {path}{near}")
         symbols: dict[str, Any] = {}
-        lines = Path(path).read_text().splitlines()
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where}{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
         for number, line in enumerate(lines):
             if line.split()[:1] in (["from"], ["import"]):  # gin's parser takes only one module per line
                 symbols |= _import(line, f"{path}:{number + 1}: ")

@@ -25,6 +25,7 @@ from hetjax.checkpoint import CheckpointError, Checkpoints
 from hetjax.data import Loader, blank
 from hetjax.experiment import Experiment
 from hetjax.finish import Outcome
+from hetjax.hf import initial
 from hetjax.trainer import State, Trainer
 
 Values = dict[str, Any]
@@ -63,12 +64,13 @@ def train(run: Experiment, workdir: Path) -> None:
         resumed = checkpoints.latest
         if resumed is not None:  # whatever is wrong shows before the long part
             loader.restore(checkpoints.check(trainer, resumed))
+        starts = initial.open_starts(trainer.graph, run.init_from) if resumed is None else {}
         _compile(trainer, evaluates=run.held_out is not None)
         needed = memory.estimate(trainer)
         print(memory.table(needed), flush=True)
         memory.check(needed, memory.available(jax.devices()))
         if resumed is None:
-            state = trainer.init()
+            state = initial.state(trainer, starts)
         else:
             state, _ = checkpoints.restore(trainer, resumed)
             print(f"resumed from {checkpoints.directory} at step {resumed}", flush=True)

@@ -13,8 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from hf_folders import IMAGE_TOKEN, llava, text, vision
+from PIL import Image
 
+from hetjax import convert, train
+from hetjax.data import pictures
 from hetjax.graph import Graph, Module, vlm
 from hetjax.hf import export, initial, keys
 from hetjax.hf.stored import nested, open_source
@@ -22,6 +26,7 @@ from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
 from hetjax.reference import apply_module, mean_loss
 from hetjax.trainer import State, Trainer
+from models.axes import ONE_DEVICE
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -51,9 +56,7 @@ CASES = {
     ),
     "siglip + qwen2, tied": llava(text("qwen2", **TIED), vision("siglip")),
     "siglip + mistral, last layer": llava(text("mistral"), vision("siglip"), vision_feature_layer=-1),
-    "clip + llama 3.1, first layer": llava(
-        text("llama", rope_scaling=LLAMA3), vision("clip"), vision_feature_layer=1
-    ),
+    "clip + llama 3.1, first layer": llava(text("llama", rope_scaling=LLAMA3), vision("clip"), vision_feature_layer=1),
 }
 
 
@@ -115,7 +118,9 @@ def whole(source: Any) -> dict[str, Any]:
     arrays = {n: a[(slice(None),) * len(source.arrays[n].shape)] for n, a in source.fetch(list(source.arrays)).items()}
     tree = nested(arrays)
     for module in tree.values():
-        module["layers"] = jax.tree.map(lambda *a: np.stack(a), *(module["layers"][k] for k in sorted(module["layers"])))
+        module["layers"] = jax.tree.map(
+            lambda *a: np.stack(a), *(module["layers"][k] for k in sorted(module["layers"]))
+        )
     return jax.tree.map(jnp.asarray, tree)
 
 
@@ -221,14 +226,45 @@ class _Live:
         return found
 
 
+def test_a_run_from_scratch_is_opened_by_transformers_with_its_processor(tmp_path: Path) -> None:
+    gin = runs.write(tmp_path)
+    changes = runs.settings(steps=1) | {"vit.ViT.feature_layer": -2}
+    assert train.main(runs.arguments(gin, tmp_path / "run", changes)) == 0
+    assert convert.main(["to_hf", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    run = runs.load(gin, changes)
+    source, again = open_source(tmp_path / "run"), open_source(tmp_path / "out")
+    microbatch = batch(ROWS)
+    net, params = graph(dict(source.models), {}), whole(source)
+    arrays = {k: jnp.asarray(v) for k, v in microbatch.items()}
+
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    made = processor(images=[picture], text="what <image> is it", return_tensors="pt")
+    np.testing.assert_allclose(
+        made["pixel_values"][0].numpy().transpose(1, 2, 0),
+        pictures.read(tmp_path / "a.png", run.encoders[0].items),
+        atol=1e-6,
+    )
+    token = next(iter(again.extras.values())).config["image_token_index"]
+    assert (made["input_ids"] == token).sum() == ROWS
+
+    model = load(tmp_path / "out")
+    tokens = np.where(microbatch["vision.index"] >= 0, token, microbatch["tokens"] % token)
+    arrays["tokens"] = jnp.asarray(tokens)
+    edges = {"vision": apply_module(net.encoders[0].definition, params["vision"], {}, arrays)["x"]}
+    y = apply_module(net.sink.definition, params["llm"], edges, arrays)
+    inputs = torch.tensor(microbatch["vision.pixels"][:3].transpose(0, 3, 1, 2).copy())
+    expected = model(input_ids=torch.tensor(tokens, dtype=torch.long), pixel_values=inputs).logits
+    np.testing.assert_allclose(np.asarray(y["x"] @ y["head"]), expected.detach().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_tower_alone_gives_the_features_of_transformers(kind: str, tmp_path: Path) -> None:
     folder = hf_folders.write(tmp_path / "folder", vision(kind))
     source, model = open_source(folder), load(folder)
     params, pixels = whole(source)["vision"], batch(ROWS)["vision.pixels"]
     definition = source.models["vision"].module(jnp.float32)
-    from models.axes import ONE_DEVICE
-
     carry = definition.first.apply(params["first"], {}, {"vision.pixels": jnp.asarray(pixels)}, ONE_DEVICE)
     for i in range(definition.num_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
@@ -237,5 +273,3 @@ def test_a_tower_alone_gives_the_features_of_transformers(kind: str, tmp_path: P
         inputs = torch.tensor(pixels.transpose(0, 3, 1, 2).copy())
         expected = model(inputs, output_hidden_states=True).hidden_states[-1]
     np.testing.assert_allclose(np.asarray(carry["x"]), expected.numpy(), atol=1e-5)
-
-

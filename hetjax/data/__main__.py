@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
                 print(f"skipped {problem}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -1,0 +1,209 @@
+"""Writes a Hugging Face folder that transformers 4.57 and 5 both open, from a checkpoint or a training run.
+
+Tensors that our models lack come from the folder that the run started with. A tower trained here gets its last norm as
+the identity (no vision-language model reads it), its layers behind `feature_layer` are left out, and features are taken
+from the last layer that is there, which is the same layer.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from hetjax.hf import keys, processor, write_config
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.folder import DTYPES as STORED
+from hetjax.hf.folder import INDEX, SINGLE, open_file
+from hetjax.hf.keys import Parts
+from hetjax.hf.output import written
+from hetjax.hf.source import Extras, Source
+from hetjax.hf.stored import Workdir
+from models.decoder import Decoder
+from models.vit import ViT
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float64": np.dtype(np.float64),
+}
+SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+METADATA = {"format": "pt"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of the export; `read` gives its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB"."""
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise ConvertError(f"--max_shard_size={text}; write a number and a unit, such as 5GB or 500MB")
+    return int(match[1]) * SIZES[match[2]]
+
+
+def to_hf(source: Source, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Writes the folder `out`. `dtype` None keeps that of the source. Raises ConvertError."""
+    parts, named = parts_of(source)
+    parts, extras, kept = _with_idle(parts, named, source, dtype)
+    tensors = find_tensors(source, dtype, parts, named) | kept
+    precision = next(name for name, d in DTYPES.items() if d == next(iter(tensors.values())).dtype)
+    beside = processor.find(source, parts, extras)
+    sources = {part: found.config for part, found in extras.items() if found.config is not None}
+    config = write_config.write(parts, dtype=precision, image_token=beside.image_token, sources=sources)
+    with written(out) as new:
+        new.mkdir()
+        _write_shards(tensors, new, max_shard_bytes)
+        write_json(new / "config.json", config)
+        for name, path in beside.copied.items():
+            shutil.copyfile(path, new / name)
+        for name, value in beside.made.items():
+            write_json(new / name, value)
+
+
+def to_torch(source: Source, out: str | Path, *, dtype: str | None = None) -> None:
+    """Writes one file, .safetensors or .pt, of the tensors by their keys in the hub's layout. Raises ConvertError."""
+    if Path(out).suffix not in (".safetensors", ".pt"):
+        raise ConvertError(f"--out={out}: a state dict is a .safetensors or a .pt file")
+    parts, named = parts_of(source)
+    arrays = {key: tensor.read() for key, tensor in find_tensors(source, dtype, parts, named).items()}
+    if Path(out).suffix == ".safetensors":
+        with written(out) as new:
+            save_file(arrays, new, METADATA)
+        return
+    try:
+        import torch  # type: ignore[import-not-found, unused-ignore]
+        from safetensors.torch import load
+    except ImportError as error:
+        raise ConvertError(
+            f"--out={out} needs torch: pip install torch==2.13.0, or write .safetensors, which needs none"
+        ) from error
+    from safetensors.numpy import save
+
+    with written(out) as new:
+        torch.save(load(save(arrays, METADATA)), new)
+
+
+def parts_of(source: Source) -> tuple[Parts, dict[str, str]]:
+    """The models as a Hugging Face class holds them, and its module -> the source's. Raises ConvertError."""
+    named: dict[str, str] = {}
+    for name, model in source.models.items():
+        part = {Decoder: "llm", ViT: "vision"}.get(type(model))
+        if part is None or part in named:
+            raise ConvertError(
+                f"{source.path}: {name}: no Hugging Face class holds a {type(model).__name__} beside "
+                f"{', '.join(named.values()) or 'nothing'}; at most one decoder and one vision tower can be exported"
+            )
+        named[part] = name
+    parts = Parts(**{part: source.models[name] for part, name in named.items()})
+    if parts.whole and parts.vision is not None and parts.vision.hidden != parts.vision.output_width:
+        raise ConvertError(
+            f"ViT.projector_width={parts.vision.hidden}: LLaVA's projector is as wide as the language model inside; "
+            f"only projector_width={parts.vision.output_width} (or None) can be exported"
+        )
+    return parts, named
+
+
+def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping[str, str]) -> dict[str, Tensor]:
+    """Key in the hub's layout -> tensor, for all that the models hold."""
+    found = {}
+    for name, place in keys.places(parts).items():
+        part, _, rest = name.partition("/")
+        theirs = f"{named[part]}/{rest}"
+        stored = source.arrays.get(theirs)
+        if stored is None or stored.shape != place.shape:
+            what = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(place.shape)}"
+            raise ConvertError(f"{source.path}: {theirs} {what}; the checkpoint and its configuration do not agree")
+        kind = DTYPES[dtype] if dtype else stored.dtype
+        found[place.key] = Tensor(place.pattern.torch_shape(place.shape), kind, _reader(source, theirs, place, kind))
+    return found
+
+
+def _reader(source: Source, name: str, place: keys.Place, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    whole = (slice(None),) * len(place.shape)
+    return lambda: place.pattern.to_torch(source.fetch([name])[name][whole].astype(dtype))
+
+
+def _with_idle(
+    parts: Parts, named: Mapping[str, str], source: Source, dtype: str | None
+) -> tuple[Parts, dict[str, Extras], dict[str, Tensor]]:
+    """(the parts as they are written, what came with each, tensors that no model of ours holds)."""
+    extras = {part: source.extras.get(name, Extras()) for part, name in named.items()}
+    vit = parts.vision
+    if vit is None:
+        return parts, extras, {}
+    prefix = keys.TOWER if parts.whole else "vision_model."
+    stored = next(a.dtype for n, a in source.arrays.items() if n.startswith(f"{named['vision']}/"))
+    kind = DTYPES[dtype] if dtype else stored
+    came = extras["vision"].idle
+    if parts.whole:  # a tower that came with another one leaves that behind
+        came = {key: path for key, path in came.items() if not keys.PAIRED.fullmatch(key)}
+    if came:
+        cast = kind if dtype or isinstance(source, Workdir) else None  # a run has its own precision for all
+        spelled = extras["vision"].spelled
+        inner = lambda key: key.removeprefix(keys.TOWER).removeprefix("vision_model.")
+        strip = lambda key: key if keys.PAIRED.fullmatch(key) else prefix + inner(key)
+        return parts, extras, {strip(k): _kept(path, spelled.get(k, k), cast) for k, path in came.items()}
+    fill = {"weight": np.ones((vit.width,), kind), "bias": np.zeros((vit.width,), kind)}
+    kept = {f"{prefix}post_layernorm.{name}": _constant(a) for name, a in fill.items()}
+    built = vit.num_layers + 1 + vit.feature_layer
+    shorter = dataclasses.replace(vit, num_layers=built, feature_layer=-1)
+    return dataclasses.replace(parts, vision=shorter), extras, kept
+
+
+def _constant(array: np.ndarray) -> Tensor:
+    return Tensor(array.shape, array.dtype, lambda: array)
+
+
+def _kept(path: Path, key: str, cast: np.dtype | None) -> Tensor:
+    values = open_file(path).get_slice(key)
+    dtype = cast or STORED[values.get_dtype()]
+    return Tensor(tuple(values.get_shape()), dtype, lambda: open_file(path).get_tensor(key).astype(dtype))
+
+
+def _write_shards(tensors: Mapping[str, Tensor], directory: Path, max_bytes: int) -> None:
+    """One file, or several with an index; each is in memory alone."""
+    shards = list(_shards(tensors, max_bytes))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({key: tensors[key].read() for key in names}, directory / name, METADATA)
+        weight_map |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        total = sum(t.num_bytes for t in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for key, tensor in tensors.items():
+        if names and size + tensor.num_bytes > max_bytes:
+            yield names
+            names, size = [], 0
+        names.append(key)
+        size += tensor.num_bytes
+    yield names
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file as transformers does."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,178 @@
+"""A Hugging Face folder as a source: config.json and safetensors, of which only headers are read before they are asked.
+
+Pickle files (pytorch_model.bin) run code when they are loaded; they are refused, whatever is in them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from hetjax.hf import keys, read_config
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.keys import BUFFERS, Place
+from hetjax.hf.pattern import Index
+from hetjax.hf.source import Array, Extras, Sliceable, read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+GIVEN_BACK = """
+    generation_config.json preprocessor_config.json processor_config.json chat_template.jinja chat_template.json
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
+    tokenizer.model
+""".split()  # noqa: SIM905
+
+
+class Tensors:
+    """Safetensors files by key. Raises ConvertError for a file that is damaged."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    def slice(self, key: str) -> Any:
+        """safetensors' own lazy tensor."""
+        path = self._files[key]
+        return self._handle(path).get_slice(key)
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = open_file(path)
+        return self._open[path]
+
+
+def open_file(path: Path) -> Any:
+    """An open safetensors file. Raises ConvertError."""
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ConvertError(
+            f"{path} cannot be read ({error}): the file is damaged or cut short; download it again"
+        ) from error
+
+
+class Folder:
+    """The source that reads a Hugging Face folder. Everything that can be wrong is, when it is made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = read_json(path / "config.json")
+        self.parts = read_config.read(config, str(path / "config.json"))
+        self.models: Mapping[str, Any] = self.parts.models
+        self._places = keys.places(self.parts)
+        files = _files(path)
+        spelled = {keys.canonical(key, self.parts): key for key in files}
+        self._tensors, self._spelled = Tensors(files), spelled
+        wanted = {place.key for place in self._places.values()}
+        idle = [key for key in keys.idle(spelled, self.parts) if key not in wanted]
+        self._check_keys(wanted, set(spelled) - set(idle))
+        self.arrays = {name: self._check(place) for name, place in self._places.items()}
+        for key in idle:
+            self._dtype(key)
+        beside = {name: path / name for name in GIVEN_BACK if (path / name).is_file()}
+        mine = {key: files[spelled[key]] for key in idle}
+        extras = Extras(config, beside, mine, {key: spelled[key] for key in idle})
+        self.extras = dict.fromkeys(self.models, extras)
+
+    def _check_keys(self, wanted: set[str], found: set[str]) -> None:
+        llm = self.parts.llm
+        if llm is not None and llm.tied:  # some files store the shared leaf twice
+            head = (keys.LLM if self.parts.whole else "") + "lm_head.weight"
+            if head in found:
+                self._check_tie(head)
+                found = found - {head}
+        missing, surplus = sorted(wanted - found), sorted(k for k in found - wanted if not BUFFERS.fullmatch(k))
+        if missing:
+            hint = "; set tie_word_embeddings=true if the head is the embedding" if "lm_head" in missing[0] else ""
+            raise ConvertError(
+                f"{self.path}: {missing[0]} is missing ({len(missing)} of {len(wanted)} keys are); the files do not "
+                f"hold the model of config.json, get all of them again{hint}"
+            )
+        if surplus:
+            raise ConvertError(
+                f"{self.path}: {self._spelled[surplus[0]]} has no place in the model of config.json ({len(surplus)} "
+                "such keys); check model_type and num_hidden_layers, and merge adapters into the weights first"
+            )
+
+    def _check_tie(self, head: str) -> None:
+        embed = head.replace("lm_head.weight", "model.embed_tokens.weight")
+        both = [self._tensors.slice(self._spelled[key]) for key in (head, embed)]
+        if not np.array_equal(both[0][:], both[1][:]):
+            raise ConvertError(
+                f"{self.path}: tie_word_embeddings=True, but {self._spelled[head]} differs from the embedding; "
+                "set it to false in config.json, or remove the key"
+            )
+
+    def _dtype(self, key: str) -> np.dtype:
+        spelled = self._spelled[key]
+        name = self._tensors.slice(spelled).get_dtype()
+        if name not in DTYPES:
+            raise ConvertError(
+                f"{self.path}: {spelled} is stored as {name}; 8-bit and quantised weights are not read, take the "
+                f"original model, or convert it to one of {', '.join(DTYPES)}"
+            )
+        return DTYPES[name]
+
+    def _check(self, place: Place) -> Array:
+        spelled = self._spelled[place.key]
+        shape, wanted = tuple(self._tensors.slice(spelled).get_shape()), place.pattern.torch_shape(place.shape)
+        if shape != wanted:
+            raise ConvertError(
+                f"{self.path}: {spelled} has shape {list(shape)}, config.json makes it {list(wanted)}; "
+                "the two belong to different models"
+            )
+        return Array(place.shape, self._dtype(place.key))
+
+    def fetch(self, names: Sequence[str]) -> dict[str, Sliceable]:
+        """The arrays; nothing is read before they are sliced."""
+        return {name: _Lazy(self._tensors, self._spelled[self._places[name].key], self._places[name]) for name in names}
+
+
+class _Lazy:
+    """One array of ours inside a safetensors file."""
+
+    def __init__(self, tensors: Tensors, key: str, place: Place) -> None:
+        self._tensors, self._key, self._place = tensors, key, place
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        pattern = self._place.pattern
+        theirs, shape, kept = pattern.box(index, self._place.shape)
+        tensor = self._tensors.slice(self._key)[theirs]
+        assert tensor.size == math.prod(shape)
+        return pattern.from_torch(tensor, shape)[kept]
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Key, as the files spell it -> its file."""
+    if (path / SINGLE).is_file():
+        return dict.fromkeys(open_file(path / SINGLE).keys(), path / SINGLE)
+    if not (path / INDEX).is_file():
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise ConvertError(
+                f"{path / pickles[0]} is a pickle, which runs code when it is loaded, and is never read here; load it "
+                "with transformers where you trust it, and save_pretrained(..., safe_serialization=True)"
+            )
+        raise ConvertError(f"{path}: neither {SINGLE} nor {INDEX}; name a folder that holds the weights")
+    mapping = read_json(path / INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ConvertError(f"{path / INDEX} has no weight_map; get the file again")
+    found: dict[str, Path] = {}
+    for name in sorted(set(mapping.values())):
+        if Path(name).name != name or not (path / name).is_file():
+            raise ConvertError(f"{path / INDEX} names {name}, which is not there; get all shards of the model")
+        found |= dict.fromkeys(open_file(path / name).keys(), path / name)
+    for key in sorted(mapping.keys() ^ found.keys()):
+        side = f"is not in {mapping[key]}" if key in mapping else f"is in {found[key].name} alone"
+        raise ConvertError(f"{path / INDEX}: {key} {side}; index and shards belong to different models")
+    return found

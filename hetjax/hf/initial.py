@@ -1,0 +1,130 @@
+"""Step 0 of a run whose modules start from stored parameters.
+
+Every device's shard is read by itself, from the range of the file that holds it, and the fresh values of a leaf are
+freed before its own are read: beside the parameters a process holds one leaf of one stage.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hetjax.graph import Graph
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.pattern import Index
+from hetjax.hf.source import Sliceable, Source
+from hetjax.hf.stored import module_of, open_source
+from hetjax.parameters import Parameters
+from hetjax.stage import Stage
+from hetjax.trainer import Path, State, Trainer, is_stacked
+from models.vit import ViT
+
+PROJECTOR = "last/projector/"
+OF_PROJECTOR = ("output_width", "projector_width", "feature_layer", "select")  # settings that a tower alone leaves open
+
+
+class Start(NamedTuple):
+    """Where a module's parameters come from."""
+
+    source: Source
+    module: str  # the name that the module has there
+
+
+def open_starts(graph: Graph, init_from: Mapping[str, str]) -> dict[str, Start]:
+    """The sources of the modules in `init_from`. Reads no values. Raises ConvertError if one is of another model."""
+    starts = {}
+    for name, path in init_from.items():
+        names = [m.name for m in graph.modules]
+        if name not in names:
+            raise ConvertError(f"Experiment.init_from names {name!r}; the modules are {', '.join(names)}")
+        source, model = open_source(path), graph.module(name).definition.config
+        try:
+            starts[name] = start = Start(source, module_of(source, model))
+        except ConvertError as error:
+            raise ConvertError(f"Experiment.init_from: {name}: {error}") from error
+        _check_same(name, model, start)
+    return starts
+
+
+def _check_same(name: str, model: Any, start: Start) -> None:
+    theirs = start.source.models[start.module]
+    has_projector = any(n.startswith(f"{start.module}/{PROJECTOR}") for n in start.source.arrays)
+    for field in dataclasses.fields(model):
+        if isinstance(model, ViT) and not has_projector and field.name in OF_PROJECTOR:
+            continue
+        ours, their = (_value(m, field.name) for m in (model, theirs))
+        if ours != their:
+            kind = type(model).__name__
+            raise ConvertError(
+                f"{name}: {kind}.{field.name}={ours!r}, but {start.source.path}, which Experiment.init_from names, was "
+                f"made with {their!r}; set {kind}.{field.name} to that"
+            )
+
+
+def _value(model: Any, field: str) -> Any:
+    return model.hidden if field == "projector_width" else getattr(model, field)
+
+
+def state(trainer: Trainer, starts: Mapping[str, Start]) -> State:
+    """The trainer's step 0, with the parameters of `starts` in place of fresh ones."""
+    fresh = trainer.init()
+    for (name, index), stage in trainer.pipeline.stages.items():
+        if name in starts:
+            params = _filled(stage, fresh.params[name, index], starts[name])
+            fresh.params[name, index] = params
+    return fresh
+
+
+def _filled(stage: Stage, params: Any, start: Start) -> Any:
+    def fill(path: Path, abstract: jax.ShapeDtypeStruct, old: jax.Array) -> jax.Array:
+        names = [f"{start.module}/{name}" for name in _names(stage.parameters, stage.plan.lo, path, abstract)]
+        if start.source.arrays.keys().isdisjoint(names) and PROJECTOR in names[0]:
+            return old
+        old.delete()
+        return _read(names, abstract, start.source, stacked=is_stacked(path))
+
+    return jax.tree_util.tree_map_with_path(fill, stage.parameters.params, params)
+
+
+def _names(parameters: Parameters, lo: int, path: Path, abstract: jax.ShapeDtypeStruct) -> list[str]:
+    """What the layers of a leaf, or the leaf, are called in a source."""
+    parts = [key.key for key in path]
+    if parts[0] == "layers":
+        return ["/".join(["layers", f"{lo + i:04d}", *parts[1:]]) for i in range(abstract.shape[0])]
+    if tuple(parts) in parameters.borrowed:  # the last stage's copy of the tied embedding
+        return [f"first/{parameters.tied[parts[1]]}"]
+    return ["/".join(parts)]
+
+
+def _read(names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, *, stacked: bool) -> jax.Array:
+    for name in names:
+        found, wanted = source.arrays.get(name), abstract.shape[1:] if stacked else abstract.shape
+        if found is None or found.shape != wanted:
+            has = "lacks it" if found is None else f"has shape {list(found.shape)}"
+            raise ConvertError(
+                f"{source.path}: {name} {has}, the run's is {list(wanted)}; use the model's own settings"
+            )
+    arrays = source.fetch(names)
+    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas share what is read
+
+    def shard(index: Index | None) -> np.ndarray:
+        index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), abstract.shape, strict=True))
+        key = tuple((i.start, i.stop) for i in index)
+        if key not in shards:
+            shards[key] = _shard([arrays[name] for name in names], index, abstract.dtype, stacked=stacked)
+        return shards[key]
+
+    # waits: else the host's copies of several leaves would be alive at once
+    return jax.block_until_ready(jax.make_array_from_callback(abstract.shape, abstract.sharding, shard))
+
+
+def _shard(arrays: list[Sliceable], index: Index, dtype: Any, *, stacked: bool) -> np.ndarray:
+    if not stacked:
+        return np.ascontiguousarray(arrays[0][index], dtype)
+    layers = range(index[0].start, index[0].stop)
+    found = np.empty([len(layers), *(i.stop - i.start for i in index[1:])], dtype)
+    for row, layer in enumerate(layers):
+        found[row] = arrays[layer][index[1:]]
+    return found

@@ -1,0 +1,183 @@
+"""Where every parameter of ours lies in a Hugging Face folder: one table per kind of module.
+
+Names are those of a checkpoint without module ("layers/attention/q" of layer 3 is "layers/0003/attention/q"). Keys are
+those of the hub and of transformers 4.x files (layout A), the one spelling that every version reads. Files of
+transformers 5 (layout C) and state dicts in memory (B) spell some of them otherwise: `canonical` translates.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from hetjax.hf.pattern import Pattern, parse
+from models.decoder import Decoder
+from models.vit import ViT
+
+LLM, TOWER, PROJECTOR = "language_model.", "vision_tower.vision_model.", "multi_modal_projector."
+VECTOR, LINEAR = "a -> a", "i o -> o i"
+
+DECODER = {
+    "first/embed": ("model.embed_tokens.weight", "v d -> v d"),
+    "layers/attention_norm": ("model.layers.N.input_layernorm.weight", VECTOR),
+    "layers/attention/q": ("model.layers.N.self_attn.q_proj.weight", "d h k -> (h k) d"),
+    "layers/attention/k": ("model.layers.N.self_attn.k_proj.weight", "d h k -> (h k) d"),
+    "layers/attention/v": ("model.layers.N.self_attn.v_proj.weight", "d h k -> (h k) d"),
+    "layers/attention/q_bias": ("model.layers.N.self_attn.q_proj.bias", "h k -> (h k)"),
+    "layers/attention/k_bias": ("model.layers.N.self_attn.k_proj.bias", "h k -> (h k)"),
+    "layers/attention/v_bias": ("model.layers.N.self_attn.v_proj.bias", "h k -> (h k)"),
+    "layers/attention/q_norm": ("model.layers.N.self_attn.q_norm.weight", VECTOR),
+    "layers/attention/k_norm": ("model.layers.N.self_attn.k_norm.weight", VECTOR),
+    "layers/attention/o": ("model.layers.N.self_attn.o_proj.weight", "h k d -> d (h k)"),
+    "layers/mlp_norm": ("model.layers.N.post_attention_layernorm.weight", VECTOR),
+    "layers/mlp/gate": ("model.layers.N.mlp.gate_proj.weight", LINEAR),
+    "layers/mlp/up": ("model.layers.N.mlp.up_proj.weight", LINEAR),
+    "layers/mlp/down": ("model.layers.N.mlp.down_proj.weight", LINEAR),
+    "last/norm": ("model.norm.weight", VECTOR),
+    "last/head": ("lm_head.weight", LINEAR),
+}
+
+VISION = {
+    "first/patch": ("embeddings.patch_embedding.weight", "y x c d -> d c y x"),
+    "first/patch_bias": ("embeddings.patch_embedding.bias", VECTOR),
+    "first/position": ("embeddings.position_embedding.weight", "n d -> n d"),
+    "first/class_token": ("embeddings.class_embedding", VECTOR),
+    "first/pre_norm/scale": ("pre_layrnorm.weight", VECTOR),  # the hub's spelling
+    "first/pre_norm/bias": ("pre_layrnorm.bias", VECTOR),
+    "layers/attention_norm/scale": ("encoder.layers.N.layer_norm1.weight", VECTOR),
+    "layers/attention_norm/bias": ("encoder.layers.N.layer_norm1.bias", VECTOR),
+    "layers/attention/q": ("encoder.layers.N.self_attn.q_proj.weight", "d h k -> (h k) d"),
+    "layers/attention/k": ("encoder.layers.N.self_attn.k_proj.weight", "d h k -> (h k) d"),
+    "layers/attention/v": ("encoder.layers.N.self_attn.v_proj.weight", "d h k -> (h k) d"),
+    "layers/attention/q_bias": ("encoder.layers.N.self_attn.q_proj.bias", "h k -> (h k)"),
+    "layers/attention/k_bias": ("encoder.layers.N.self_attn.k_proj.bias", "h k -> (h k)"),
+    "layers/attention/v_bias": ("encoder.layers.N.self_attn.v_proj.bias", "h k -> (h k)"),
+    "layers/attention/o": ("encoder.layers.N.self_attn.out_proj.weight", "h k d -> d (h k)"),
+    "layers/attention/o_bias": ("encoder.layers.N.self_attn.out_proj.bias", VECTOR),
+    "layers/mlp_norm/scale": ("encoder.layers.N.layer_norm2.weight", VECTOR),
+    "layers/mlp_norm/bias": ("encoder.layers.N.layer_norm2.bias", VECTOR),
+    "layers/mlp/up": ("encoder.layers.N.mlp.fc1.weight", LINEAR),
+    "layers/mlp/up_bias": ("encoder.layers.N.mlp.fc1.bias", VECTOR),
+    "layers/mlp/down": ("encoder.layers.N.mlp.fc2.weight", LINEAR),
+    "layers/mlp/down_bias": ("encoder.layers.N.mlp.fc2.bias", VECTOR),
+}
+
+PROJECTION = {
+    "last/projector/in": ("linear_1.weight", LINEAR),
+    "last/projector/in_bias": ("linear_1.bias", VECTOR),
+    "last/projector/out": ("linear_2.weight", LINEAR),
+    "last/projector/out_bias": ("linear_2.bias", VECTOR),
+}
+
+# What a vision tower's file holds beside the table, and no vision-language model reads.
+IDLE = re.compile(r"(post_layernorm\.|head\.|encoder\.layers\.\d+\.).+")
+PAIRED = re.compile(r"text_model\..+|(text|visual)_projection\.weight|logit_scale|logit_bias")  # CLIP's other half
+ROOTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")  # of a tower's keys
+BUFFERS = re.compile(r".*(embeddings\.position_ids|rotary_emb\.inv_freq)")  # constants that old files carry
+
+
+class Place(NamedTuple):
+    """One array of ours in a folder."""
+
+    key: str  # in layout A
+    pattern: Pattern
+    shape: tuple[int, ...]  # ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The models that a folder holds, by module name: a vision-language model, a decoder or a vision tower alone.
+
+    A tower alone has no projector: that of `vision` is not stored."""
+
+    llm: Decoder | None = None
+    vision: ViT | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a vision-language model."""
+        return self.llm is not None and self.vision is not None
+
+    @property
+    def models(self) -> dict[str, Decoder | ViT]:
+        """Module name -> model."""
+        both = {"llm": self.llm, "vision": self.vision}
+        return {name: model for name, model in both.items() if model is not None}
+
+
+def places(parts: Parts) -> dict[str, Place]:
+    """Name ("llm/layers/0003/attention/q") -> where the array lies, for every array of the models."""
+    found: dict[str, Place] = {}
+    for module, model in parts.models.items():
+        tables = _tables(model, parts.whole)
+        for name, shape in shapes(model).items():
+            layer = re.match(r"layers/(\d+)/", name)
+            general = name.replace(f"/{layer[1]}/", "/", 1) if layer else name
+            if general not in tables:
+                continue
+            key, pattern = tables[general]
+            number = str(int(layer[1])) if layer else ""
+            found[f"{module}/{name}"] = Place(key.replace(".N.", f".{number}."), parse(pattern), shape)
+    return found
+
+
+def _tables(model: Decoder | ViT, whole: bool) -> dict[str, tuple[str, str]]:
+    if isinstance(model, Decoder):
+        return _prefixed(DECODER, LLM if whole else "")
+    tower = _prefixed(VISION, TOWER if whole else "vision_model.")
+    return tower | _prefixed(PROJECTION, PROJECTOR) if whole else tower
+
+
+def _prefixed(table: Mapping[str, tuple[str, str]], prefix: str) -> dict[str, tuple[str, str]]:
+    return {name: (prefix + key, pattern) for name, (key, pattern) in table.items()}
+
+
+def shapes(model: Decoder | ViT) -> dict[str, tuple[int, ...]]:
+    """Shape of every array that the model stores, by name: its layers one by one, a tied head not at all."""
+    import jax  # here: the tables are read without it
+
+    definition = model.module("float32")
+    key = jax.random.key(0)
+    found: dict[str, tuple[int, ...]] = {}
+    for part, count in (("first", 0), ("layers", definition.num_layers), ("last", 0)):
+        init = definition.layer.init if part == "layers" else getattr(definition, part).init
+        for path, leaf in flat(jax.eval_shape(init, key)):
+            if part == "last" and path in definition.tied:
+                continue
+            names = [f"{part}/{i:04d}/{path}" for i in range(count)] if count else [f"{part}/{path}"]
+            found |= dict.fromkeys(names, tuple(leaf.shape))
+    return found
+
+
+def flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def canonical(key: str, parts: Parts) -> str:
+    """The key as layout A spells it."""
+    if parts.whole:
+        if key.startswith("model."):  # in memory: model.language_model.layers..., and the head beside it
+            key = key.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
+        elif key == "lm_head.weight":
+            key = LLM + key
+        bare = "vision_tower."
+    elif parts.vision is not None:
+        bare = ""
+    else:
+        return key
+    inside = key.removeprefix(bare)
+    return f"{bare}vision_model.{inside}" if key.startswith(bare) and inside.startswith(ROOTS) else key
+
+
+def idle(keys: Iterable[str], parts: Parts) -> list[str]:
+    """Those of `keys` (layout A) that belong to the folder's tower, or to a tower beside it, and not to the model."""
+    if parts.vision is None:
+        return []
+    prefix = TOWER if parts.whole else "vision_model."
+    mine = lambda key: key.startswith(prefix) and IDLE.fullmatch(key.removeprefix(prefix))
+    return [key for key in keys if mine(key) or (not parts.whole and PAIRED.fullmatch(key))]

@@ -1,0 +1,111 @@
+"""What lies beside a model's weights: tokenizer, picture processor, generation settings.
+
+Files that came with the source go back as they were. A run that started from none gets them from its own settings, in
+the form that transformers 4.57 and 5 both read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.keys import Parts
+from hetjax.hf.source import Extras, Source, read_json
+from hetjax.hf.stored import Workdir
+
+PICTURES = ("preprocessor_config.json", "processor_config.json")
+BICUBIC = 3  # PIL's number
+
+
+class Beside(NamedTuple):
+    """Files of the export: copied from paths, and made; and the token that stands for a picture's rows."""
+
+    copied: Mapping[str, Path]
+    made: Mapping[str, Mapping[str, Any]]
+    image_token: int | None
+
+
+def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
+    """All that goes beside the weights of `parts`. Raises ConvertError if no id is left for the picture token."""
+    came: dict[str, Path] = {}
+    for part in ("vision", "llm"):  # the language model's tokenizer wins
+        files = extras[part].files if part in extras else {}
+        came |= {n: p for n, p in files.items() if part == "llm" or parts.llm is None or n in PICTURES}
+    image_token = _image_token(extras)
+    if not isinstance(source, Workdir) or parts.llm is None:
+        return Beside(came, {}, image_token)
+    made: dict[str, Any] = {}
+    run = source.run
+    tokenizer = read_json(came.get("tokenizer.json", run.data.tokenizer_path))
+    placeholder = run.encoders[0].placeholder if run.encoders else None
+    if parts.whole and image_token is None and placeholder:
+        image_token = _add_token(tokenizer, placeholder, parts.llm.vocab_size)
+        came.pop("tokenizer.json", None)
+    if "tokenizer.json" not in came:
+        made["tokenizer.json"] = tokenizer
+    if "tokenizer_config.json" not in came:
+        made["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": run.data.template.end_token,
+            "clean_up_tokenization_spaces": False,
+        }
+    if parts.whole and not all(name in came for name in PICTURES):
+        came = {n: p for n, p in came.items() if n not in PICTURES}
+        made |= _pictures(source, parts)
+    return Beside(came, made, image_token)
+
+
+def _image_token(extras: Mapping[str, Extras]) -> int | None:
+    for found in extras.values():
+        for field in ("image_token_index", "image_token_id"):
+            value = (found.config or {}).get(field)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _add_token(tokenizer: dict[str, Any], text: str, vocab_size: int) -> int:
+    """The id of `text` in the tokenizer, which gets it as a new one if it has none."""
+    added = tokenizer.setdefault("added_tokens", [])
+    vocab = tokenizer["model"]["vocab"]
+    ids: dict[str, int] = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+    ids |= {t["content"]: t["id"] for t in added}
+    if text in ids:
+        return ids[text]
+    new = max(ids.values()) + 1
+    if new >= vocab_size:
+        raise ConvertError(
+            f"Decoder.vocab_size={vocab_size}: all ids are taken by the tokenizer's {new} tokens, and {text} needs one "
+            f"in the exported model; give the tokenizer a token {text}, or train with vocab_size={new + 1} or more"
+        )
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added.append({"id": new, "content": text, **flags, "special": True})
+    return new
+
+
+def _pictures(source: Workdir, parts: Parts) -> dict[str, Any]:
+    """Picture and prompt processing as the loader does it."""
+    encoder, vit = source.run.encoders[0], parts.vision
+    assert vit is not None
+    return {
+        "preprocessor_config.json": {
+            "image_processor_type": "SiglipImageProcessor",  # resizes to a square and crops nothing, as the loader does
+            "do_resize": True,
+            "size": {"height": vit.image_size, "width": vit.image_size},
+            "resample": BICUBIC,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(encoder.mean),
+            "image_std": list(encoder.std),
+            "do_convert_rgb": True,
+            "processor_class": "LlavaProcessor",
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": encoder.placeholder,
+            "patch_size": vit.patch_size,
+            "vision_feature_select_strategy": vit.select,
+            "num_additional_image_tokens": int(vit.has_class_token),
+        },
+    }

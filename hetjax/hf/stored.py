@@ -1,0 +1,151 @@
+"""Orbax checkpoints as sources: what `from_hf` writes, and what a training run leaves in its workdir.
+
+CKPT/params/            Orbax, names as in hetjax/checkpoint.py: params/llm/layers/0003/attention/q
+CKPT/model.gin          the models
+CKPT/files/             config.json, tokenizer and processor of the folder it came from, for the export
+CKPT/unused.safetensors tensors of that folder that no model of ours reads (CLIP's last norm, layers behind the
+                        one that features are taken from), so that the export gives them back
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hetjax import config
+from hetjax.experiment import Experiment
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.folder import Folder, open_file
+from hetjax.hf.keys import Parts, flat
+from hetjax.hf.source import Array, Extras, Sliceable, Source, read_json
+
+PARAMS, MODEL, FILES, UNUSED = "params", "model.gin", "files", "unused.safetensors"
+OPERATIVE = "operative_config.gin"
+Tree = Any
+
+
+class Orbax:
+    """The parameters in one Orbax checkpoint. Raises ConvertError if it cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                tree = reader.metadata(path).item_metadata["params"]
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise self._damaged(error) from error
+        self.arrays = {name: Array(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _leaves(tree)}
+
+    def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The arrays, on the host."""
+        item = {"params": nested(dict.fromkeys(names, 0))}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                found = dict(flat(reader.restore(self.path, args=args)["params"]))
+        except Exception as error:
+            raise self._damaged(error) from error
+        return {name: np.asarray(found[name]) for name in names}
+
+    def _damaged(self, error: Exception) -> ConvertError:
+        return ConvertError(
+            f"{self.path}: the checkpoint cannot be read ({type(error).__name__}: {error}); make it again"
+        )
+
+
+def _leaves(tree: Tree, prefix: str = "") -> list[tuple[str, Any]]:
+    if hasattr(tree, "shape"):
+        return [(prefix[:-1], tree)]
+    return [leaf for name, value in tree.items() for leaf in _leaves(value, f"{prefix}{name}/")]
+
+
+class Converted:
+    """The source that reads what `from_hf` wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.models: Mapping[str, Any] = config.load([str(path / MODEL)], [], Parts).models
+        self._params = Orbax(path / PARAMS)
+        self.arrays = self._params.arrays
+        beside = {p.name: p for p in sorted((path / FILES).iterdir()) if p.name != "config.json"}
+        unused = path / UNUSED
+        idle = dict.fromkeys(open_file(unused).keys(), unused) if unused.is_file() else {}
+        extras = Extras(read_json(path / FILES / "config.json"), beside, idle)
+        self.extras = dict.fromkeys(self.models, extras)
+
+    def fetch(self, names: Sequence[str]) -> Mapping[str, Sliceable]:
+        """The arrays, on the host."""
+        return self._params.fetch(names)
+
+
+class Workdir:
+    """The source that reads the newest checkpoint of a training run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run = config.load([str(path / OPERATIVE)], [], Experiment)
+        steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+        if not steps:
+            raise ConvertError(f"{path}: no checkpoint in checkpoints/; train first, or check the path")
+        encoders = {e.name: e.model for e in self.run.encoders}
+        self.models: Mapping[str, Any] = {self.run.llm.name: self.run.llm.model, **encoders}
+        self._params = Orbax(path / "checkpoints" / str(max(steps)) / "state")
+        self.arrays = self._params.arrays
+        self.extras = {name: self._extras(name) for name in self.models}
+
+    def _extras(self, name: str) -> Extras:
+        """Those of the source that the module started from."""
+        start = self.run.init_from.get(name)
+        if start is None:
+            return Extras()
+        try:
+            source = open_source(start)
+        except ConvertError as error:
+            raise ConvertError(f"{name} started from {start}, whose files belong to the export: {error}") from error
+        return source.extras[module_of(source, self.models[name])]
+
+    def fetch(self, names: Sequence[str]) -> Mapping[str, Sliceable]:
+        """The arrays, on the host."""
+        return self._params.fetch(names)
+
+
+def open_source(path: str | Path) -> Source:
+    """The source at `path`, whatever it is. Raises ConvertError."""
+    where = Path(path).absolute()
+    if not where.is_dir():
+        raise ConvertError(f"{path}: no such directory; name a Hugging Face folder, a checkpoint or a workdir")
+    if (where / MODEL).is_file():
+        return Converted(where)
+    if (where / OPERATIVE).is_file():
+        return Workdir(where)
+    if (where / "config.json").is_file():
+        return Folder(where)
+    raise ConvertError(
+        f"{path}: neither a Hugging Face folder (config.json), nor a converted checkpoint ({MODEL}), nor a training "
+        f"run's workdir ({OPERATIVE})"
+    )
+
+
+def module_of(source: Source, model: Any) -> str:
+    """The module of `source` that is of the same kind as `model`. Raises ConvertError if there is none, or several."""
+    names = [name for name, other in source.models.items() if type(other) is type(model)]
+    if len(names) != 1:
+        kind = type(model).__name__
+        raise ConvertError(f"{source.path} holds {len(names)} models of kind {kind}; name a source with exactly one")
+    return names[0]
+
+
+def nested(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of what is named by path."""
+    tree: dict[str, Any] = {}
+    for name, leaf in names.items():
+        *parents, last = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree

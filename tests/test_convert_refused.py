@@ -1,0 +1,151 @@
+"""What cannot be converted is refused by field, key or file, with the way out; and nothing is written."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hf_folders
+import ml_dtypes
+import numpy as np
+import pytest
+from hf_folders import llava, text, vision
+from safetensors.numpy import save_file
+
+from hetjax import convert
+from hetjax.hf import read_config
+
+CLIP_LLAMA = llava(text("llama"), vision("clip"))
+TIED = dict(tie_word_embeddings=True)
+
+
+def run(*arguments: object) -> int:
+    return convert.main([str(a) for a in arguments])
+
+
+REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "gpt2"}, "model_type='gpt2': this architecture is not supported; supported are"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8': quantised weights are not read"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu': decoders are computed with 'silu' only"),
+    ({"attention_bias": True}, "attention_bias=True: only False is computed"),
+    ({"mlp_bias": True}, "mlp_bias=True: only False is computed"),
+    ({"attention_dropout": 0.1}, "attention_dropout=0.1: only 0 is computed"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only 1.0"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn': only 'default'"),
+    ({"num_attention_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads=2"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1), "layer_types=['full_"),
+]
+REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
+    ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer=[-2, -1]: features of several layers"),
+    ({"vision_feature_layer": 0}, "feature_layer=-4 counts back"),
+    ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu': only the exact 'gelu'"),
+    ({"multimodal_projector_bias": False}, "multimodal_projector_bias=False: projectors have biases"),
+    ({"text_config": {"model_type": "mixtral"}}, "text_config.model_type='mixtral': not supported"),
+    (
+        {"vision_config": vision("siglip"), "vision_feature_select_strategy": "default"},
+        "select='default' drops the first",
+    ),
+    ({"vision_config": vision("clip", hidden_act="gelu")}, "vision_config: hidden_act='gelu': only 'quick_gelu'"),
+    ({"vision_config": vision("clip", image_size=[8, 4])}, "image_size=[8, 4]: pictures and patches must be square"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED_CONFIGS + REFUSED_VLM)
+def test_a_config_that_means_something_else_is_refused_by_field(changes: dict[str, Any], message: str) -> None:
+    config = (CLIP_LLAMA if (changes, message) in REFUSED_VLM else text("llama")) | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config.read(config, "config.json")
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def weights(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = hf_folders.read(folder)
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def indexed(mapping: dict[str, str]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+
+    return apply
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (cut_short, r"model.safetensors cannot be read .*cut short; download it again"),
+    "no header": (lambda f: (f / "model.safetensors").write_bytes(b"xy"), r"model.safetensors cannot be read"),
+    "missing key": (weights(lambda t: t.pop(NORM)), rf"{NORM} is missing \(1 of"),
+    "missing head": (weights(lambda t: t.pop(HEAD)), r"lm_head.weight is missing .*set tie_word_embeddings=true"),
+    "surplus key": (weights(lambda t: t.update(extra=t[NORM])), r"extra has no place in the model"),
+    "wrong shape": (
+        weights(lambda t: t.update({NORM: t[NORM][:5]})),
+        rf"{NORM} has shape \[5\], config.json makes it \[32\]",
+    ),
+    "fp8": (
+        weights(lambda t: t.update({HEAD: t[HEAD].astype(ml_dtypes.float8_e4m3fn)})),
+        r"lm_head.weight is stored as F8",
+    ),
+    "int8": (
+        weights(lambda t: t.update({HEAD: t[HEAD].astype(np.int8)})),
+        r"lm_head.weight is stored as I8.*quantised",
+    ),
+    "pickle": (pickled, r"pytorch_model.bin is a pickle.*never read here.*safe_serialization"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"neither model.safetensors nor"),
+    "no shard": (
+        indexed({NORM: "model-00002-of-00002.safetensors"}),
+        r"names model-00002-of-00002.safetensors, which is not",
+    ),
+    "other index": (
+        indexed({NORM: "model-00001-of-00002.safetensors"}),
+        r"is in model-00001-of-00002.safetensors alone",
+    ),
+    "index outside": (indexed({NORM: "../folder/config.json"}), r"names ../folder/config.json, which is not there"),
+    "config cut": (lambda f: (f / "config.json").write_text("{"), r"config.json is not JSON"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"neither a Hugging Face folder \(config.json\)"),
+    "two heads": (
+        lambda f: (f / "config.json").write_text(json.dumps(text("llama", **TIED))),
+        r"differs from the embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+@pytest.mark.parametrize("command", ["from_hf", "to_hf"])
+def test_broken_folders_are_refused_and_nothing_is_written(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = hf_folders.write(tmp_path / "folder", text("llama"))
+    damage, message = BROKEN[name]
+    damage(folder)
+    (tmp_path / "new").mkdir()
+    assert run(command, folder, "--out", tmp_path / "new" / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and re.search(message, error), error
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_what_is_there_is_never_overwritten_and_a_failed_write_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hf_folders.write(tmp_path / "folder", text("llama"))
+    (tmp_path / "there").mkdir()
+    assert run("to_hf", folder, "--out", tmp_path / "there") == 2
+    assert "is there already; name another" in capsys.readouterr().err
+    monkeypatch.setattr("hetjax.hf.export.write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    assert run("to_hf", folder, "--out", tmp_path / "out") == 2
+    assert "no space left; is the disk full?" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "there"]
