@@ -95,7 +95,7 @@ class Experiment:
     encoder_window: int | None = None  # microbatches that colocated encoders run ahead; None: all
     seed: int = 0
     param_dtype: str = "float32"  # float32 or float64
-    init_from: Mapping[str, str] = dataclasses.field(default_factory=dict)  # module -> Hugging Face folder, checkpoint
+    init_from: Mapping[str, str] = dataclasses.field(default_factory=dict)  # module -> folder of parameters
     held_out: DataConfig | None = None  # evaluated at the end, and every `eval_every` steps
     eval_every: int = 0  # steps; 0: at the end only
     eval_microbatches: int = 0  # 0: the whole held-out file

@@ -1,7 +1,8 @@
 """Step 0 of a run whose modules start from stored parameters.
 
 Every device's shard is read by itself, from the range of the file that holds it, and the fresh values of a leaf are
-freed before its own are read: beside the parameters a process holds one leaf of one stage.
+freed before its own are read: beside the parameters a process holds the leaf that is read, and for a moment the one
+before it. A leaf is a stage's layers of one kind of array.
 """
 
 import dataclasses
