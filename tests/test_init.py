@@ -1,0 +1,21 @@
+import jax, jax.numpy as jnp, numpy as np, tiny
+from hetjax.layout import Layout
+from hetjax.optimizer import OptimizerConfig
+from hetjax.trainer import Trainer
+
+
+def test_values_at_step_0_are_those_of_one_device_whatever_the_layouts() -> None:
+    shape = tiny.Shape()
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.microbatches(shape)[0].items()}
+
+    def initial(llm: Layout, vision: Layout) -> dict:
+        graph = tiny.graph(llm, {"vision": vision}, jnp.float32, tied=True)
+        options = dict(devices=jax.devices(), batch=batch, groups=shape.groups, num_microbatches=shape.microbatches)
+        trainer = Trainer(graph, config=OptimizerConfig(), **options)
+        return trainer.flat(trainer.init().params)
+
+    plain, cut = initial(Layout(), Layout()), initial(Layout(pp=2, tp=2), Layout(dp=2, pp=2, devices="4-7"))
+    for module, leaves in plain.items():
+        assert cut[module].keys() == leaves.keys()
+        for path, value in leaves.items():
+            np.testing.assert_array_equal(cut[module][path], value, err_msg=str(path))
