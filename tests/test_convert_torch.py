@@ -259,6 +259,35 @@ def test_a_run_from_scratch_is_opened_by_transformers_with_its_processor(tmp_pat
     np.testing.assert_allclose(np.asarray(y["x"] @ y["head"]), expected.detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_a_decoder_and_a_tower_that_came_apart_are_exported_together(feature_layer: int, tmp_path: Path) -> None:
+    llm = open_source(hf_folders.write(tmp_path / "llm", text("qwen2", image_token_index=IMAGE_TOKEN)))
+    tower = open_source(hf_folders.write(tmp_path / "tower", vision("siglip"), dtype=np.float16))
+    hf_folders.write(tmp_path / "whole", llava(text("qwen2"), vision("siglip"), vision_feature_layer=feature_layer))
+    mixed = _Mixed(llm, tower, open_source(tmp_path / "whole"))
+    export.to_hf(mixed, tmp_path / "out", dtype="float32")
+    microbatch = batch(ROWS)
+    net, params = graph(dict(mixed.models), {}), whole(mixed)
+    with torch.no_grad():
+        expected, _ = torch_loss(load(tmp_path / "out"), microbatch)
+    assert (
+        abs(float(mean_loss(net, params, {k: jnp.asarray(v) for k, v in microbatch.items()})) - expected.item()) <= 1e-5
+    )
+
+
+class _Mixed:
+    """What a run holds whose decoder and tower started from two folders, and its projector from a third."""
+
+    def __init__(self, llm: Any, tower: Any, rest: Any) -> None:
+        self.path, self.models = llm.path, rest.models
+        self.extras = {"llm": llm.extras["llm"], "vision": tower.extras["vision"]}
+        self._parts = (llm, tower, rest)
+        self.arrays = {name: next(s.arrays[name] for s in self._parts if name in s.arrays) for name in rest.arrays}
+
+    def fetch(self, names: list[str]) -> dict[str, Any]:
+        return {name: next(s.fetch([name])[name] for s in self._parts if name in s.arrays) for name in names}
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_tower_alone_gives_the_features_of_transformers(kind: str, tmp_path: Path) -> None:
     folder = hf_folders.write(tmp_path / "folder", vision(kind))

@@ -1,4 +1,10 @@
-import jax, jax.numpy as jnp, numpy as np, tiny
+"""Initial values depend on the seed, the module and the layer, never on a layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
 from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer

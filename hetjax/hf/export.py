@@ -2,7 +2,8 @@
 
 Tensors that our models lack come from the folder that the run started with. A tower trained here gets its last norm as
 the identity (no vision-language model reads it), its layers behind `feature_layer` are left out, and features are taken
-from the last layer that is there, which is the same layer.
+from the last layer that is there, which is the same layer. So does a tower that came alone, of which a run leaves
+layers out.
 """
 
 import dataclasses
@@ -156,7 +157,8 @@ def _with_idle(
     came = extras["vision"].idle
     if parts.whole:  # a tower that came with another one leaves that behind
         came = {key: path for key, path in came.items() if not keys.PAIRED.fullmatch(key)}
-    if came:
+    built = vit.num_layers + 1 + vit.feature_layer
+    if came and all(any(f".{i}." in key for key in came) for i in range(built, vit.num_layers)):
         cast = kind if dtype or isinstance(source, Workdir) else None  # a run has its own precision for all
         spelled = extras["vision"].spelled
         inner = lambda key: key.removeprefix(keys.TOWER).removeprefix("vision_model.")
@@ -164,7 +166,6 @@ def _with_idle(
         return parts, extras, {strip(k): _kept(path, spelled.get(k, k), cast) for k, path in came.items()}
     fill = {"weight": np.ones((vit.width,), kind), "bias": np.zeros((vit.width,), kind)}
     kept = {f"{prefix}post_layernorm.{name}": _constant(a) for name, a in fill.items()}
-    built = vit.num_layers + 1 + vit.feature_layer
     shorter = dataclasses.replace(vit, num_layers=built, feature_layer=-1)
     return dataclasses.replace(parts, vision=shorter), extras, kept
 

@@ -14,6 +14,10 @@ from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
 
 PICTURES = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+)  # fmt: skip
 BICUBIC = 3  # PIL's number
 
 
@@ -36,7 +40,11 @@ def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
         return Beside(came, {}, image_token)
     made: dict[str, Any] = {}
     run = source.run
-    tokenizer = read_json(came.get("tokenizer.json", run.data.tokenizer_path))
+    tokenizer = read_json(run.data.tokenizer_path)
+    if (
+        "tokenizer.json" in came and read_json(came["tokenizer.json"]) != tokenizer
+    ):  # the one it was trained with counts
+        came = {name: path for name, path in came.items() if name not in TOKENIZER}
     placeholder = run.encoders[0].placeholder if run.encoders else None
     if parts.whole and image_token is None and placeholder:
         image_token = _add_token(tokenizer, placeholder, parts.llm.vocab_size)

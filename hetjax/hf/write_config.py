@@ -35,6 +35,11 @@ def write(
     if parts.vision is None:
         return text | {"architectures": [read_config.TEXT_CLASSES[text["model_type"]]]} | _dtype(dtype)
     vit = parts.vision
+    if image_token is None:
+        raise ConvertError(
+            "image_token_index: nothing tells which token stands for a picture; export the run's workdir, or a "
+            "checkpoint made of a LLaVA folder"
+        )
     return {
         "architectures": [read_config.LLAVA_CLASS],
         "model_type": "llava",
