@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hetjax import command
-from hetjax.data import DataConfig, ItemSpec, Loader
+from hetjax.data import DataConfig, ItemSpec, Loader, Pictures
 from hetjax.data.microbatch import abstract
 from hetjax.graph import Graph, Module, Remat, vlm
 from hetjax.layout import Layout
@@ -52,16 +52,17 @@ class Encoder:
     @property
     def items(self) -> ItemSpec:
         """What the encoder asks of the data."""
+        try:
+            reader = Pictures(self.model.image_size, self.model.image_size, self.mean, self.std)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         return ItemSpec(
             name=self.name,
             rows=self.model.rows,
-            height=self.model.image_size,
-            width=self.model.image_size,
+            reader=reader,
             slots_per_group=self.slots_per_group,
             field=self.field,
             placeholder=self.placeholder,
-            mean=self.mean,
-            std=self.std,
         )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from hetjax import command, config, evaluate, experiment, flops, memory, metrics, optimizer
 from hetjax.checkpoint import CheckpointError, Checkpoints
 from hetjax.data import Loader, blank
+from hetjax.data.items import count
 from hetjax.experiment import Experiment
 from hetjax.finish import Outcome
 from hetjax.hf import initial
@@ -119,10 +120,10 @@ def evaluate_on(trainer: Trainer, state: State, held_out: Loader, microbatches: 
 
 
 def _final(trainer: Trainer, state: State, loader: Loader, held_out: Loader, microbatches: int) -> Values:
-    """The last evaluation: with pictures, with blank ones, and what the questions alone give away."""
+    """The last evaluation: with pictures and clips, with blank ones, and what the questions alone give away."""
     values = evaluate_on(trainer, state, held_out, microbatches)
     if held_out.items:
-        unseen = ((blank(arrays), owner) for arrays, owner in _some(held_out, microbatches))
+        unseen = ((blank(arrays, held_out.items), owner) for arrays, owner in _some(held_out, microbatches))
         values["eval/accuracy_blank"] = evaluate.score(trainer, state, unseen).accuracy
     asked = {int(i) for _, owner in _some(held_out, microbatches) for i in np.unique(owner[owner >= 0])}
     values["eval/accuracy_prior"] = evaluate.prior_accuracy(
@@ -146,7 +147,8 @@ class Log:
 
     def restart(self) -> None:
         """Starts the clock of the next line anew."""
-        self.start, self.steps, self.tokens, self.pictures = time.perf_counter(), 0, 0, 0
+        self.start, self.steps, self.tokens = time.perf_counter(), 0, 0
+        self.items = {item.reader.rate: 0 for item in self.loader.items}
         self.host_seconds = self.boundary_seconds = 0.0
         self.waited = self.loader.seconds_waited
 
@@ -155,7 +157,8 @@ class Log:
         self.settle()
         self.steps += 1
         self.tokens += sum(int((m["segment_ids"] > 0).sum()) for m in microbatches)
-        self.pictures += sum(_pictures(self.run, m) for m in microbatches)
+        for item in self.loader.items:
+            self.items[item.reader.rate] += sum(count(m, item) for m in microbatches)
         self.host_seconds += outcome.host.dispatch_seconds
         self.boundary_seconds += outcome.host.boundary_seconds
         self.pending = (step, outcome)
@@ -188,7 +191,7 @@ class Log:
         seconds = time.perf_counter() - self.start
         values |= {
             "tokens_per_second": self.tokens / seconds,
-            "images_per_second": self.pictures / seconds,
+            **{rate: number / seconds for rate, number in self.items.items()},
             "step_seconds": seconds / self.steps,
             "data_wait_seconds": self.loader.seconds_waited - self.waited,
             "host_share": self.host_seconds / seconds,
@@ -228,11 +231,6 @@ def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
             per_microbatch = flops.training(forward, trainable=trains, backward=backward).total
             found[module.name] = per_microbatch * run.num_microbatches
     return found
-
-
-def _pictures(run: Experiment, microbatch: Any) -> int:
-    """Slots of a microbatch that hold an item."""
-    return sum(int((microbatch[f"{e.name}.index"] >= 0).sum()) // e.model.rows for e in run.encoders)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hetjax.data import DataConfig, ItemSpec
+from hetjax.data import DataConfig, ItemSpec, Pictures
 
 WORDS = ("<pad>", "<unk>", "<end>", "is", "so", ",")
-VISION = ItemSpec("vision", rows=4, height=6, width=5, slots_per_group=4)
-CHART = ItemSpec("chart", rows=2, height=3, width=3, slots_per_group=3, field="plots", placeholder="<plot>")
+VISION = ItemSpec("vision", 4, Pictures(height=6, width=5), slots_per_group=4)
+CHART = ItemSpec("chart", 2, Pictures(height=3, width=3), slots_per_group=3, field="plots", placeholder="<plot>")
 BOTH = (VISION, CHART)
 
 
@@ -137,7 +137,7 @@ def check(
                     slot, picture_row = divmod(int(place), item.rows)
                     assert picture_row == picture[2]
                     assert slot // item.slots_per_group == row // config.samples_per_group, "a slot of another group"
-                    pixels = (batch[f"{item.name}.pixels"][slot] * item.std + item.mean) * 255
+                    pixels = item.reader.to_rgb({"pixels": batch[f"{item.name}.pixels"][slot]})
                     np.testing.assert_allclose(pixels, np.broadcast_to(colour(n, picture[1]), pixels.shape), atol=1e-3)
                     assert picture_row > 0 or slot not in taken[item.name], "two pictures in one slot"
                     taken[item.name].add(slot)

@@ -15,13 +15,13 @@ from corpus import Spec
 from PIL import Image
 
 from hetjax import config
-from hetjax.data import ItemSpec
+from hetjax.data import ItemSpec, Pictures
 from hetjax.experiment import Experiment
 from hetjax.metrics import FILE, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 TRAIN, HELD_OUT = 6, 12  # samples; the first half of the held-out ones are trained on
-ITEM = ItemSpec("vision", rows=4, height=8, width=8, slots_per_group=2)
+ITEM = ItemSpec("vision", 4, Pictures(height=8, width=8), slots_per_group=2)
 Changes = Mapping[str, Any]  # gin name -> value
 
 GIN = """

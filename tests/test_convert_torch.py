@@ -18,7 +18,6 @@ from hf_folders import IMAGE_TOKEN, llava, text, vision
 from PIL import Image
 
 from hetjax import convert, train
-from hetjax.data import pictures
 from hetjax.graph import Graph, Module, vlm
 from hetjax.hf import export, initial, keys
 from hetjax.hf.stored import nested, open_source
@@ -243,7 +242,7 @@ def test_a_run_from_scratch_is_opened_by_transformers_with_its_processor(tmp_pat
     made = processor(images=[picture], text="what <image> is it", return_tensors="pt")
     np.testing.assert_allclose(
         made["pixel_values"][0].numpy().transpose(1, 2, 0),
-        pictures.read(tmp_path / "a.png", run.encoders[0].items),
+        run.encoders[0].items.read(tmp_path / "a.png").values["pixels"],
         atol=1e-6,
     )
     token = next(iter(again.extras.values())).config["image_token_index"]

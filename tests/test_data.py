@@ -1,11 +1,14 @@
 """The data: every picture at its own placeholder, one order for all, exact resume. Errors: test_data_errors.py."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import ClassVar
 
 import corpus
 import numpy as np
@@ -13,8 +16,9 @@ import pytest
 from corpus import BOTH, VISION, Spec
 from PIL import Image
 
-from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Template, blank, easy_vqa, inspect, pictures, tokens
+from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Template, blank, easy_vqa, inspect, tokens
 from hetjax.data.conversations import Sample
+from hetjax.data.items import Item, count
 
 ROOT = Path(__file__).parent.parent
 TEXT = Spec({})
@@ -134,24 +138,66 @@ def test_a_sample_that_does_not_fit_is_the_first_of_the_next_microbatch(tmp_path
 
 
 def test_picture_values_are_rescaled_resized_and_normalised(tmp_path: Path) -> None:
-    item = ItemSpec("v", rows=1, height=4, width=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    reader = Pictures(height=4, width=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    pixels = lambda name: reader.read(tmp_path / name)[0]["pixels"]
+    shown = lambda name: reader.to_rgb(reader.read(tmp_path / name)[0])
     raw = np.random.default_rng(0).integers(0, 256, (4, 8, 3)).astype(np.uint8)
     Image.fromarray(raw).save(tmp_path / "same.png")
-    got = pictures.read(tmp_path / "same.png", item)
+    got = pixels("same.png")
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, (raw / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.25, 1.0], atol=1e-6)
-    np.testing.assert_array_equal(pictures.to_rgb(got, item), raw)
+    np.testing.assert_array_equal(reader.to_rgb({"pixels": got}), raw)
     big = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 20, 3)).astype(np.uint8))
     big.save(tmp_path / "big.png")
     resized = np.asarray(big.resize((8, 4), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(pictures.to_rgb(pictures.read(tmp_path / "big.png", item), item), resized)
+    np.testing.assert_array_equal(shown("big.png"), resized)
     for mode in ("L", "RGBA", "P", "1", "CMYK"):
         Image.new("RGB", (8, 4), (0, 0, 0)).convert(mode).save(tmp_path / "mode.tiff")
-        assert not pictures.to_rgb(pictures.read(tmp_path / "mode.tiff", item), item).any()
+        assert not shown("mode.tiff").any()
     palette = Image.new("P", (8, 4), 1)
     palette.putpalette([9, 9, 9, 200, 100, 50])
     palette.save(tmp_path / "palette.png", transparency=b"\x00\x80")
-    assert pictures.to_rgb(pictures.read(tmp_path / "palette.png", item), item)[0, 0].tolist() == [200, 100, 50]
+    assert shown("palette.png")[0, 0].tolist() == [200, 100, 50]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Files that hold a number: how many rows they take."""
+
+    noun: ClassVar[str] = "number"
+    rate: ClassVar[str] = "numbers_per_second"
+    arrays = types.MappingProxyType({"length": ((), np.dtype(np.int32))})
+    blank = types.MappingProxyType({"length": -1.0})
+
+    def read(self, path: Path) -> tuple[dict[str, np.ndarray], int]:
+        number = int(path.read_text())
+        return {"length": np.int32(number)}, number
+
+
+def test_an_item_takes_as_many_positions_as_it_needs(tmp_path: Path) -> None:
+    item = ItemSpec("n", 5, Lengths(), slots_per_group=3, field="number", placeholder="<n>")
+    lengths = [(2, 5), (), (1,), (4, 3, 5)]
+    entries = []
+    for n, sizes in enumerate(lengths):
+        for size in sizes:
+            (tmp_path / f"{size}.txt").write_text(str(size))
+        turns = [{"from": "human", "value": "<n>" * len(sizes) + f"q{n}"}, {"from": "gpt", "value": f"a{n}"}]
+        entries.append({"number": [f"{size}.txt" for size in sizes], "conversations": turns})
+    corpus.write_tokenizer(tmp_path, len(lengths))
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    config = DataConfig(str(tmp_path / "data.json"), seq_len=15, samples_per_group=2, groups=2, shuffle=False)
+    with Loader(config, [item]) as loader:
+        (first, _), (second, _) = loader.one_pass()
+        places = [(first, 0, 0, 0), (first, 1, 0, 1), (first, 2, 3, 2), (second, 0, 0, 3)]  # the last needs three slots
+        for batch, row, slot, n in places:
+            wanted = [(slot + k) * 5 + r for k, size in enumerate(lengths[n]) for r in range(size)]
+            assert batch["n.index"][row].tolist() == wanted + [-1] * (15 - len(wanted))
+            used = int((batch["segment_ids"][row] > 0).sum())
+            words = [loader.tokenizer.id_to_token(t) for t in batch["tokens"][row, :used]]
+            assert words == ["<pad>"] * len(wanted) + [f"q{n}", f"a{n}"]
+        assert first["n.length"].tolist() == [2, 5, 0, 1, 0, 0] and second["n.length"].tolist() == [4, 3, 5, 0, 0, 0]
+        assert (count(first, item), count(second, item)) == (3, 3)
+        assert blank(first, [item])["n.length"].tolist() == [-1] * 6
 
 
 def test_template_surrounds_turns_and_trains_on_answers_and_end_tokens_only(tmp_path: Path) -> None:
@@ -159,7 +205,7 @@ def test_template_surrounds_turns_and_trains_on_answers_and_end_tokens_only(tmp_
     template = Template(start="is", human_prefix="so ", human_suffix=" ,", answer_suffix=" , ")
     config = DataConfig(str(tmp_path / "x.json"), seq_len=32, samples_per_group=1, template=template)
     sample = Sample(0, "x", ("<image> q0", "a0", "q1", "a1"), {"vision": ("a",)})
-    made = tokens.encode(sample, tokenizer, [VISION], config)
+    made = tokens.encode(sample, tokenizer, [VISION], config, {"vision": [Item({}, rows=4)]})
     words = [tokenizer.id_to_token(t) for t in [*made.tokens, made.targets[-1]]]
     assert " ".join(words) == "isso <pad> <pad> <pad> <pad> q0 , a0 <end> , so q1 , a1 <end>".replace("isso", "<unk>")
     assert [tokenizer.id_to_token(t) for t in made.targets[made.weights > 0]] == ["a0", "<end>", "a1", "<end>"]
@@ -189,7 +235,7 @@ def test_blank_fill_and_waiting_time(tmp_path: Path) -> None:
     path = corpus.write(tmp_path, [Spec({"vision": (1,)})] * 4)
     with Loader(DataConfig(path, seq_len=12, samples_per_group=2, prefetch=0), [VISION]) as loader:
         (batch,) = loader.next_step(1)
-        empty = blank(batch)
+        empty = blank(batch, [VISION])
         assert batch["vision.pixels"].any() and not empty["vision.pixels"].any()
         assert all(np.array_equal(empty[k], batch[k]) for k in batch if k != "vision.pixels")
         assert loader.fill() == {"tokens": 6 / 12, "vision": 2 / 4}
@@ -243,10 +289,10 @@ def test_easy_vqa_becomes_llava_json_once_and_whole(tmp_path: Path, monkeypatch:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "test.json", "tokenizer.json", "train.json"]
     written = (tmp_path / "train.json").stat().st_mtime_ns
     assert easy_vqa.prepare(tmp_path) == tmp_path and (tmp_path / "train.json").stat().st_mtime_ns == written
-    item = ItemSpec("vision", rows=16, height=64, width=64, slots_per_group=8)
-    for name, count in (("train", 38575), ("test", 9673)):
+    item = ItemSpec("vision", 16, Pictures(height=64, width=64), slots_per_group=8)
+    for name, size in (("train", 38575), ("test", 9673)):
         with Loader(DataConfig(str(tmp_path / f"{name}.json"), seq_len=32, samples_per_group=8), [item]) as loader:
-            assert (loader.num_samples, loader.vocab_size, loader.bad) == (count, 32, [])
+            assert (loader.num_samples, loader.vocab_size, loader.bad) == (size, 32, [])
             (batch,) = loader.next_step(1)
             assert batch["weights"].sum() == 16 and batch["vision.pixels"].any((1, 2, 3)).all()
             unknown = loader.tokenizer.token_to_id("<unk>")

@@ -13,12 +13,13 @@ import pytest
 from corpus import CHART, VISION, Spec
 from PIL import Image
 
-from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Template
+from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Template
 
 HUMAN = {"from": "human", "value": "<image> q0"}
 GPT = {"from": "gpt", "value": "a0"}
 GOOD = {"id": "fine", "conversations": [{"from": "human", "value": "q0"}, GPT]}
 SHAPE = dict(seq_len=16, samples_per_group=1)
+PICTURES = Pictures(height=8, width=8)
 
 
 def entry(*turns: Any, image: Any = "vision-0-0.png") -> dict[str, Any]:
@@ -182,11 +183,11 @@ def settings(**changed: Any) -> Callable[[], object]:
 
 
 def item(**changed: Any) -> Callable[[], object]:
-    return lambda: ItemSpec(**(dict(name="v", rows=4, height=8, width=8) | changed))
+    return lambda: ItemSpec(**(dict(name="v", rows=4, reader=PICTURES) | changed))
 
 
 def pair(**changed: Any) -> Callable[[], object]:
-    second = dict(name="w", rows=4, height=8, width=8, field="f", placeholder="<f>") | changed
+    second = dict(name="w", rows=4, reader=PICTURES, field="f", placeholder="<f>") | changed
     return lambda: Loader(DataConfig("x.json", **SHAPE), [VISION, ItemSpec(**second)])
 
 
@@ -207,13 +208,16 @@ def pair(**changed: Any) -> Callable[[], object]:
         (item(rows=0), r"v: rows=0; it must be at least 1"),
         (item(slots_per_group=0), r"v: slots_per_group=0"),
         (item(field=""), r"v: field is empty"),
-        (item(mean=(0.5,)), r"v: mean=\(0\.5,\); give one number"),
-        (item(std=(0.5, 0.0, 0.5)), r"v: std=.*each must be above 0"),
+        (lambda: Pictures(8, 8, mean=(0.5,)), r"mean=\(0\.5,\); give one number"),
+        (lambda: Pictures(8, 8, std=(0.5, 0.0, 0.5)), r"std=.*each must be above 0"),
         (pair(name="vision"), r"name 'vision' is used by 2 encoders"),
         (pair(field="image"), r"field 'image' is used by 2 encoders"),
         (pair(placeholder="<image>"), r"placeholder '<image>' is used by 2 encoders"),
         (pair(placeholder="<image>2"), r"vision: placeholder '<image>' is part of w's '<image>2'"),
-        (pair(rows=15), r"DataConfig\.seq_len=16 is too short: one picture of w takes 15 positions.* at least 17"),
+        (
+            pair(rows=15),
+            r"DataConfig\.seq_len=16 is too short: one picture of w takes up to 15 pos.* at least 17",
+        ),
         (
             lambda: Loader(DataConfig("x.json", **SHAPE, template=Template(human_prefix="<plot>")), [CHART]),
             r"Template\.human_prefix='<plot>' contains chart's placeholder",

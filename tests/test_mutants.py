@@ -15,14 +15,14 @@ import pytest
 import runs
 from corpus import Spec
 
-from hetjax.data import ItemSpec
+from hetjax.data import ItemSpec, Pictures
 
 MUTANTS = runs.ROOT / "tests" / "mutants"
 PATCHES = {f"{path.parent.name}/{path.stem}": path for path in sorted(MUTANTS.glob("*/*.patch"))}
 LAYOUTS = ("disjoint", "colocated")
 # Each takes seconds, all of them minutes.
 DEFAULT = {"disjoint/boundary_gradient_scaled", "disjoint/reduce_without_cp", "colocated/tied_gradient_lost"}
-ITEM = ItemSpec("vision", rows=4, height=8, width=8, slots_per_group=2)
+ITEM = ItemSpec("vision", 4, Pictures(height=8, width=8), slots_per_group=2)
 SAMPLES = (  # rows of different lengths, with different numbers of targets and of pictures
     Spec({"vision": (1,)}),
     Spec({"vision": (1, 1)}, turns=2, words=2),

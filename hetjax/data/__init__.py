@@ -1,8 +1,9 @@
-"""Conversations with pictures become global microbatches of fixed shape. Start at `loader.py`; imports no jax."""
+"""Conversations with pictures and clips become microbatches of fixed shape. Start at `loader.py`; imports no jax."""
 
 from hetjax.data.conversations import Problem, Sample
+from hetjax.data.items import ItemSpec, blank
 from hetjax.data.loader import Loader
-from hetjax.data.pictures import blank
-from hetjax.data.settings import DataConfig, DataError, ItemSpec, Template
+from hetjax.data.pictures import Pictures
+from hetjax.data.settings import DataConfig, DataError, Template
 
-__all__ = ["DataConfig", "DataError", "ItemSpec", "Loader", "Problem", "Sample", "Template", "blank"]
+__all__ = ["DataConfig", "DataError", "ItemSpec", "Loader", "Pictures", "Problem", "Sample", "Template", "blank"]

@@ -15,7 +15,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", choices=["inspect"])
     parser.add_argument("--microbatches", type=int, default=1, metavar="N", help="how many to show (default 1)")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows of each to show (default 2)")
-    parser.add_argument("--pictures", metavar="DIR", help="also write every picture there, as its encoder sees it")
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="also write there what the encoders get, clips as spectrograms",
+    )
     arguments = command.parse_arguments(argv, parser, needs_workdir=False)
     flags = arguments.flags
     try:

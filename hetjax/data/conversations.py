@@ -3,7 +3,8 @@
     {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                     {"from": "gpt", "value": "a circle"}]}
 
-`image` may be missing, one name, or a list: as many as there are placeholders in the questions, in their order.
+`image` may be missing, one name, or a list: as many as there are placeholders in the questions, in their order. So may
+`audio`, for <audio>, and whatever other field an encoder has.
 """
 
 import dataclasses
@@ -13,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hetjax.data.settings import DataError, ItemSpec
+from hetjax.data.items import ItemSpec
+from hetjax.data.settings import DataError
 
 ROLES = ("human", "gpt")
 
 
 class Problem(NamedTuple):
-    """A sample that is left out. `path` is the picture at fault, else the file that holds the sample."""
+    """A sample that is left out. `path` is the picture or clip at fault, else the file that holds the sample."""
 
     sample: str
     path: str
@@ -44,7 +46,7 @@ class Sample:
     ordinal: int
     id: str
     turns: tuple[str, ...]  # question, answer, question, answer, ...
-    files: Mapping[str, tuple[str, ...]]  # item name -> picture names, in the order of the placeholders
+    files: Mapping[str, tuple[str, ...]]  # item name -> file names, in the order of the placeholders
 
 
 class Conversations(NamedTuple):
@@ -138,11 +140,11 @@ def _files(value: dict[str, Any], item: ItemSpec, turns: tuple[str, ...]) -> tup
 
 def _check_slots(sample: Sample, items: Sequence[ItemSpec], path: str) -> None:
     for item in items:
-        if len(sample.files[item.name]) > item.slots_per_group:
+        count = len(sample.files[item.name])
+        if count > item.slots_per_group:
             raise DataError(
-                f"sample {sample.id!r} ({path}) has {len(sample.files[item.name])} pictures for {item.name}, but "
-                f"slots_per_group={item.slots_per_group}: no group can hold it; raise slots_per_group to "
-                f"{len(sample.files[item.name])} or take the sample out"
+                f"sample {sample.id!r} ({path}) has {count} {item.reader.noun}s for {item.name}, but slots_per_group="
+                f"{item.slots_per_group}: no group can hold it; raise slots_per_group to {count} or take the sample out"
             )
 
 

@@ -1,4 +1,4 @@
-"""Shows a microbatch as the model gets it: tokens, targets, masks, positions, and which picture lies where."""
+"""Shows a microbatch as the model gets it: tokens, targets, masks, positions, and which picture or clip lies where."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from hetjax.data.pictures import to_rgb
-from hetjax.data.settings import ItemSpec
+from hetjax.data.items import ItemSpec, count
 
 SHADES = " .:-=+*#%@"  # dark to bright
 COLUMNS = 24  # of a thumbnail; a character is about twice as high as wide
@@ -25,7 +24,7 @@ def describe(
     rows: int | None = None,
     colour: bool = False,
 ) -> str:
-    """The first `rows` rows (None: all) as text, with thumbnails of their pictures, in colour for a terminal."""
+    """The first `rows` rows (None: all) as text, with thumbnails of their items, in colour for a terminal."""
     samples, seq_len = microbatch["tokens"].shape
     used, trained = microbatch["segment_ids"] > 0, microbatch["weights"] > 0
     lines = [
@@ -33,8 +32,8 @@ def describe(
         f"positions used, {trained.sum()} trained on"
     ]
     for item in items:
-        slots = len(microbatch[f"{item.name}.pixels"])
-        lines.append(f"{item.name}: {len(_slots(microbatch, item))} of {slots} slots used")
+        slots = len(microbatch[f"{item.name}.{next(iter(item.reader.arrays))}"])
+        lines.append(f"{item.name}: {count(microbatch, item)} of {slots} slots used")
     for row in range(samples if rows is None else min(rows, samples)):
         lines.append("")
         lines.append(f"row {row} (group {row * groups // samples}): {used[row].sum()} of {seq_len} positions used")
@@ -50,8 +49,12 @@ def write_pictures(microbatch: Microbatch, items: Sequence[ItemSpec], directory:
     for item in items:
         for slot in _slots(microbatch, item):
             written.append(directory / f"{item.name}-{slot:04d}.png")
-            Image.fromarray(to_rgb(microbatch[f"{item.name}.pixels"][slot], item)).save(written[-1])
+            Image.fromarray(_rgb(microbatch, item, slot)).save(written[-1])
     return written
+
+
+def _rgb(microbatch: Microbatch, item: ItemSpec, slot: int) -> np.ndarray:
+    return item.reader.to_rgb({array: microbatch[f"{item.name}.{array}"][slot] for array in item.reader.arrays})
 
 
 def _slots(microbatch: Microbatch, item: ItemSpec, at: tuple[int, slice] | slice = slice(None)) -> list[int]:
@@ -76,9 +79,9 @@ def _segment(
     positions = microbatch["positions"][row]
     place, stop = int(places[0]), int(places[-1]) + 1
     while place < stop:
-        picture = _picture_at(microbatch, items, row, place)
-        if picture:
-            item, slot, first, end = picture
+        lying = _item_at(microbatch, items, row, place)
+        if lying:
+            item, slot, first, end = lying
             end = min(end, stop)
             spans = f"{place}..{end - 1}", f"{positions[place]}..{positions[end - 1]}"
             rows = f"rows {first}..{first + end - place - 1}"
@@ -94,13 +97,13 @@ def _segment(
     for item in items:
         for slot in _slots(microbatch, item, at):
             yield f"    {item.name} slot {slot}"
-            yield from thumbnail(to_rgb(microbatch[f"{item.name}.pixels"][slot], item), colour=colour)
+            yield from thumbnail(_rgb(microbatch, item, slot), colour=colour)
 
 
-def _picture_at(
+def _item_at(
     microbatch: Microbatch, items: Sequence[ItemSpec], row: int, place: int
 ) -> tuple[ItemSpec, int, int, int] | None:
-    """(item, slot, its row here, end of the run of its rows) where a picture lies, else None."""
+    """(item, slot, its row here, end of the run of its rows) where an item lies, else None."""
     for item in items:
         index = microbatch[f"{item.name}.index"][row]
         if index[place] >= 0:

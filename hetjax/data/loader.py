@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetjax.data import conversations, microbatch, pictures, tokens
+from hetjax.data import conversations, microbatch, tokens
 from hetjax.data.ahead import Ahead, in_order
 from hetjax.data.conversations import Problem, Sample, SampleError
-from hetjax.data.microbatch import Abstract, Arrays, Filling, Prepared
-from hetjax.data.settings import DataConfig, DataError, ItemSpec, check_items
+from hetjax.data.items import Abstract, ItemSpec, check_items, count
+from hetjax.data.microbatch import Arrays, Filling, Prepared
+from hetjax.data.settings import DataConfig, DataError
 from hetjax.data.tokens import TooLong
 
 LOG = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ class Made(NamedTuple):
 
 
 class Loader:
-    """Microbatches of a data set. Raises ValueError at once for what can be known before the first picture is read.
+    """Microbatches of a data set. Raises ValueError at once for what can be known before the first file is read.
 
-    bad: malformed samples and those with a missing or broken picture, each once.
+    bad: malformed samples and those with a missing or broken file, each once.
     truncated, too_long: ordinals of samples that were cut, and of those skipped for their length.
     """
 
@@ -211,19 +212,19 @@ class Loader:
                 raise self._nothing_left()
 
     def _prepare(self, ordinal: int) -> Prepared | Problem | TooLong:
-        """The sample, tokenised and with its pictures. Runs in the workers' threads."""
+        """The sample, tokenised and with its items. Runs in the workers' threads."""
         sample = self._entries[ordinal]
         if isinstance(sample, Problem):
             return sample
-        root = self.config.picture_root
+        root = self.config.media_path
         try:
-            text = tokens.encode(sample, self.tokenizer, self.items, self.config)
-            shown = {i.name: [pictures.read(root / f, i) for f in sample.files[i.name]] for i in self.items}
+            items = {i.name: [i.read(root / f) for f in sample.files[i.name]] for i in self.items}
+            text = tokens.encode(sample, self.tokenizer, self.items, self.config, items)
         except TooLong as error:
             return error
         except SampleError as error:
             return Problem(sample.id, error.path or self.config.path, error.reason)
-        return Prepared(ordinal, text, shown)
+        return Prepared(ordinal, text, items)
 
     def _reject(self, ordinal: int, problem: Problem) -> None:
         if self.config.on_bad_item == "stop":
@@ -251,4 +252,4 @@ class Loader:
         self._handed_out += 1
         self._used["tokens"] += int((arrays["segment_ids"] > 0).sum())
         for item in self.items:
-            self._used[item.name] += int((arrays[f"{item.name}.index"] >= 0).sum()) // item.rows
+            self._used[item.name] += count(arrays, item)

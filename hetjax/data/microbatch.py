@@ -1,9 +1,10 @@
 """A global microbatch of fixed shape, and the first fit of samples into it.
 
-Its rows and its picture slots are cut into equal groups; a picture's slot lies in its sample's group:
+Its rows and the slots of its items (pictures, clips) are cut into equal groups; an item's slot lies in its sample's
+group:
 
     groups=2, samples_per_group=2, slots_per_group=3
-    rows   0 1 | 2 3        index[row, position] = slot * rows + row of the picture, or -1
+    rows   0 1 | 2 3        index[row, position] = slot * rows + row of the item, or -1
     slots  0 1 2 | 3 4 5    so a group never needs what another holds
 """
 
@@ -12,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetjax.data.settings import DataConfig, ItemSpec
+from hetjax.data.items import Abstract, Item, ItemSpec
+from hetjax.data.settings import DataConfig
 from hetjax.data.tokens import Encoded
 
 Arrays = dict[str, np.ndarray]
-Abstract = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
 
 
 class Prepared(NamedTuple):
@@ -24,7 +25,7 @@ class Prepared(NamedTuple):
 
     ordinal: int
     text: Encoded
-    pictures: Mapping[str, Sequence[np.ndarray]]  # item name -> pixels of each picture
+    items: Mapping[str, Sequence[Item]]  # those of each encoder, in the order of their placeholders
 
 
 def abstract(config: DataConfig, items: Sequence[ItemSpec]) -> dict[str, Abstract]:
@@ -36,7 +37,8 @@ def abstract(config: DataConfig, items: Sequence[ItemSpec]) -> dict[str, Abstrac
     for item in items:
         shapes[f"{item.name}.index"] = text, np.dtype(np.int32)
         slots = config.groups * item.slots_per_group
-        shapes[f"{item.name}.pixels"] = (slots, item.height, item.width, 3), np.dtype(np.float32)
+        for array, (shape, dtype) in item.reader.arrays.items():
+            shapes[f"{item.name}.{array}"] = (slots, *shape), dtype
     return shapes
 
 
@@ -77,7 +79,7 @@ class Filling:
         if self._used[row] + len(sample.text.tokens) > self._config.seq_len:
             return False
         group = row // self._config.samples_per_group
-        return all(self._slots[i.name][group] + len(sample.pictures[i.name]) <= i.slots_per_group for i in self._items)
+        return all(self._slots[i.name][group] + len(sample.items[i.name]) <= i.slots_per_group for i in self._items)
 
     def _put(self, sample: Prepared, row: int) -> None:
         text, start = sample.text, self._used[row]
@@ -92,9 +94,10 @@ class Filling:
         self.owner[row, place] = np.where(text.weights > 0, sample.ordinal, -1)
         group = row // self._config.samples_per_group
         for item in self._items:
-            for first, pixels in zip(text.starts[item.name], sample.pictures[item.name], strict=True):
+            for first, found in zip(text.starts[item.name], sample.items[item.name], strict=True):
                 slot = group * item.slots_per_group + self._slots[item.name][group]
                 self._slots[item.name][group] += 1
-                self.arrays[f"{item.name}.pixels"][slot] = pixels
-                rows = slice(start + first, start + first + item.rows)
-                self.arrays[f"{item.name}.index"][row, rows] = slot * item.rows + np.arange(item.rows)
+                for array, values in found.values.items():
+                    self.arrays[f"{item.name}.{array}"][slot] = values
+                rows = slice(start + first, start + first + found.rows)
+                self.arrays[f"{item.name}.index"][row, rows] = slot * item.rows + np.arange(found.rows)

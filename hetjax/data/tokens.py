@@ -2,7 +2,7 @@
 
 text    <image> \\n what is it ?  blue <end>
 inputs  0 0 0 0    5   7  8 9   12
-targets 0 0 0 5    7   8  9 12  2         the next token; 0 where a picture's position follows
+targets 0 0 0 5    7   8  9 12  2         the next token; 0 where an item's position follows
 weights 0 0 0 0    0   0  0 1   1         1 where the target belongs to an answer
 """
 
@@ -15,9 +15,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hetjax.data.conversations import Sample, SampleError
-from hetjax.data.settings import DataConfig, DataError, ItemSpec, Template
+from hetjax.data.items import Item, ItemSpec
+from hetjax.data.settings import DataConfig, DataError, Template
 
-PICTURE = 0  # token at a picture's positions and at padding; masks go by position, so any id would do
+NO_TEXT = 0  # token at an item's positions and at padding; masks go by position, so any id would do
 
 
 class Encoded(NamedTuple):
@@ -26,7 +27,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32
     weights: np.ndarray  # float32
-    starts: Mapping[str, tuple[int, ...]]  # item name -> first position of each picture
+    starts: Mapping[str, tuple[int, ...]]  # item name -> first position of each item
     truncated: bool
 
 
@@ -55,22 +56,32 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def encode(sample: Sample, tokenizer: Tokenizer, items: Sequence[ItemSpec], config: DataConfig) -> Encoded:
-    """The sample's positions. Raises TooLong if it does not fit and may not, or cannot, be truncated."""
+def encode(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    items: Sequence[ItemSpec],
+    config: DataConfig,
+    found: Mapping[str, Sequence[Item]],
+) -> Encoded:
+    """The sample's positions, with as many for each item as `found` says.
+
+    Raises TooLong if it does not fit and may not, or cannot, be truncated.
+    """
     tokens: list[int] = []
     answer: list[bool] = []
     starts: dict[str, list[int]] = {item.name: [] for item in items}
     for trained, piece in _pieces(sample, config.template, tuple(items)):
         if isinstance(piece, ItemSpec):
-            starts[piece.name].append(len(tokens))
-            ids = [PICTURE] * piece.rows
+            place = starts[piece.name]
+            ids = [NO_TEXT] * found[piece.name][len(place)].rows
+            place.append(len(tokens))
         else:
             ids = tokenizer.encode(piece, add_special_tokens=False).ids
         tokens += ids
         answer += [trained] * len(ids)
     count = min(len(tokens) - 1, config.seq_len)  # the last token is a target only
     if len(tokens) - 1 > config.seq_len:
-        _check_cut(len(tokens) - 1, answer, starts, items, config)
+        _check_cut(len(tokens) - 1, answer, starts, found, config)
     if count < 1:
         raise SampleError("", "it has no question before its answer; a conversation needs at least 2 tokens")
     ids_array, weights = np.asarray(tokens, np.int32), np.asarray(answer, np.float32)
@@ -84,19 +95,24 @@ def encode(sample: Sample, tokenizer: Tokenizer, items: Sequence[ItemSpec], conf
 
 
 def _check_cut(
-    count: int, answer: list[bool], starts: Mapping[str, list[int]], items: Sequence[ItemSpec], config: DataConfig
+    count: int,
+    answer: list[bool],
+    starts: Mapping[str, list[int]],
+    found: Mapping[str, Sequence[Item]],
+    config: DataConfig,
 ) -> None:
     needs = f"it needs {count} positions, but seq_len={config.seq_len}"
     if config.on_long == "skip":
         raise TooLong(f"{needs} and on_long='skip'")
-    if any(start + item.rows > config.seq_len for item in items for start in starts[item.name]):
-        raise TooLong(f"{needs}, and truncation would cut a picture")
+    ends = (s + item.rows for name in starts for s, item in zip(starts[name], found[name], strict=True))
+    if any(end > config.seq_len for end in ends):
+        raise TooLong(f"{needs}, and truncation would cut a picture or clip")
     if not any(answer[1 : config.seq_len + 1]):
         raise TooLong(f"{needs}, and truncation would leave no answer")
 
 
 def _pieces(sample: Sample, template: Template, items: tuple[ItemSpec, ...]) -> Iterator[tuple[bool, str | ItemSpec]]:
-    """(trained on, text or picture), in order. Prompts and answers are tokenised apart, as generation will do."""
+    """(trained on, text or item), in order. Prompts and answers are tokenised apart, as generation will do."""
     pattern, of = _splitter(items)
     for turn in range(0, len(sample.turns), 2):
         opening = template.answer_suffix if turn else template.start
