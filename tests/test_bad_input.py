@@ -189,7 +189,7 @@ DATA = [
     (encoder(std=(0.5, 0.0, 0.5)), "vision: std=(0.5, 0.0, 0.5); pixels are divided by it, so each must be above 0"),
     (
         {"settings.DataConfig.seq_len": 4},
-        "DataConfig.seq_len=4 is too short: one picture of vision takes 4 positions, with a question and an",
+        "DataConfig.seq_len=4 is too short: one picture of vision takes up to 4 positions, with a question and an",
     ),
     (data(groups=0), "DataConfig.groups=0; it must be at least 1"),
     (encoder(field=""), "vision: field is empty; give it a name, such as 'image' or '<image>'"),
