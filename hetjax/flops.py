@@ -91,9 +91,9 @@ def decoder_forward(config: Decoder, seq_len: int) -> Flops:
 def vit_forward(config: ViT) -> Flops:
     """The forward of one picture through the layers that are built and the projector."""
     d, tokens = config.width, config.num_tokens
-    layers = config.num_layers + 1 + config.feature_layer
+    layers, features = config.num_built, d * len(config.depths)
     patches = config.num_patches * 3 * config.patch_size**2 * d
-    projector = config.rows * (d * config.hidden + config.hidden * config.output_width)
+    projector = config.rows * (features * config.hidden + config.hidden * config.output_width)
     attention = 4 * tokens * tokens * d * layers
     return Flops(
         matmul=2 * (patches + tokens * (4 * d * d + 2 * d * config.mlp_width) * layers + projector),

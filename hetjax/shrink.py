@@ -39,7 +39,7 @@ def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
     ratio = model.num_heads // kv_heads
     kv_heads = min(kv_heads, math.lcm(2, layout.tp))
     heads = kv_heads * ratio
-    sizes = more | {
+    sizes: dict[str, Any] = more | {
         "num_layers": min(model.num_layers, max(2, layout.pp)),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
@@ -47,6 +47,8 @@ def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
         "head_dim": HEAD_DIM,
         "mlp_width": 4 * HEAD_DIM * layout.tp,
         "projector_width": 4 * HEAD_DIM * layout.tp,
-        "feature_layer": -1,
     }
+    if isinstance(model, ViT):  # as many features, as far apart as the layers allow
+        behind = (model.num_built - depth for depth in model.depths)
+        sizes |= {"feature_layer": tuple(-1 - min(n, sizes["num_layers"]) for n in behind)}
     return dataclasses.replace(model, **{name: size for name, size in sizes.items() if name in fields})

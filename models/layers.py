@@ -107,16 +107,17 @@ def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tu
 def mlp(
     x: jax.Array,
     up: nnx.Param,
-    up_bias: nnx.Param,
+    up_bias: nnx.Param | None,
     down: nnx.Param,
-    down_bias: nnx.Param,
+    down_bias: nnx.Param | None,
     *,
     activation: Callable[[jax.Array], jax.Array],
     axes: Axes,
 ) -> jax.Array:
     """Two linear maps with an activation between; the hidden features are cut over tp, the result is whole."""
-    hidden = activation(add(dot(x, up.get_value()), up_bias.get_value()))
-    return add(axes.tp.psum(dot(hidden, down.get_value())), down_bias.get_value())
+    biased = lambda y, bias: y if bias is None else add(y, bias.get_value())
+    hidden = activation(biased(dot(x, up.get_value()), up_bias))
+    return biased(axes.tp.psum(dot(hidden, down.get_value())), down_bias)
 
 
 class GatedMlp(nnx.Module):

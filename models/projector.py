@@ -10,11 +10,11 @@ from models.layers import exact_gelu, mlp, normal, zeros
 class Projector(nnx.Module):
     """Two linear maps with an exact GELU between, as in LLaVA 1.5 (arXiv:2310.03744)."""
 
-    def __init__(self, in_width: int, hidden: int, out_width: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, in_width: int, hidden: int, out_width: int, *, bias: bool = True, rngs: nnx.Rngs) -> None:
         setattr(self, "in", normal(rngs, (in_width, hidden), (None, "mlp"), in_width**-0.5))  # "in" is a keyword
-        self.in_bias = zeros((hidden,), ("mlp",))
+        self.in_bias = zeros((hidden,), ("mlp",)) if bias else None
         self.out = normal(rngs, (hidden, out_width), ("mlp", None), hidden**-0.5)
-        self.out_bias = zeros((out_width,), (None,))
+        self.out_bias = zeros((out_width,), (None,)) if bias else None
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         return mlp(x, getattr(self, "in"), self.in_bias, self.out, self.out_bias, activation=exact_gelu, axes=axes)

@@ -1,8 +1,9 @@
 """A vision transformer with its projector, in the two shapes that published vision-language models use.
 
 siglip: patches with a bias, tanh GELU. clip: a class token, a norm before the first layer, quick GELU, no patch bias.
-The features are those after the layer that `feature_layer` counts back to; layers behind it are not built, nor is the
-norm after the last one, which no vision-language model reads.
+The projector reads the hidden states that `feature_layer` names, side by side where it names several; layers behind the
+last of them are not built, nor is the norm after the last layer, which no vision-language model reads. Of several, the
+earlier ones travel beside the activations: a layer knows which it is by the depth that travels with them.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ Batch = Mapping[str, jax.Array]
 Carry = dict[str, jax.Array]
 VARIANTS, SELECTS = ("siglip", "clip"), ("full", "default")
 CARRY_DIMS = ("items", "seq", None)
+DEPTH = "depth"  # carry key: how many layers `x` has passed, per token, for towers of which several layers are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,9 @@ class ViT:
     output_width: int  # the language model's width
     variant: str = "siglip"  # siglip or clip
     projector_width: int | None = None  # hidden features of the projector; None: output_width
-    feature_layer: int = -1  # -1: after the last layer, -2: after the one before
-    select: str = "full"  # full: all tokens; default: without the class token
+    feature_layer: int | tuple[int, ...] = -1  # hidden states to read; -1: after the last layer, 0: before the first
+    select: str = "full"  # full: all tokens; default: without the first one, the class token of clip
+    projector_bias: bool = True  # whether its two linear maps have biases
 
     def __post_init__(self) -> None:
         counts = ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width", "output_width")
@@ -57,16 +60,15 @@ class ViT:
             )
         if self.width % self.num_heads:
             raise ValueError(f"ViT.width={self.width} is not a multiple of num_heads={self.num_heads}; change either")
-        if not -self.num_layers <= self.feature_layer <= -1:
+        several = isinstance(self.feature_layer, tuple | list)
+        layers = tuple(self.feature_layer) if several else (self.feature_layer,)
+        if not layers or not all(type(i) is int and -self.num_layers - 1 <= i <= self.num_layers for i in layers):
             raise ValueError(
-                f"ViT.feature_layer={self.feature_layer} counts back from the last of num_layers={self.num_layers}; "
-                f"it must be from -{self.num_layers} to -1 (-1: after the last layer)"
+                f"ViT.feature_layer={self.feature_layer!r}; it must be a number from -{self.num_layers + 1} to "
+                f"{self.num_layers}, or a list of such (-1: after the last of num_layers={self.num_layers}, 0: before "
+                "the first)"
             )
-        if self.select == "default" and not self.has_class_token:
-            raise ValueError(
-                f"ViT.select='default' drops the first token, which for variant={self.variant!r} is a patch; "
-                "use select='full'"
-            )
+        object.__setattr__(self, "feature_layer", layers if len(layers) > 1 else layers[0])
 
     @property
     def has_class_token(self) -> bool:
@@ -82,6 +84,22 @@ class ViT:
     def num_tokens(self) -> int:
         """Tokens of a picture inside the tower."""
         return self.num_patches + self.has_class_token
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many layers each of the hidden states that the projector reads has passed."""
+        layers = self.feature_layer if isinstance(self.feature_layer, tuple) else (self.feature_layer,)
+        return tuple(i % (self.num_layers + 1) for i in layers)
+
+    @property
+    def num_built(self) -> int:
+        """Layers that are built: those that the features need, and at least one, which makes the module one."""
+        return max(1, *self.depths)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Depths of the hidden states that later layers must carry along."""
+        return tuple(sorted(set(self.depths) - {self.num_built}))
 
     @property
     def rows(self) -> int:
@@ -100,17 +118,19 @@ class ViT:
 
     def module(self, compute_dtype: Any, *, name: str = "vision") -> ModuleDef:
         """The encoder as the core sees it, reading `name`.pixels; activations are in `compute_dtype`."""
-        # With a class token the tokens cannot be cut evenly: their number is odd for all usual sizes.
+        # With a class token the tokens cannot be cut evenly: their number is odd for all usual sizes. Nor can those that
+        # are left when the first one is dropped.
         divisible = {"tp": {"heads": self.num_heads, "mlp": self.mlp_width, "projector": self.hidden}}
-        cuts = {} if self.has_class_token else {"cp": {"tokens": self.num_tokens}}
+        cuts = {} if self.has_class_token or self.select == "default" else {"cp": {"tokens": self.num_tokens}}
+        beside = (*(_after(depth) for depth in self.kept), DEPTH) if self.kept else ()
         pixels = f"{name}.pixels"
         return ModuleDef(
-            num_layers=self.num_layers + 1 + self.feature_layer,
+            num_layers=self.num_built,
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), pixels, rngs=rngs)),
             layer=part(lambda rngs: _Layer(self, rngs=rngs)),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             reads={pixels: ("items", None, None, None)},
-            carry={"x": CARRY_DIMS},
+            carry=dict.fromkeys(("x", *beside), CARRY_DIMS),
             output={"x": CARRY_DIMS},
             config=self,
             divisible=divisible | cuts,
@@ -142,7 +162,16 @@ class _First(nnx.Module):
         else:
             x = add(x, self.patch_bias.get_value())
         x = add(x, _own(self.position.get_value(), 0, axes))
-        return {"x": self.pre_norm(x) if config.has_class_token else x}
+        x = self.pre_norm(x) if config.has_class_token else x
+        if not config.kept:
+            return {"x": x}
+        depth = vary_like(jnp.zeros((*x.shape[:-1], 1), jnp.float32), x)
+        return {"x": x, DEPTH: depth} | {_after(d): x for d in config.kept}  # of later layers: replaced when it is there
+
+
+def _after(depth: int) -> str:
+    """The carry key of the hidden state that has passed `depth` layers."""
+    return f"after{depth}"
 
 
 def cut(pixels: jax.Array, size: int) -> jax.Array:
@@ -166,6 +195,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 class _Layer(nnx.Module):
     def __init__(self, config: ViT, *, rngs: nnx.Rngs) -> None:
         activation = quick_gelu if config.variant == "clip" else functools.partial(jax.nn.gelu, approximate=True)
+        self.kept = config.kept
         self.attention_norm = LayerNorm(config.width, config.eps)
         self.attention = _Attention(config.width, config.num_heads, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, config.eps)
@@ -174,7 +204,11 @@ class _Layer(nnx.Module):
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         x = carry["x"]
         x = x + self.attention(self.attention_norm(x), axes)
-        return {"x": x + self.mlp(self.mlp_norm(x), axes)}
+        x = x + self.mlp(self.mlp_norm(x), axes)
+        if not self.kept:
+            return {"x": x}
+        depth = carry[DEPTH] + 1
+        return {"x": x, DEPTH: depth} | {_after(d): jnp.where(depth == d, x, carry[_after(d)]) for d in self.kept}
 
 
 class _Attention(nnx.Module):
@@ -210,7 +244,10 @@ class _Mlp(nnx.Module):
 class _Last(nnx.Module):
     def __init__(self, config: ViT, *, rngs: nnx.Rngs) -> None:
         self.drop = int(config.select == "default")
-        self.projector = Projector(config.width, config.hidden, config.output_width, rngs=rngs)
+        self.read = ["x" if depth == config.num_built else _after(depth) for depth in config.depths]
+        width = config.width * len(self.read)
+        self.projector = Projector(width, config.hidden, config.output_width, bias=config.projector_bias, rngs=rngs)
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
-        return {"x": self.projector(carry["x"][:, self.drop :], axes)}
+        x = jnp.concatenate([carry[name] for name in self.read], axis=-1)
+        return {"x": self.projector(x[:, self.drop :], axes)}

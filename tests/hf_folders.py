@@ -126,8 +126,12 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
     language, tower = config["text_config"], config["vision_config"]
     d, v = language["hidden_size"], tower["hidden_size"]
     found = text_shapes(language, "language_model.") | vision_shapes(tower, "vision_tower.vision_model.")
-    projector: Shapes = {"linear_1.weight": (d, v), "linear_1.bias": (d,), "linear_2.weight": (d, d)}
-    return found | {f"multi_modal_projector.{k}": s for k, s in (projector | {"linear_2.bias": (d,)}).items()}
+    layers = config["vision_feature_layer"]
+    projector: Shapes = {"linear_1.weight": (d, v * (len(layers) if isinstance(layers, list) else 1))}
+    projector["linear_2.weight"] = (d, d)
+    if config["multimodal_projector_bias"]:
+        projector |= {"linear_1.bias": (d,), "linear_2.bias": (d,)}
+    return found | {f"multi_modal_projector.{k}": s for k, s in projector.items()}
 
 
 def write(directory: Path, config: Mapping[str, Any], *, dtype: Any = np.float32, shards: int = 1) -> Path:

@@ -99,7 +99,8 @@ def vit_picture(config: ViT, params: Tree, pixels: np.ndarray) -> np.ndarray:
         x = layer_norm(np.concatenate([first["class_token"][None], x]) + first["position"], first["pre_norm"], eps)
     else:
         x = x + first["patch_bias"] + first["position"]
-    for i in range(config.num_layers + 1 + config.feature_layer):
+    states = [x]
+    for i in range(len(params["layers"]["mlp"]["up"])):
         w = layer_of(params["layers"], i)
         a, y = w["attention"], layer_norm(x, w["attention_norm"], eps)
         for head in range(config.num_heads):
@@ -108,6 +109,10 @@ def vit_picture(config: ViT, params: Tree, pixels: np.ndarray) -> np.ndarray:
         x = x + a["o_bias"]
         y, m = layer_norm(x, w["mlp_norm"], eps), w["mlp"]
         x = x + activation(y @ m["up"] + m["up_bias"]) @ m["down"] + m["down_bias"]
+        states.append(x)
+    states += [np.full_like(x, np.nan)] * (config.num_layers + 1 - len(states))  # not built: must not be read
     w = params["last"]["projector"]
-    y = x[config.num_tokens - config.rows :] @ w["in"] + w["in_bias"]
-    return (y * 0.5 * (1 + erf(y / math.sqrt(2)))) @ w["out"] + w["out_bias"]
+    layers = config.feature_layer if isinstance(config.feature_layer, tuple) else (config.feature_layer,)
+    y = np.concatenate([states[i] for i in layers], -1)[config.num_tokens - config.rows :] @ w["in"]
+    y = y + w.get("in_bias", 0)
+    return (y * 0.5 * (1 + erf(y / math.sqrt(2)))) @ w["out"] + w.get("out_bias", 0)

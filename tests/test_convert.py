@@ -40,6 +40,10 @@ FAMILIES = {
     "clip + llama": (llava(text("llama"), vision("clip")), np.float32),
     "clip + qwen2, tied": (llava(text("qwen2", **TIED), vision("clip"), vision_feature_layer=-1), np.float64),
     "siglip + mistral": (llava(text("mistral"), vision("siglip"), vision_feature_layer=-3), np.float32),
+    "siglip + llama, embeddings": (llava(text("llama"), vision("siglip"), vision_feature_layer=0), np.float32),
+    "clip + llama, two layers": (
+        llava(text("llama"), vision("clip"), vision_feature_layer=[1, -2], multimodal_projector_bias=False), BF16
+    ),
     "siglip + qwen3": (llava(text("qwen3"), vision("siglip")), BF16),
 }
 CLIP_LLAMA = FAMILIES["clip + llama"][0]

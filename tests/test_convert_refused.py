@@ -37,15 +37,11 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1), "layer_types=['full_"),
 ]
 REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
-    ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer=[-2, -1]: features of several layers"),
-    ({"vision_feature_layer": 0}, "feature_layer=-4 counts back"),
+    ({"vision_feature_layer": [-2, -5]}, "feature_layer=[-2, -5]; it must be a number from -4 to 3"),
+    ({"vision_feature_layer": "last"}, "feature_layer='last'; it must be a number from -4 to 3"),
     ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu': only the exact 'gelu'"),
-    ({"multimodal_projector_bias": False}, "multimodal_projector_bias=False: projectors have biases"),
     ({"text_config": {"model_type": "mixtral"}}, "text_config.model_type='mixtral': not supported"),
-    (
-        {"vision_config": vision("siglip"), "vision_feature_select_strategy": "default"},
-        "select='default' drops the first",
-    ),
+    ({"vision_feature_select_strategy": "patch"}, "select='patch'; it must be one of full, default"),
     ({"vision_config": vision("clip", hidden_act="gelu")}, "vision_config: hidden_act='gelu': only 'quick_gelu'"),
     ({"vision_config": vision("clip", image_size=[8, 4])}, "image_size=[8, 4]: pictures and patches must be square"),
 ]

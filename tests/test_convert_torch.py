@@ -55,6 +55,15 @@ CASES = {
     ),
     "siglip + qwen2, tied": llava(text("qwen2", **TIED), vision("siglip")),
     "siglip + mistral, last layer": llava(text("mistral"), vision("siglip"), vision_feature_layer=-1),
+    "clip + mistral, three layers": llava(text("mistral"), vision("clip"), vision_feature_layer=[-1, 0, 1]),
+    "siglip + llama, two layers, without the first patch and biases": llava(
+        text("llama"),
+        vision("siglip"),
+        vision_feature_layer=[-3, -2],
+        vision_feature_select_strategy="default",
+        multimodal_projector_bias=False,
+        image_seq_length=3,
+    ),
     "clip + llama 3.1, first layer": llava(text("llama", rope_scaling=LLAMA3), vision("clip"), vision_feature_layer=1),
 }
 

@@ -35,6 +35,7 @@ CONFIGS = {
     "tied": dataclasses.replace(DECODER, tied=True),
     "siglip": VIT,
     "clip": dataclasses.replace(VIT, variant="clip", select="default", feature_layer=-2),
+    "several layers": dataclasses.replace(VIT, feature_layer=(-2, 0, -1), projector_bias=False),
 }
 
 
@@ -116,6 +117,7 @@ def zigzag(cp: int) -> np.ndarray:
         ("tied", Layout(dp=2, tp=2)),
         ("siglip", Layout(cp=2, tp=4)),
         ("siglip", Layout(dp=2, cp=4)),
+        ("several layers", Layout(dp=2, cp=2, tp=2)),
         ("clip", Layout(dp=2, tp=2, copies=2)),
     ],
     ids=str,

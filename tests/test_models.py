@@ -119,6 +119,8 @@ def test_a_decoder_equals_plain_numpy(changes: dict, x64: None) -> None:
         {"feature_layer": -2, "projector_width": None},
         {"variant": "clip"},
         {"variant": "clip", "select": "default", "feature_layer": -2},
+        {"select": "default", "feature_layer": [-1, 0, 1, 1], "projector_bias": False},
+        {"variant": "clip", "feature_layer": 0},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from hetjax import compare
+from hetjax.graph import Remat
 from hetjax.layout import Layout, like
 from hetjax.optimizer import OptimizerConfig
 from hetjax.reference import Reference
@@ -31,6 +32,8 @@ class Case:
     audio: Layout | None = None
     shape: tiny.Shape = tiny.Shape()
     tied: bool = False
+    feature_layer: int | tuple[int, ...] = -1
+    remat: Remat = Remat.FULL
     changes: tuple[tuple[str, Any], ...] = ()  # of the optimizer's settings
     text_only: tuple[int, ...] = ()  # microbatches without a picture
     schedule: str = "1f1b"
@@ -71,6 +74,15 @@ def paper_case(text: str, *, colocated: bool) -> Case:
 KINDS = {
     "one device": Case(),
     "encoder pp 2": Case(Layout(tp=2, devices="2-3"), Layout(pp=2, devices="0-1")),
+    "encoder pp 2, features of three layers": Case(
+        Layout(tp=2, devices="4-5"), Layout(pp=2, tp=2, devices=LOW), feature_layer=(-1, 0, -2)
+    ),
+    "encoder pp 2 cp 2, features of two layers, no remat": Case(
+        Layout(tp=2, devices="4-5"), Layout(pp=2, cp=2, devices=LOW), feature_layer=(-2, -1), remat=Remat.NONE
+    ),
+    "encoder dp 2, features of two layers, remat of all but products": Case(
+        Layout(tp=2, devices="4-5"), Layout(dp=2, devices=LOW[:1] + "-1"), feature_layer=(0, -1), remat=Remat.DOTS
+    ),
     "encoder cp 2": Case(Layout(tp=2, devices=LOW[:1] + "-1"), Layout(cp=2, tp=2, devices=HIGH)),
     "llm cp 2": Case(Layout(cp=2, tp=2, devices=LOW), Layout(dp=4, devices=HIGH)),
     "llm cp 4 pp 2 tied": Case(Layout(cp=4, pp=2), Layout(dp=8), tied=True, encoder_window=2),
@@ -97,25 +109,27 @@ PAPER_CASES = {
     for place in ("colocated", "disjoint")
 }
 DEFAULT = [
-    "encoder cp 2", "llm cp 4 pp 2 tied", "copies 2", "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders",
+    "encoder pp 2, features of three layers", "encoder cp 2", "llm cp 4 pp 2 tied", "copies 2", "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders",
     "frozen encoder", "projector only", "text-only microbatches", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 
 
 @functools.cache
-def reference(encoders: tuple[str, ...], tied: bool, dtype: Any) -> Reference:
+def reference(encoders: tuple[str, ...], dtype: Any, tied: bool, feature_layer: Any) -> Reference:
     """One compiled reference serves every layout and optimizer of a model."""
-    return Reference(tiny.graph(Layout(), dict.fromkeys(encoders, Layout()), dtype, tied=tied), MOMENTUM)
+    layouts = dict.fromkeys(encoders, Layout())
+    return Reference(tiny.graph(Layout(), layouts, dtype, tied=tied, feature_layer=feature_layer), MOMENTUM)
 
 
 def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
     config = dataclasses.replace(config, **dict(case.changes))
-    graph = tiny.graph(case.llm, case.encoders, dtype, tied=case.tied)
+    model = dict(tied=case.tied, feature_layer=case.feature_layer)
+    graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, **model)
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
     trainer = tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
     data = lambda seed: tiny.microbatches(case.shape, tuple(case.encoders), seed=seed, text_only=case.text_only)
-    judge = reference(tuple(case.encoders), case.tied, dtype).with_config(config)
+    judge = reference(tuple(case.encoders), dtype, **model).with_config(config)
     return list(compare.compare(trainer, map(data, range(steps)), judge))
 
 

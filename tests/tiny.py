@@ -50,10 +50,17 @@ def vit(**changes: Any) -> ViT:
 
 
 def graph(
-    llm: Layout, encoders: dict[str, Layout], dtype: Any, *, tied: bool = False, remat: Remat = Remat.FULL
+    llm: Layout,
+    encoders: dict[str, Layout],
+    dtype: Any,
+    *,
+    tied: bool = False,
+    remat: Remat = Remat.FULL,
+    feature_layer: int | tuple[int, ...] = -1,
 ) -> Graph:
     """The tiny model under these layouts."""
-    towers = tuple(Module(name, vit().module(dtype, name=name), layout, remat) for name, layout in encoders.items())
+    tower = vit(feature_layer=feature_layer)
+    towers = tuple(Module(name, tower.module(dtype, name=name), layout, remat) for name, layout in encoders.items())
     language = Module("llm", decoder(tied=tied).module(dtype, encoders=tuple(encoders)), llm, remat)
     return vlm(towers, language)
 

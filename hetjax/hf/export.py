@@ -157,7 +157,7 @@ def _with_idle(
     came = extras["vision"].idle
     if parts.whole:  # a tower that came with another one leaves that behind
         came = {key: path for key, path in came.items() if not keys.PAIRED.fullmatch(key)}
-    built = vit.num_layers + 1 + vit.feature_layer
+    built = vit.num_built
     if came and all(any(f".{i}." in key for key in came) for i in range(built, vit.num_layers)):
         cast = kind if dtype or isinstance(source, Workdir) else None  # a run has its own precision for all
         spelled = extras["vision"].spelled
@@ -166,7 +166,7 @@ def _with_idle(
         return parts, extras, {strip(k): _kept(path, spelled.get(k, k), cast) for k, path in came.items()}
     fill = {"weight": np.ones((vit.width,), kind), "bias": np.zeros((vit.width,), kind)}
     kept = {f"{prefix}post_layernorm.{name}": _constant(a) for name, a in fill.items()}
-    shorter = dataclasses.replace(vit, num_layers=built, feature_layer=-1)
+    shorter = dataclasses.replace(vit, num_layers=built, feature_layer=tuple(d - built - 1 for d in vit.depths))
     return dataclasses.replace(parts, vision=shorter), extras, kept
 
 

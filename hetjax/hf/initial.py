@@ -14,6 +14,7 @@ import numpy as np
 
 from hetjax.graph import Graph
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.keys import OF_PROJECTOR
 from hetjax.hf.pattern import Index
 from hetjax.hf.source import Sliceable, Source
 from hetjax.hf.stored import module_of, open_source
@@ -23,7 +24,6 @@ from hetjax.trainer import Path, State, Trainer, is_stacked
 from models.vit import ViT
 
 PROJECTOR = "last/projector/"
-OF_PROJECTOR = ("output_width", "projector_width", "feature_layer", "select")  # settings that a tower alone leaves open
 
 
 class Start(NamedTuple):
@@ -65,6 +65,8 @@ def _check_same(name: str, model: Any, start: Start) -> None:
 
 
 def _value(model: Any, field: str) -> Any:
+    if field == "feature_layer":  # -1 and the number of layers name the same
+        return model.depths
     return model.hidden if field == "projector_width" else getattr(model, field)
 
 

@@ -69,6 +69,8 @@ PROJECTION = {
     "last/projector/out_bias": ("linear_2.bias", VECTOR),
 }
 
+OF_PROJECTOR = ("output_width", "projector_width", "projector_bias", "feature_layer", "select")  # not of a tower alone
+
 # What a vision tower's file holds beside the table, and no vision-language model reads.
 IDLE = re.compile(r"(post_layernorm\.|head\.|encoder\.layers\.\d+\.).+")
 PAIRED = re.compile(r"text_model\..+|(text|visual)_projection\.weight|logit_scale|logit_bias")  # CLIP's other half

@@ -223,19 +223,10 @@ def _llava(config: Config, where: str) -> Parts:
     text.setdefault("tie_word_embeddings", c.get("tie_word_embeddings", False))
     if c["projector_hidden_act"] != "gelu":
         refuse(where, "projector_hidden_act", c["projector_hidden_act"], "only the exact 'gelu' is computed")
-    if not c["multimodal_projector_bias"]:
-        refuse(where, "multimodal_projector_bias", False, "projectors have biases; one without is not supported")
     llm = decoder(text, f"{where}: text_config")
-    choices = dict(feature_layer=_feature_layer(c, vision, where), select=c["vision_feature_select_strategy"])
+    choices = dict(
+        feature_layer=c["vision_feature_layer"],
+        select=c["vision_feature_select_strategy"],
+        projector_bias=c["multimodal_projector_bias"],
+    )
     return Parts(llm, tower(vision, f"{where}: vision_config", output_width=llm.width, **choices))
-
-
-def _feature_layer(config: Config, vision: Config, where: str) -> int:
-    """The layer to take features from, counted from the end."""
-    layer = config["vision_feature_layer"]
-    if isinstance(layer, list) and len(layer) == 1:
-        layer = layer[0]
-    count = vision.get("num_hidden_layers", VISION_DEFAULTS["num_hidden_layers"])
-    if not isinstance(layer, int):
-        refuse(where, "vision_feature_layer", layer, "features of several layers are not supported; use one layer")
-    return layer - (count + 1) if layer >= 0 else layer

@@ -10,7 +10,7 @@ from typing import Any
 
 from hetjax.hf import read_config
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.keys import Parts
+from hetjax.hf.keys import OF_PROJECTOR, Parts
 from models.attention import RopeScaling
 from models.decoder import Decoder
 from models.vit import ViT
@@ -46,7 +46,7 @@ def write(
         "image_token_index": image_token,
         "image_seq_length": vit.rows,
         "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
+        "multimodal_projector_bias": vit.projector_bias,
         "vision_feature_layer": vit.feature_layer,
         "vision_feature_select_strategy": vit.select,
         "tie_word_embeddings": parts.llm.tied,
@@ -148,7 +148,7 @@ def _tower(model: ViT, sources: Mapping[str, Config]) -> Config:
     if source is None:
         return tower(model)
     source = dict(read_config.vision_config(source))
-    behind = {name: getattr(model, name) for name in ("output_width", "projector_width", "feature_layer", "select")}
+    behind = {name: getattr(model, name) for name in OF_PROJECTOR}
     return source if _reads(read_config.tower, source, **behind) == model else tower(model)
 
 
