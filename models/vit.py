@@ -60,8 +60,8 @@ class ViT:
             )
         if self.width % self.num_heads:
             raise ValueError(f"ViT.width={self.width} is not a multiple of num_heads={self.num_heads}; change either")
-        several = isinstance(self.feature_layer, tuple | list)
-        layers = tuple(self.feature_layer) if several else (self.feature_layer,)
+        given: Any = self.feature_layer
+        layers = tuple(given) if isinstance(given, tuple | list) else (given,)
         if not layers or not all(type(i) is int and -self.num_layers - 1 <= i <= self.num_layers for i in layers):
             raise ValueError(
                 f"ViT.feature_layer={self.feature_layer!r}; it must be a number from -{self.num_layers + 1} to "
@@ -118,8 +118,8 @@ class ViT:
 
     def module(self, compute_dtype: Any, *, name: str = "vision") -> ModuleDef:
         """The encoder as the core sees it, reading `name`.pixels; activations are in `compute_dtype`."""
-        # With a class token the tokens cannot be cut evenly: their number is odd for all usual sizes. Nor can those that
-        # are left when the first one is dropped.
+        # With a class token the tokens cannot be cut evenly: their number is odd for all usual sizes. Nor can those
+        # that are left when the first one is dropped.
         divisible = {"tp": {"heads": self.num_heads, "mlp": self.mlp_width, "projector": self.hidden}}
         cuts = {} if self.has_class_token or self.select == "default" else {"cp": {"tokens": self.num_tokens}}
         beside = (*(_after(depth) for depth in self.kept), DEPTH) if self.kept else ()
@@ -166,7 +166,7 @@ class _First(nnx.Module):
         if not config.kept:
             return {"x": x}
         depth = vary_like(jnp.zeros((*x.shape[:-1], 1), jnp.float32), x)
-        return {"x": x, DEPTH: depth} | {_after(d): x for d in config.kept}  # of later layers: replaced when it is there
+        return {"x": x, DEPTH: depth} | {_after(d): x for d in config.kept}  # x until that layer
 
 
 def _after(depth: int) -> str:

@@ -42,7 +42,8 @@ FAMILIES = {
     "siglip + mistral": (llava(text("mistral"), vision("siglip"), vision_feature_layer=-3), np.float32),
     "siglip + llama, embeddings": (llava(text("llama"), vision("siglip"), vision_feature_layer=0), np.float32),
     "clip + llama, two layers": (
-        llava(text("llama"), vision("clip"), vision_feature_layer=[1, -2], multimodal_projector_bias=False), BF16
+        llava(text("llama"), vision("clip"), vision_feature_layer=[1, -2], multimodal_projector_bias=False),
+        BF16,
     ),
     "siglip + qwen3": (llava(text("qwen3"), vision("siglip")), BF16),
 }

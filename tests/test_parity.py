@@ -109,8 +109,9 @@ PAPER_CASES = {
     for place in ("colocated", "disjoint")
 }
 DEFAULT = [
-    "encoder pp 2, features of three layers", "encoder cp 2", "llm cp 4 pp 2 tied", "copies 2", "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders",
-    "frozen encoder", "projector only", "text-only microbatches", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
+    "encoder pp 2, features of three layers", "encoder cp 2", "llm cp 4 pp 2 tied", "copies 2", "fan-out 1 to 4",
+    "ratio 3 to 2", "overlapping", "two encoders", "frozen encoder", "projector only", "text-only microbatches",
+    "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 
