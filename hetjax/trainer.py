@@ -14,6 +14,7 @@ from hetjax.finish import Finish, Outcome
 from hetjax.graph import Graph
 from hetjax.layout import check_batch, picture
 from hetjax.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.stacks import LAYERS
 from hetjax.stage import Abstract
 
 Tree = Any
@@ -175,7 +176,7 @@ class Trainer:
 
 def is_stacked(path: Path) -> bool:
     """Whether the leaf at `path` holds all layers of a stage on its first dim."""
-    return any(isinstance(key, jax.tree_util.DictKey) and key.key == "layers" for key in path)
+    return any(isinstance(key, jax.tree_util.DictKey) and key.key == LAYERS for key in path)
 
 
 def num_items(definition: Any, batch: Abstract) -> int:

@@ -77,9 +77,8 @@ class Decoder:
         """The model as the core sees it, merging the outputs of `encoders`; activations are in `compute_dtype`."""
         reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
         return ModuleDef(
-            num_layers=self.num_layers,
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), encoders, rngs=rngs)),
-            layer=part(lambda rngs: _Layer(self, rngs=rngs)),
+            layers=(part(lambda rngs: _Layer(self, rngs=rngs)),) * self.num_layers,
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
             carry={"x": (*TOKEN_DIMS, None)},

@@ -125,9 +125,8 @@ class ViT:
         beside = (*(_after(depth) for depth in self.kept), DEPTH) if self.kept else ()
         pixels = f"{name}.pixels"
         return ModuleDef(
-            num_layers=self.num_built,
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), pixels, rngs=rngs)),
-            layer=part(lambda rngs: _Layer(self, rngs=rngs)),
+            layers=(part(lambda rngs: _Layer(self, rngs=rngs)),) * self.num_built,
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             reads={pixels: ("items", None, None, None)},
             carry=dict.fromkeys(("x", *beside), CARRY_DIMS),

@@ -11,6 +11,7 @@ import numpy as np
 import plain
 import pytest
 
+from hetjax import stacks
 from models.attention import RopeScaling, attend, causal_mask
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
@@ -31,7 +32,9 @@ SEQ = 16
 def init(definition: ModuleDef) -> Tree:
     """The module's own initial values."""
     keys = jax.random.split(jax.random.key(3), definition.num_layers)
-    layers = jax.vmap(definition.layer.init)(keys)
+    layers = stacks.join(
+        [jax.vmap(definition.layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(definition.layers)]
+    )
     first, last = definition.first.init(jax.random.key(1)), definition.last.init(jax.random.key(2))
     return {"first": first, "layers": layers, "last": last}
 
@@ -47,8 +50,11 @@ def random_params(definition: ModuleDef, seed: int = 0, dtype: Any = np.float64)
 def run(definition: ModuleDef, params: Tree, x: Tree, batch: Tree, axes: Any = ONE_DEVICE) -> Tree:
     """The module's output, its layers scanned as the trainer does."""
     carry = definition.first.apply(params["first"], x, batch, axes)
-    layer = lambda c, w: (definition.layer.apply(w, c, batch, axes), None)
-    return definition.last.apply(params["last"], jax.lax.scan(layer, carry, params["layers"])[0], batch, axes)
+    weights = stacks.cut(params["layers"], definition.layers)
+    for number, (lo, _) in enumerate(stacks.runs(definition.layers)):
+        layer = lambda c, w, part=definition.layers[lo]: (part.apply(w, c, batch, axes), None)
+        carry = jax.lax.scan(layer, carry, weights[number])[0]
+    return definition.last.apply(params["last"], carry, batch, axes)
 
 
 @functools.cache
@@ -240,14 +246,14 @@ def test_padding_is_finite_and_nobody_looks_at_it(x64: None) -> None:
 )
 def test_every_parameter_is_float32_and_its_dims_are_named(config: Decoder | ViT) -> None:
     definition = config.module(jnp.bfloat16)
-    for part in (definition.first, definition.layer, definition.last):
+    for part in (definition.first, *definition.layers, definition.last):
         shapes = jax.eval_shape(part.init, jax.random.key(0))
         named = jax.tree.map(lambda a, dims: a.dtype == jnp.float32 and len(dims) == a.ndim, shapes, part.logical)
         assert all(jax.tree.leaves(named))
 
 
 def test_initial_values_depend_on_the_key_alone() -> None:
-    layer = DECODER.module(jnp.float32).layer
+    layer = DECODER.module(jnp.float32).layers[0]
     keys = jax.random.split(jax.random.key(0), 3)
     stacked = jax.jit(jax.vmap(layer.init))(keys)
     same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
