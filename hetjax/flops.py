@@ -78,11 +78,15 @@ def decoder_forward(config: Decoder, seq_len: int) -> Flops:
     """
     d, heads = config.width, config.num_heads * config.head_features
     kv_heads = config.num_kv_heads * config.head_features
-    layer = d * heads + 2 * d * kv_heads + heads * d + 3 * d * config.mlp_width
+    attention_products = d * heads + 2 * d * kv_heads + heads * d
+    behind = {"mlp": 3 * d * config.mlp_width}
+    if config.experts is not None:  # the router, and those experts that a token goes to
+        behind["moe"] = d * config.experts.count + config.experts.per_token * 3 * d * config.experts.width
+    layers = sum(attention_products + behind[kind] for kind in config.kinds)
     keys = min(seq_len, config.sliding_window or seq_len)
     attention = 4 * heads * keys * config.num_layers
     return Flops(
-        matmul=2 * (layer * config.num_layers + d * config.vocab_size),
+        matmul=2 * (layers + d * config.vocab_size),
         attention=attention,
         causal_attention=attention * (1 - keys / (2 * seq_len)),
     )

@@ -29,7 +29,16 @@ from models.contract import Dims, ModuleDef
 
 AXES = ("dp", "copies", "cp", "tp")
 DATA_AXES = ("dp", "cp")  # axes over which a parameter's gradient is summed
-LOGICAL = {"batch": "dp", "items": "dp", "seq": "cp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
+LOGICAL = {
+    "batch": "dp",
+    "items": "dp",
+    "seq": "cp",
+    "heads": "tp",
+    "kv_heads": "tp",
+    "mlp": "tp",
+    "vocab": "tp",
+    "experts": None,  # every device of a stage holds all of them
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from hetjax.experiment import Experiment
 from hetjax.layout import Layout
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 
 HEAD_DIM = 8
@@ -51,4 +52,16 @@ def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
     if isinstance(model, ViT):  # as many features, as far apart as the layers allow
         behind = (model.num_built - depth for depth in model.depths)
         sizes |= {"feature_layer": tuple(-1 - min(n, sizes["num_layers"]) for n in behind)}
+    if isinstance(model, Decoder) and model.experts is not None:
+        sizes["experts"] = _fewer(model.experts, sizes["num_layers"], 2 * HEAD_DIM * layout.tp)
     return dataclasses.replace(model, **{name: size for name, size in sizes.items() if name in fields})
+
+
+def _fewer(experts: Experts, num_layers: int, width: int) -> Experts:
+    """Fewer and narrower experts, in the last layer at least, beside dense layers where there were some."""
+    count = min(experts.count, 4)
+    dense = tuple(i for i in experts.dense_layers if i < num_layers - 1)
+    if experts.dense_layers and num_layers > 1:
+        dense = dense or (0,)
+    per_token = min(experts.per_token, count)
+    return dataclasses.replace(experts, count=count, per_token=per_token, width=width, dense_layers=dense)

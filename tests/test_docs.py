@@ -21,7 +21,7 @@ from hetjax.data import settings
 from hetjax.graph import Module, vlm
 from hetjax.layout import Layout
 from hetjax.reference import Reference
-from models import attention, decoder, vit
+from models import attention, decoder, moe, vit
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -123,6 +123,7 @@ CONFIGS = [
     settings.Template,
     decoder.Decoder,
     attention.RopeScaling,
+    moe.Experts,
     vit.ViT,
 ]
 
