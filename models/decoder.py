@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import RopeScaling, attend, causal_mask, rope_frequencies, rotate
+from models.attention import RopeScaling, attend, rope_frequencies, rotate
 from models.axes import Axes, vary_like
 from models.contract import ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, normal, ones, rms_norm, wide, zeros
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
+from models.sight import Sight
 
 Batch = Mapping[str, jax.Array]
 Carry = dict[str, jax.Array]
@@ -195,8 +196,8 @@ class _Attention(nnx.Module):
         frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, wide(x.dtype))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))
-        mask = causal_mask(positions, segments, key_positions, key_segments, config.sliding_window)
-        return axes.tp.psum(dot(attend(q, k, v, mask), self.o.get_value(), contract=2))
+        sight = Sight(positions, segments, key_positions, key_segments, window=config.sliding_window)
+        return axes.tp.psum(dot(attend(q, k, v, sight), self.o.get_value(), contract=2))
 
 
 class _Last(nnx.Module):

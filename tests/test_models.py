@@ -12,11 +12,12 @@ import plain
 import pytest
 
 from hetjax import stacks
-from models.attention import RopeScaling, attend, causal_mask
+from models.attention import RopeScaling, attend
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 from models.decoder import Decoder
 from models.layers import exact_gelu
+from models.sight import Sight
 from models.vit import ViT
 
 Tree = Any
@@ -218,10 +219,10 @@ def test_a_window_ends_what_a_token_reaches(x64: None) -> None:
 
 def test_padding_sees_nothing_and_yields_zero(x64: None) -> None:
     segments, positions = np.array([[1, 1, 0, 0]]), np.array([[0, 1, 0, 1]])
-    mask = causal_mask(positions, segments, positions, segments, None)
-    np.testing.assert_array_equal(mask[0], np.tril([[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]))
+    sight = Sight(positions, segments, positions, segments)
+    np.testing.assert_array_equal(sight.mask()[0], np.tril([[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 4)))
-    y, pull = jax.vjp(lambda x: attend(x, x, x, mask), x)
+    y, pull = jax.vjp(lambda x: attend(x, x, x, sight), x)
     assert (y[0, 2:] == 0).all() and (pull(jnp.ones_like(y))[0][0, 2:] == 0).all()
     assert np.isfinite(y).all() and np.isfinite(pull(y)[0]).all()
 
