@@ -73,11 +73,17 @@ def _name(path: Path, row: int | None, definition: ModuleDef) -> str:
 
 
 def compare(
-    trainer: Trainer, steps: Iterable[Sequence[Mapping[str, np.ndarray]]], reference: Reference
+    trainer: Trainer,
+    steps: Iterable[Sequence[Mapping[str, np.ndarray]]],
+    reference: Reference,
+    *,
+    start: State | None = None,
 ) -> Iterator[StepReport]:
-    """Trains both sides from the same parameters, a step per element of `steps` (lists of microbatches)."""
+    """Trains both sides from the same parameters, a step per element of `steps` (lists of microbatches).
+
+    `start`, where the trainer's first step begins with other parameters than its initial ones, is consumed."""
     definitions = {module.name: module.definition for module in trainer.graph.modules}
-    state: State = trainer.init()
+    state: State = trainer.init() if start is None else start
     params = trainer.whole(state.params)
     reference_state = reference.init_state(params)
     for n, microbatches in enumerate(steps):

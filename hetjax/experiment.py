@@ -11,7 +11,9 @@ notebooks all start there:
     state, outcome = trainer.step(state, loader.next_step(experiment.num_microbatches))
 """
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,14 +85,31 @@ class LanguageModel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with an optimizer of its own, whose schedules begin at the phase's first step."""
+
+    steps: int
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Phase.steps={self.steps}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. How many microbatches a step has, and its groups, are settings of the run and never of a layout."""
+    """A whole run. How many microbatches a step has, and its groups, are settings of the run and never of a layout.
+
+    `steps` and `optimizer` are the one phase of an ordinary run. `phases` take their place: each begins with the
+    parameters that the one before it left, and with a fresh optimizer state.
+    """
 
     llm: LanguageModel
     data: DataConfig
     encoders: tuple[Encoder, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 1000
+    phases: tuple[Phase, ...] = ()  # one after another, in place of `steps` and `optimizer`
     num_microbatches: int = 1  # per step
     schedule: str = "1f1b"  # 1f1b or gpipe
     encoder_window: int | None = None  # microbatches that colocated encoders run ahead; None: all
@@ -108,7 +127,8 @@ class Experiment:
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "encoders", tuple(self.encoders))
+        for name in ("encoders", "phases"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         least = dict(
             steps=1,
             num_microbatches=1,
@@ -122,10 +142,29 @@ class Experiment:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
+        for name in ("steps", "optimizer"):
+            if self.phases and getattr(self, name) != getattr(Experiment, name):
+                raise ValueError(
+                    f"Experiment.{name} is set beside phases, which have their own; set Phase.{name} instead"
+                )
         check_choice("Experiment.schedule", self.schedule, ("1f1b", "gpipe"))
         check_choice("Experiment.param_dtype", self.param_dtype, ("float32", "float64"))
         if self.eval_every and self.held_out is None:
             raise ValueError(f"Experiment.eval_every={self.eval_every} without held-out data; set Experiment.held_out")
+
+    @property
+    def training(self) -> tuple[Phase, ...]:
+        """The run's phases, at least one."""
+        return self.phases or (Phase(self.steps, self.optimizer),)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The last step of each phase; that of the last one is the run's."""
+        return tuple(itertools.accumulate(phase.steps for phase in self.training))
+
+    def phase_of(self, step: int) -> int:
+        """The index of the phase that left the state of step `step`; beyond the last step the last one's."""
+        return min(bisect.bisect_left(self.ends, step), len(self.training) - 1)
 
 
 def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
@@ -174,8 +213,8 @@ def start(experiment: Experiment) -> None:
     command.use_compilation_cache(experiment.compilation_cache)
 
 
-def build(experiment: Experiment) -> Trainer:
-    """The trainer of an experiment; reads no data and compiles nothing. Raises ValueError for what cannot run."""
+def build(experiment: Experiment, phase: int = 0) -> Trainer:
+    """The trainer of one phase; reads no data and compiles nothing. Raises ValueError for what cannot run."""
     items = [e.items for e in experiment.encoders]
     shapes = abstract(experiment.data, items)
     return Trainer(
@@ -184,7 +223,8 @@ def build(experiment: Experiment) -> Trainer:
         batch={name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()},
         groups=experiment.data.groups,
         num_microbatches=experiment.num_microbatches,
-        config=experiment.optimizer,
+        config=experiment.training[phase].optimizer,
+        first_step=(0, *experiment.ends)[phase],
         schedule=experiment.schedule,
         encoder_window=experiment.encoder_window,
         seed=experiment.seed,
