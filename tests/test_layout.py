@@ -18,8 +18,9 @@ EMPTY = Part(lambda key: {}, lambda params, x, batch, axes: x, {})
 
 def module(**changes: Any) -> ModuleDef:
     base = ModuleDef(
+        num_layers=5,
         first=EMPTY,
-        layers=(EMPTY,) * 5,
+        layer=EMPTY,
         last=EMPTY,
         reads={},
         carry={},
