@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.pipeline import StageKey
+from hetjax.stacks import LAYERS
 from hetjax.stage import Stage
 from hetjax.trainer import Path as KeyPath
 from hetjax.trainer import State, Trainer, is_stacked
@@ -177,10 +178,13 @@ def _entries(key: StageKey, stage: Stage) -> list[tuple[str, jax.ShapeDtypeStruc
     for kind, tree in (("params", mine.owned(mine.params)), ("optimizer", mine.state)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if is_stacked(path):
-                for i in range(leaf.shape[0]):
-                    found.append((_name(kind, key[0], path, stage.plan.lo + i), leaf, i))
+                parts = _parts(path)
+                at = parts.index(LAYERS) + 1
+                for i, layer in enumerate(mine.layers_of(parts[at:])):
+                    name = "/".join([kind, key[0], *parts[:at], f"{layer:04d}", *parts[at:]])
+                    found.append((name, leaf, i))
             else:
-                found.append((_name(kind, key[0], path, None), leaf, None))
+                found.append(("/".join([kind, key[0], *_parts(path)]), leaf, None))
     return found
 
 
@@ -188,11 +192,8 @@ def _names_of(key: StageKey, stage: Stage) -> list[str]:
     return [name for name, _, _ in _entries(key, stage)]
 
 
-def _name(kind: str, module: str, path: KeyPath, layer: int | None) -> str:
-    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path]
-    if layer is not None:
-        parts.insert(parts.index("layers") + 1, f"{layer:04d}")
-    return "/".join([kind, module, *parts])
+def _parts(path: KeyPath) -> list[str]:
+    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path]
 
 
 def _cuts(stage: Stage) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from hetjax.reference import Reference
-from hetjax.trainer import Path, State, Trainer
+from hetjax.stacks import LAYERS, holders
+from hetjax.trainer import Path, State, Trainer, is_stacked
+from models.contract import ModuleDef
 
 Flat = Mapping[str, Mapping[Path, np.ndarray]]
 
@@ -43,7 +45,7 @@ class StepReport(NamedTuple):
         return self.loss_error <= loss and all(e <= leaves for e in worst)
 
 
-def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarray]) -> Worst:
+def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarray], definition: ModuleDef) -> Worst:
     """The largest error over the leaves of one module; layers are judged one by one."""
     if set(got) != set(reference):
         odd = sorted(jax.tree_util.keystr(p) for p in set(got) ^ set(reference))
@@ -51,27 +53,37 @@ def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarr
     whole = np.sqrt(sum(float(np.sum(np.square(r, dtype=np.float64))) for r in reference.values()))
     worst = Worst(0.0, "-")
     for path, leaf in reference.items():
-        stacked = any(getattr(k, "key", None) == "layers" for k in path)
+        stacked = is_stacked(path)
         pairs = zip(got[path], leaf, strict=True) if stacked else [(got[path], leaf)]
-        for i, (a, b) in enumerate(pairs):
+        for row, (a, b) in enumerate(pairs):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             scale = max(np.linalg.norm(b), 0.01 * whole, 1e-300)
             error = float(np.linalg.norm(a - b) / scale)
             if not error <= worst.error:  # also true for NaN
-                worst = Worst(error, _name(path, i if stacked else None))
+                worst = Worst(error, _name(path, row if stacked else None, definition))
     return worst
 
 
-def _name(path: Path, layer: int | None) -> str:
+def _name(path: Path, row: int | None, definition: ModuleDef) -> str:
     parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    return "/".join(f"{p}/{layer:04d}" if p == "layers" and layer is not None else p for p in parts)
+    if row is not None:
+        at = parts.index(LAYERS) + 1
+        parts.insert(at, f"{holders(definition, parts[at:], 0, definition.num_layers)[row]:04d}")
+    return "/".join(parts)
 
 
 def compare(
-    trainer: Trainer, steps: Iterable[Sequence[Mapping[str, np.ndarray]]], reference: Reference
+    trainer: Trainer,
+    steps: Iterable[Sequence[Mapping[str, np.ndarray]]],
+    reference: Reference,
+    *,
+    start: State | None = None,
 ) -> Iterator[StepReport]:
-    """Trains both sides from the same parameters, a step per element of `steps` (lists of microbatches)."""
-    state: State = trainer.init()
+    """Trains both sides from the same parameters, a step per element of `steps` (lists of microbatches).
+
+    `start`, where the trainer's first step begins with other parameters than its initial ones, is consumed."""
+    definitions = {module.name: module.definition for module in trainer.graph.modules}
+    state: State = trainer.init() if start is None else start
     params = trainer.whole(state.params)
     reference_state = reference.init_state(params)
     for n, microbatches in enumerate(steps):
@@ -85,8 +97,8 @@ def compare(
             n,
             float(outcome.loss),
             float(result.loss),
-            {m: worst_leaf(got[m], _leaves(result.grads[m])) for m in got},
-            {m: worst_leaf(states[m], _leaves(reference_state[m])) for m in states if states[m]},
+            {m: worst_leaf(got[m], _leaves(result.grads[m]), definitions[m]) for m in got},
+            {m: worst_leaf(states[m], _leaves(reference_state[m]), definitions[m]) for m in states if states[m]},
         )
 
 

@@ -11,7 +11,9 @@ notebooks all start there:
     state, outcome = trainer.step(state, loader.next_step(experiment.num_microbatches))
 """
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hetjax import command
-from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
-from hetjax.data.items import Reader
+from hetjax.data import DataConfig, ItemSpec, Loader, Pictures
 from hetjax.data.microbatch import abstract
 from hetjax.graph import Graph, Module, Remat, vlm
 from hetjax.layout import Layout
@@ -28,43 +29,33 @@ from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer
 
 PRECISIONS = ("bfloat16", "float32", "float64")
-SEES, HEARS = ("vision", "image", "<image>"), ("audio", "audio", "<audio>")  # name, field and placeholder of an encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """One encoder with its projector. `model` is a config such as `models.vit.ViT` or `models.whisper.Whisper`."""
+    """One encoder with its projector. `model` is a config such as `models.vit.ViT`."""
 
     model: Any
     layout: Layout = Layout()
-    name: str = ""  # "": vision, of a model that hears audio
-    field: str = ""  # key of the conversation JSON that names the files; "": image, or audio
-    placeholder: str = ""  # "": <image>, or <audio>
-    slots_per_group: int = 1  # pictures or clips that a group of samples has room for
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off; pictures alone
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by; pictures alone
-    on_long_clip: str = "truncate"  # a clip longer than the model's context: truncate or skip; sounds alone
+    name: str = "vision"
+    field: str = "image"  # key of the conversation JSON that names the pictures
+    placeholder: str = "<image>"
+    slots_per_group: int = 1  # pictures that a group of samples has room for
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by
     remat: str = "full"  # full, dots or none
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
-        kind = "a vision or audio model, such as models.vit.ViT or models.whisper.Whisper"
-        check_model(self.name or "encoder", self.model, ("image_size", "num_mels"), kind)
-        for name, default in zip(("name", "field", "placeholder"), HEARS if self.hears else SEES, strict=True):
-            object.__setattr__(self, name, getattr(self, name) or default)
+        check_model(self.name, self.model, "image_size", "a vision model, such as models.vit.ViT")
         check_choice(f"{self.name}.remat", self.remat, tuple(r.value for r in Remat))
         check_choice(f"{self.name}.compute_dtype", self.compute_dtype, PRECISIONS)
-
-    @property
-    def hears(self) -> bool:
-        """Whether its items are clips, not pictures."""
-        return hasattr(self.model, "num_mels")
 
     @property
     def items(self) -> ItemSpec:
         """What the encoder asks of the data."""
         try:
-            reader = self._reader()
+            reader = Pictures(self.model.image_size, self.model.image_size, self.mean, self.std)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return ItemSpec(
@@ -75,16 +66,6 @@ class Encoder:
             field=self.field,
             placeholder=self.placeholder,
         )
-
-    def _reader(self) -> Reader:
-        model, fields = self.model, {f.name: f for f in dataclasses.fields(self)}
-        for name in ("mean", "std") if self.hears else ("on_long_clip",):
-            if getattr(self, name) != fields[name].default:
-                kind = "clips" if self.hears else "pictures"
-                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to an encoder of {kind}; leave it out")
-        if self.hears:
-            return Sounds(model.num_mels, model.frames, model.context, model.rows_of, self.on_long_clip)
-        return Pictures(model.image_size, model.image_size, self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +79,37 @@ class LanguageModel:
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
-        check_model(self.name, self.model, ("vocab_size",), "a language model, such as models.decoder.Decoder")
+        check_model(self.name, self.model, "vocab_size", "a language model, such as models.decoder.Decoder")
         check_choice(f"{self.name}.remat", self.remat, tuple(r.value for r in Remat))
         check_choice(f"{self.name}.compute_dtype", self.compute_dtype, PRECISIONS)
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with an optimizer of its own, whose schedules begin at the phase's first step."""
+
+    steps: int
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Phase.steps={self.steps}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. How many microbatches a step has, and its groups, are settings of the run and never of a layout."""
+    """A whole run. How many microbatches a step has, and its groups, are settings of the run and never of a layout.
+
+    `steps` and `optimizer` are the one phase of an ordinary run. `phases` take their place: each begins with the
+    parameters that the one before it left, and with a fresh optimizer state.
+    """
 
     llm: LanguageModel
     data: DataConfig
     encoders: tuple[Encoder, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 1000
+    phases: tuple[Phase, ...] = ()  # one after another, in place of `steps` and `optimizer`
     num_microbatches: int = 1  # per step
     schedule: str = "1f1b"  # 1f1b or gpipe
     encoder_window: int | None = None  # microbatches that colocated encoders run ahead; None: all
@@ -129,7 +127,8 @@ class Experiment:
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "encoders", tuple(self.encoders))
+        for name in ("encoders", "phases"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         least = dict(
             steps=1,
             num_microbatches=1,
@@ -143,10 +142,29 @@ class Experiment:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
+        for name in ("steps", "optimizer"):
+            if self.phases and getattr(self, name) != getattr(Experiment, name):
+                raise ValueError(
+                    f"Experiment.{name} is set beside phases, which have their own; set Phase.{name} instead"
+                )
         check_choice("Experiment.schedule", self.schedule, ("1f1b", "gpipe"))
         check_choice("Experiment.param_dtype", self.param_dtype, ("float32", "float64"))
         if self.eval_every and self.held_out is None:
             raise ValueError(f"Experiment.eval_every={self.eval_every} without held-out data; set Experiment.held_out")
+
+    @property
+    def training(self) -> tuple[Phase, ...]:
+        """The run's phases, at least one."""
+        return self.phases or (Phase(self.steps, self.optimizer),)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The last step of each phase; that of the last one is the run's."""
+        return tuple(itertools.accumulate(phase.steps for phase in self.training))
+
+    def phase_of(self, step: int) -> int:
+        """The index of the phase that left the state of step `step`; beyond the last step the last one's."""
+        return min(bisect.bisect_left(self.ends, step), len(self.training) - 1)
 
 
 def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
@@ -155,9 +173,9 @@ def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{setting}={value!r}; it must be one of {', '.join(choices)}")
 
 
-def check_model(module: str, model: Any, fields: tuple[str, ...], kind: str) -> None:
-    """Raises ValueError unless `model` has one of the fields that tell its kind."""
-    if not any(hasattr(model, field) for field in fields):
+def check_model(module: str, model: Any, has: str, kind: str) -> None:
+    """Raises ValueError unless `model` has the field that tells its kind."""
+    if not hasattr(model, has):
         raise ValueError(f"{module}.model is a {type(model).__name__}; it must be {kind}")
 
 
@@ -195,8 +213,8 @@ def start(experiment: Experiment) -> None:
     command.use_compilation_cache(experiment.compilation_cache)
 
 
-def build(experiment: Experiment) -> Trainer:
-    """The trainer of an experiment; reads no data and compiles nothing. Raises ValueError for what cannot run."""
+def build(experiment: Experiment, phase: int = 0) -> Trainer:
+    """The trainer of one phase; reads no data and compiles nothing. Raises ValueError for what cannot run."""
     items = [e.items for e in experiment.encoders]
     shapes = abstract(experiment.data, items)
     return Trainer(
@@ -205,7 +223,8 @@ def build(experiment: Experiment) -> Trainer:
         batch={name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()},
         groups=experiment.data.groups,
         num_microbatches=experiment.num_microbatches,
-        config=experiment.optimizer,
+        config=experiment.training[phase].optimizer,
+        first_step=(0, *experiment.ends)[phase],
         schedule=experiment.schedule,
         encoder_window=experiment.encoder_window,
         seed=experiment.seed,

@@ -23,12 +23,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax import stacks
 from models.axes import Axes, Axis
 from models.contract import Dims, ModuleDef
 
 AXES = ("dp", "copies", "cp", "tp")
 DATA_AXES = ("dp", "cp")  # axes over which a parameter's gradient is summed
-LOGICAL = {"batch": "dp", "items": "dp", "seq": "cp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
+LOGICAL = {
+    "batch": "dp",
+    "items": "dp",
+    "seq": "cp",
+    "heads": "tp",
+    "kv_heads": "tp",
+    "mlp": "tp",
+    "vocab": "tp",
+    "experts": None,  # every device of a stage holds all of them
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +243,8 @@ def param_specs(definition: ModuleDef, plan: StagePlan) -> dict:
     if plan.first:
         specs["first"] = _specs(definition.first.logical)
     if plan.hi > plan.lo:
-        specs["layers"] = _specs(definition.layer.logical, stacked=True)
+        kinds = [_specs(part.logical, stacked=True) for part in definition.layers[plan.lo : plan.hi]]
+        specs[stacks.LAYERS] = stacks.join(kinds, lambda same: same[0])
     if plan.last:
         specs["last"] = _specs(definition.last.logical)
     return specs

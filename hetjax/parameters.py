@@ -9,6 +9,7 @@ one borrows a copy: it has gradients there, and neither optimizer state nor a pl
 """
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import optimizer
+from hetjax import optimizer, stacks
 from hetjax.graph import Module
 from hetjax.layout import DATA_AXES, StagePlan, param_specs, zero_spec
 from hetjax.optimizer import OptimizerConfig
+from hetjax.stacks import LAYERS
 from models.contract import Params
 
 Tree = Any
@@ -50,7 +52,7 @@ class Parameters:
         )
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.trainable)
         zero = [
-            zero_spec(a.shape, s, plan.mesh, skip=path[0].key == "layers")
+            zero_spec(a.shape, s, plan.mesh, skip=path[0].key == LAYERS)
             for (path, a), s in zip(leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)), strict=True)
         ]
         self.zero_dims = jax.tree.unflatten(tree, [-1 if dim is None else dim for _, dim in zero])
@@ -80,6 +82,10 @@ class Parameters:
         }
         return {part: leaves for part, leaves in kept.items() if leaves}
 
+    def layers_of(self, path: Sequence[str]) -> list[int]:
+        """The module's layers whose rows the stacked leaf at `path` holds; `path` begins behind "layers"."""
+        return stacks.holders(self._module.definition, path, self._plan.lo, self._plan.hi)
+
     def full_last(self, params: Params) -> Params:
         """The parameters of `last`, with the leaves that it shares with `first` where this stage has both."""
         shared = {leaf: params["first"][source] for leaf, source in self.tied.items()} if self._plan.first else {}
@@ -89,7 +95,11 @@ class Parameters:
         definition, plan = self._module.definition, self._plan
         key = jax.random.fold_in(key, zlib.crc32(self._module.name.encode()) & 0x7FFFFFFF)
         part_key = lambda n: jax.random.fold_in(key, n)
-        params: Params = {"layers": jax.vmap(definition.layer.init)(jax.vmap(part_key)(jnp.arange(plan.lo, plan.hi)))}
+        layers = definition.layers[plan.lo : plan.hi]
+        keys = jax.vmap(part_key)(jnp.arange(plan.lo, plan.hi))
+        params: Params = {
+            LAYERS: stacks.join([jax.vmap(layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(layers)])
+        }
         first = definition.first.init(part_key(FIRST_KEY)) if plan.first or self.borrowed else {}
         if plan.first:
             params["first"] = first

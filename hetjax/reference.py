@@ -45,10 +45,22 @@ def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) 
 def apply_module(definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array]) -> Tree:
     """A module from its first part to its last, layer by layer."""
     carry = definition.first.apply(params["first"], x, batch, ONE_DEVICE)
-    for i in range(definition.num_layers):
-        carry = definition.layer.apply(jax.tree.map(lambda a, i=i: a[i], params["layers"]), carry, batch, ONE_DEVICE)
+    for i, layer in enumerate(definition.layers):
+        carry = layer.apply(layer_params(definition, params["layers"], i), carry, batch, ONE_DEVICE)
     last = dict(params["last"]) | {path: params["first"][source] for path, source in definition.tied.items()}
     return definition.last.apply(last, carry, batch, ONE_DEVICE)
+
+
+def layer_params(definition: ModuleDef, stacked: Tree, i: int) -> Tree:
+    """Parameters of layer `i`. A leaf is stacked over the layers that have it."""
+
+    def own(stacked: Tree, layers: list[Tree]) -> Tree:
+        if not isinstance(stacked, Mapping):
+            return stacked[sum(layer is not None for layer in layers[:i])]
+        inside = {name: [(layer or {}).get(name) for layer in layers] for name in stacked}
+        return {name: own(value, inside[name]) for name, value in stacked.items() if inside[name][i] is not None}
+
+    return own(stacked, [layer.logical for layer in definition.layers])
 
 
 def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -21,12 +21,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import loss, optimizer, residuals
+from hetjax import loss, optimizer, residuals, stacks
 from hetjax.graph import Module, Remat
 from hetjax.layout import AXES, DATA_AXES, StagePlan, sharding, spec
 from hetjax.parameters import Parameters, shardings, spec_tree
+from hetjax.stacks import LAYERS
 from models.axes import vary, varying_axes
-from models.contract import Params
+from models.contract import Params, Part
 
 Tree = Any
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
@@ -55,6 +56,7 @@ class Stage:
         batch: Abstract,
     ) -> None:
         self.module, self.plan, self.parameters = module, plan, parameters
+        self.layers = module.definition.layers[plan.lo : plan.hi]
         self.ends_in_loss = is_sink and plan.last
         self.has_backward = bool(x_wanted) or parameters.trains
         self.x, self.x_wanted = dict(x), x_wanted
@@ -68,14 +70,21 @@ class Stage:
     # -- the model on one device ---------------------------------------------------------------------------------
 
     def _run(self, params: Params, x: Tree, batch: Mapping[str, jax.Array], end: Callable[..., Tree]) -> Tree:
-        """The carry behind the layers; for a module's last stage, what `end(last parameters, carry)` makes of it."""
+        """The carry behind the layers; for a module's last stage, what `end(last parameters, carry)` makes of it.
+
+        `params` are those of `_opened`."""
         definition, plan = self.module.definition, self.plan
         first = self._remat(lambda w, x: definition.first.apply(w, x, batch, plan.axes))
-        layer = self._remat(lambda w, c: definition.layer.apply(w, c, batch, plan.axes))
         carry = first(params["first"], x) if plan.first else x
         carry = jax.tree.map(lambda c: vary(c, DATA_AXES), carry)  # as what meets parameters is
-        carry = lax.scan(lambda c, w: (layer(w, c), None), carry, params["layers"])[0]
+        for number, (lo, _) in enumerate(stacks.runs(self.layers)):
+            carry = lax.scan(self._layer(self.layers[lo], batch), carry, params[LAYERS][number])[0]
         return self._remat(end)(self.parameters.full_last(params), carry) if plan.last else carry
+
+    def _layer(self, part: Part, batch: Mapping[str, jax.Array]) -> Callable[..., tuple[Tree, None]]:
+        """What a scan over layers of one part does with the carry and a layer's parameters."""
+        layer = self._remat(lambda w, c: part.apply(w, c, batch, self.plan.axes))
+        return lambda c, w: (layer(w, c), None)
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         """`function`, of whose inner results the backward keeps what the module's setting says."""
@@ -102,7 +111,7 @@ class Stage:
 
     def _vjp(self, params: Params, x: Tree, batch: Tree) -> tuple[Tree, Callable[..., Tree], list[jax.Array]]:
         """Outputs, VJP in (trainable parameters, wanted inputs), and the flat inputs that the VJP may refer to."""
-        trainable, frozen = self.parameters.split(_varying(params))
+        trainable, frozen = self._split(params)
         wanted = {k: v for k, v in x.items() if k in self.x_wanted}
 
         def function(trainable: Params, wanted: Tree) -> Tree:
@@ -110,6 +119,18 @@ class Stage:
 
         y, pull = jax.vjp(function, trainable, wanted)
         return y, pull, jax.tree.leaves((trainable, frozen, x, batch))
+
+    def _opened(self, params: Params) -> Params:
+        """Parameters as `_run` takes them, or some of them: varying over the data axes, layers cut into runs.
+
+        It stands outside of the VJP. Inside, each run's rows would be residuals: a copy per microbatch in flight."""
+        params = jax.tree.map(lambda p: vary(p, DATA_AXES), params)
+        return params | {LAYERS: stacks.cut(params.get(LAYERS, {}), self.layers)}
+
+    def _split(self, params: Params) -> tuple[Params, Params]:
+        """(trainable, frozen) parameters, opened."""
+        trainable, frozen = self.parameters.split(params)
+        return self._opened(trainable), self._opened(frozen)
 
     # -- what the stage reads and yields -------------------------------------------------------------------------
 
@@ -121,7 +142,7 @@ class Stage:
 
         def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
             recording = _Recording(batch)
-            self._outputs(_varying(params), dict(x), recording)
+            self._outputs(self._opened(params), dict(x), recording)
             found.update(recording.read)
             return jnp.zeros(())
 
@@ -131,7 +152,8 @@ class Stage:
     def _find_outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Abstract outputs; and, where the stage has a backward, how each residual varies over the mesh."""
         self.y_specs = {"loss": P()} if self.ends_in_loss else {k: spec(d) for k, d in self._dims.items()}
-        y = self._trace(lambda p, x, b: self._summed(self._outputs(_varying(p), dict(x), b)), self.y_specs, self.batch)
+        outputs = lambda p, x, b: self._summed(self._outputs(self._opened(p), dict(x), b))
+        y = self._trace(outputs, self.y_specs, self.batch)
         if self.has_backward:
 
             def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
@@ -157,21 +179,21 @@ class Stage:
 
     def _forward(self, params: Params, x: Tree, batch: Tree) -> tuple[Tree, list[jax.Array]]:
         if not self.has_backward:
-            return self._summed(self._outputs(_varying(params), x, batch)), []
+            return self._summed(self._outputs(self._opened(params), x, batch)), []
         y, pull, inputs = self._vjp(params, x, batch)
         return self._summed(y), residuals.take_apart(pull, inputs, AXES)[1]
 
     def _backward(
         self, params: Params, x: Tree, batch: Tree, kept: list[jax.Array], g: Tree, acc: Tree
     ) -> tuple[Tree, Tree, jax.Array]:
-        inputs = jax.tree.leaves((*self.parameters.split(_varying(params)), x, batch))
+        inputs = jax.tree.leaves((*self._split(params), x, batch))
         pull = residuals.put_together(self._recipe, inputs, kept)
         g_params, g_x = pull({"loss": vary(g["loss"], DATA_AXES)} if self.ends_in_loss else g)
-        acc = jax.tree.map(lambda total, new: total + new[None], acc, g_params)
+        acc = jax.tree.map(lambda total, new: total + new[None], acc, _closed(g_params))
         return g_x, acc, jnp.zeros((), jnp.int32)
 
     def _evaluate(self, params: Params, x: Tree, batch: Tree) -> Tree:
-        params = _varying(params)
+        params = self._opened(params)
         if not self.ends_in_loss:
             return self._outputs(params, x, batch)
 
@@ -266,8 +288,11 @@ class _Recording(dict):
         return super().__getitem__(key)
 
 
-def _varying(params: Params) -> Params:
-    return jax.tree.map(lambda p: vary(p, DATA_AXES), params)
+def _closed(opened: Params) -> Params:
+    """What `Stage._opened` cut, joined."""
+    layers = stacks.join(list(opened[LAYERS].values()))
+    rest = {part: tree for part, tree in opened.items() if part != LAYERS}
+    return rest | {LAYERS: layers} if layers else rest
 
 
 def _settle(y: jax.Array, names: frozenset[str]) -> jax.Array:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetjax import command, config, evaluate, experiment, flops, memory, metrics, optimizer
+from hetjax import command, config, evaluate, experiment, flops, memory, metrics
 from hetjax.checkpoint import CheckpointError, Checkpoints
 from hetjax.data import Loader, blank
 from hetjax.data.items import count
@@ -51,9 +51,9 @@ def main(argv: Sequence[str]) -> int:
 def train(run: Experiment, workdir: Path) -> None:
     """Trains `run` to its last step, or to SIGTERM, with everything that is written in `workdir`."""
     experiment.start(run)
-    trainer = experiment.build(run)
-    print(trainer.picture(), flush=True)
-    for name, boundary in trainer.pipeline.boundaries.items():
+    trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
+    print(trainers[0].picture(), flush=True)
+    for name, boundary in trainers[0].pipeline.boundaries.items():
         payload, wire = (n * run.num_microbatches / 2**20 for n in (boundary.payload_bytes, boundary.wire_bytes))
         print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB of them between device sets")
     with contextlib.ExitStack() as stack:
@@ -63,34 +63,39 @@ def train(run: Experiment, workdir: Path) -> None:
             stack.enter_context(held_out)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=run.keep))
         resumed = checkpoints.latest
+        first = run.phase_of(resumed or 0)
         if resumed is not None:  # whatever is wrong shows before the long part
-            loader.restore(checkpoints.check(trainer, resumed))
-        starts = initial.open_starts(trainer.graph, run.init_from) if resumed is None else {}
-        _compile(trainer, evaluates=run.held_out is not None)
-        needed = memory.estimate(trainer)
-        print(memory.table(needed), flush=True)
-        memory.check(needed, memory.available(jax.devices()))
+            loader.restore(checkpoints.check(trainers[first], resumed))
+        starts = initial.open_starts(trainers[0].graph, run.init_from) if resumed is None else {}
+        for phase, trainer in enumerate(trainers[first:], first):
+            print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
+            _compile(trainer, evaluates=run.held_out is not None)
         if resumed is None:
-            state = initial.state(trainer, starts)
+            state = initial.state(trainers[0], starts)
         else:
-            state, _ = checkpoints.restore(trainer, resumed)
+            state, _ = checkpoints.restore(trainers[first], resumed)
             print(f"resumed from {checkpoints.directory} at step {resumed}", flush=True)
         writer = stack.enter_context(
-            metrics.open_writers(workdir, num_steps=run.steps, resumed_step=resumed, tensorboard=run.tensorboard)
+            metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
         )
-        log = Log(run, trainer, loader, writer)
         stopped = stack.enter_context(_terminated())
-        while state.step < run.steps and not stopped:
-            microbatches = loader.next_step(run.num_microbatches)
-            state, outcome = trainer.step(state, microbatches)
-            log.step(state.step, microbatches, outcome)
-            if run.eval_every and state.step % run.eval_every == 0 and held_out is not None and state.step < run.steps:
-                writer.write(state.step, evaluate_on(trainer, state, held_out, run.eval_microbatches))
-                log.restart()
-            if state.step % run.save_every == 0:
-                checkpoints.save(trainer, state, loader.state())
-        log.settle()
-        checkpoints.save(trainer, state, loader.state())
+        for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
+            state = state if trainer is trainers[first] else trainer.begin(state)
+            log = Log(run, trainer, loader, writer)
+            while state.step < end and not stopped:
+                microbatches = loader.next_step(run.num_microbatches)
+                state, outcome = trainer.step(state, microbatches)
+                log.step(state.step, microbatches, outcome)
+                evaluates = run.eval_every and state.step % run.eval_every == 0 and state.step < run.ends[-1]
+                if held_out is not None and evaluates:
+                    writer.write(state.step, evaluate_on(trainer, state, held_out, run.eval_microbatches))
+                    log.restart()
+                if state.step % run.save_every == 0:
+                    checkpoints.save(trainer, state, loader.state())
+            log.settle()
+            checkpoints.save(trainer, state, loader.state())
+            if stopped:
+                break
         if stopped:
             print(
                 f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True
@@ -101,6 +106,7 @@ def train(run: Experiment, workdir: Path) -> None:
 
 
 def _compile(trainer: Trainer, *, evaluates: bool) -> None:
+    """Compiles every program, prints the memory that they need, and raises ValueError where there is less."""
     start = time.perf_counter()
     live = sys.stdout.isatty()
 
@@ -111,6 +117,9 @@ def _compile(trainer: Trainer, *, evaluates: bool) -> None:
     trainer.compile(report, evaluate=evaluates)
     clear = "\r\033[K" if live else ""
     print(f"{clear}compiled every program in {time.perf_counter() - start:.1f} s", flush=True)
+    needed = memory.estimate(trainer)
+    print(memory.table(needed), flush=True)
+    memory.check(needed, memory.available(jax.devices()))
 
 
 def evaluate_on(trainer: Trainer, state: State, held_out: Loader, microbatches: int) -> Values:
@@ -178,12 +187,12 @@ class Log:
             self._write(step, outcome)
 
     def _due(self, step: int) -> bool:
-        return step % self.run.log_every == 0 or step == self.run.steps
+        return step % self.run.log_every == 0 or step in self.run.ends
 
     def _write(self, step: int, outcome: Outcome) -> None:
         values: Values = {
             "loss": float(outcome.loss),
-            "learning_rate": optimizer.learning_rate(self.run.optimizer, step - 1),
+            "learning_rate": self.trainer.learning_rate(step),
             "gradient_norm": float(outcome.norm),
         }
         for name, squares in outcome.module_squares.items():

@@ -14,6 +14,7 @@ from hetjax.finish import Finish, Outcome
 from hetjax.graph import Graph
 from hetjax.layout import check_batch, picture
 from hetjax.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.stacks import LAYERS
 from hetjax.stage import Abstract
 
 Tree = Any
@@ -43,7 +44,8 @@ class StepGradients(NamedTuple):
 class Trainer:
     """Pipeline, end of step and optimizer of one graph under its layouts.
 
-    `batch`: abstract global microbatch (shape and dtype of each array), of `groups` groups.
+    `batch`: abstract global microbatch (shape and dtype of each array), of `groups` groups. `first_step`: where the
+    optimizer's schedules begin.
     Raises ValueError for a layout that the devices, the modules or the microbatch do not allow.
     """
 
@@ -56,12 +58,14 @@ class Trainer:
         groups: int,
         num_microbatches: int,
         config: optimizer.OptimizerConfig,
+        first_step: int = 0,
         schedule: str = "1f1b",
         encoder_window: int | None = None,
         seed: int = 0,
         param_dtype: Any = jnp.float32,
     ) -> None:
         self.graph, self.config, self.param_dtype = graph, config, param_dtype
+        self.first_step = first_step
         for module in graph.modules:
             sizes = dict(items=num_items(module.definition, batch), seq=batch["tokens"].shape[1], groups=groups)
             check_batch(module.name, module.layout, is_sink=module is graph.sink, **sizes)
@@ -104,14 +108,25 @@ class Trainer:
                 report(names[future], done, len(thunks))
 
     def init(self) -> State:
-        """Step 0. Values depend on the seed, module, part and global layer index alone, never on the layout."""
+        """The first step's state. Values depend on seed, module, part and global layer index, never on the layout."""
         stages = self.pipeline.stages
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each stage compiles its own
             params = dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
+        return self.begin(State(params, {}, {}, self.first_step))
+
+    def begin(self, state: State) -> State:
+        """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
+        jax.tree.map(lambda leaf: leaf.delete(), (state.optimizer, state.acc))
+        stages, params = self.pipeline.stages, state.params
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             states = dict(
                 zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)
             )
-        return State(params, states, self.pipeline.zeros(), 0)
+        return State(params, states, self.pipeline.zeros(), self.first_step)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate with which step `step` of the run, counted from 1, is made."""
+        return optimizer.learning_rate(self.config, step - 1 - self.first_step)
 
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
         """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
@@ -130,14 +145,13 @@ class Trainer:
 
     def update(self, state: State, done: StepGradients) -> tuple[State, Outcome]:
         """The state after the step whose gradients these are. `state` is consumed."""
-        rate = optimizer.learning_rate(self.config, state.step)
         params, states, outcome = self.finish.apply(
             state.params,
             state.optimizer,
             done.grads,
             done.losses,
             count=done.target_count,
-            learning_rate=rate,
+            learning_rate=self.learning_rate(state.step + 1),
             host=done.host,
         )
         return State(params, states, done.acc, state.step + 1), outcome
@@ -175,7 +189,7 @@ class Trainer:
 
 def is_stacked(path: Path) -> bool:
     """Whether the leaf at `path` holds all layers of a stage on its first dim."""
-    return any(isinstance(key, jax.tree_util.DictKey) and key.key == "layers" for key in path)
+    return any(isinstance(key, jax.tree_util.DictKey) and key.key == LAYERS for key in path)
 
 
 def num_items(definition: Any, batch: Abstract) -> int:

@@ -1,9 +1,4 @@
-"""Attention: who may look at whom, rotary positions, and the one place that picks a kernel.
-
-Packed rows hold several documents (segments 1, 2, ...) and padding (segment 0). Positions start again in each
-segment, so "same segment, and not later" is the whole rule, whatever the order of the tokens: a sequence that is cut
-and permuted over cp (zig-zag) needs nothing else.
-"""
+"""Attention: rotary positions, and the one place that picks a kernel. Who may look at whom is models/sight.py."""
 
 import dataclasses
 import math
@@ -11,9 +6,16 @@ import math
 import jax
 import jax.numpy as jnp
 
+from models.blockwise import blockwise
 from models.layers import wide
+from models.sight import Sight, everywhere
 
 KINDS = ("llama3", "linear")
+# Platform -> tokens in a block, and the product of queries and keys from which on attention goes in blocks. On 2 CPU
+# cores, float32, 8 heads of 64, forward and backward of 4 rows of 256 / 512 / 1024 tokens took 91 / 237 / 1949 ms
+# whole, 39 / 128 / 440 ms in blocks of 128 and 61 / 196 / 503 ms in blocks of 256 (benchmarks/attention.py); shorter
+# rows do not pay for the programs' longer compilation. A GPU wants larger products; not measured there.
+BLOCKS = {"cpu": (128, 512 * 512), "gpu": (512, 2048 * 2048)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,32 +66,46 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def causal_mask(
-    positions: jax.Array, segments: jax.Array, key_positions: jax.Array, key_segments: jax.Array, window: int | None
-) -> jax.Array:
-    """Whether a query [b, q] sees a key [b, k], as [b, q, k]: same segment, not later, less than `window` back."""
-    behind = positions[:, :, None] - key_positions[:, None, :]
-    seen = (segments[:, :, None] == key_segments[:, None, :]) & (segments[:, :, None] > 0) & (behind >= 0)
-    return seen if window is None else seen & (behind < window)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None) -> jax.Array:
     """Attention of `q` [b, q, h, d] over `k`, `v` [b, k, kv, d], h a multiple of kv, as [b, q, h, d].
 
-    `mask` [b, q, k] is True where a query sees a key (None: everywhere); a query that sees nothing yields 0. Memory
-    grows with q * k, except on GPUs in 16 bits without a mask: there cuDNN's fused kernel runs, which has no segments.
+    Without a `sight` every query sees every key. A query that sees nothing yields 0 (unless the sight is `ordered`,
+    see there). On GPUs in 16 bits cuDNN serves what it can: no sight, and an ordered one. Anything else is computed
+    whole while it is small, with memory that grows with q * k, and in blocks where it is large.
     """
-    # The backend of the process decides: a platform-dependent branch would keep the residuals of both kernels.
-    fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if fused and mask is None:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    platform = _platform()
+    narrow = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    if platform == "gpu" and narrow and (sight is None or (sight.ordered and sight.causal)):
+        return _cudnn(q, k, v, sight)
+    block, large = BLOCKS.get(platform, BLOCKS["gpu"])
+    if q.shape[1] * k.shape[1] >= large:
+        return blockwise(q, k, v, sight or everywhere(q, k), block=block)
+    return whole(q, k, v, sight)
+
+
+def _platform() -> str:
+    """That of the devices the program is for: of the mesh, which need not be of this process, or of the process."""
+    # One kernel is traced: a platform-dependent branch in the program would keep the residuals of all.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None) -> jax.Array:
+    window = None if sight is None or sight.window is None else (sight.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=sight is not None, local_window_size=window, implementation="cudnn"
+    )
+
+
+def whole(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None) -> jax.Array:
+    """`attend` with all weights [b, h, q, k] in memory at once."""
     b, s, h, d = q.shape
     grouped = q.reshape(b, s, k.shape[2], h // k.shape[2], d)
     logits = jnp.einsum("bqngd,bknd->bngqk", grouped, k, preferred_element_type=wide(q.dtype)) * d**-0.5
-    if mask is None:
+    if sight is None:
         weights = jax.nn.softmax(logits, -1)
     else:
-        mask = mask[:, None, None]
+        mask = sight.mask()[:, None, None]
         # finite, not -inf: the softmax of a query without any key is no NaN, and the outer where makes it 0
         weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), -1), 0)
     return jnp.einsum("bngqk,bknd->bqngd", weights.astype(v.dtype), v).reshape(b, s, h, d)

@@ -1,7 +1,7 @@
 """The contract between models and the trainer: a module is parts that the core can cut into pipeline stages.
 
-`first` embeds, `layer` is scanned over stacked layers, `last` heads. A stage is any range of that. Parameters are
-nested dicts of arrays; `logical` names the dims that a layout may shard. The core sees nothing else of a model.
+`first` embeds, `layers` are the middle, `last` heads. A stage is any range of that. Parameters are nested dicts of
+arrays; `logical` names the dims that a layout may shard. The core sees nothing else of a model.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Part:
     `init(key)` gives its parameters; it is pure and may be jitted or vmapped.
     `apply(params, x, batch, axes)` runs it on one device's shards:
       first: x is {edge name: array} (empty where nothing enters), returns the carry;
-      layer: x is the carry, returns the carry;
+      each of layers: x is the carry, returns the carry;
       last:  x is the carry, returns the module's output.
     `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
     """
@@ -31,8 +31,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleDef:
-    """A module as the core sees it. `layer.logical` describes ONE layer; the core stacks layers on a leading dim.
+    """A module as the core sees it.
 
+    layers: the part of each layer. Consecutive layers of the same part (the same object) are scanned over stacked
+        parameters. Parts that differ may share a path in their parameters, if what is there has the same shape.
     reads: microbatch key -> logical dims ("batch", "items", "seq" or None), for every array that `apply` reads.
     carry: carry key -> logical dims. output: logical dims of what `last` returns, by key.
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
@@ -42,9 +44,8 @@ class ModuleDef:
     flops_per_layer and the like live in hetjax/flops.py, from `config`.
     """
 
-    num_layers: int
     first: Part
-    layer: Part
+    layers: tuple[Part, ...]
     last: Part
     reads: Mapping[str, Dims]
     carry: Mapping[str, Dims]
@@ -55,3 +56,8 @@ class ModuleDef:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rows: int = 0
     width: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        """Layers between `first` and `last`."""
+        return len(self.layers)

@@ -1,7 +1,8 @@
 """The language model: a decoder of the Llama family, into which the rows of encoders are merged.
 
 Differences between the members are settings: grouped heads, biases (Qwen2), norms of queries and keys (Qwen3), a
-sliding window (Mistral), scaled rotary positions (Llama 3.1), a head tied to the embedding.
+sliding window (Mistral), scaled rotary positions (Llama 3.1), a head tied to the embedding, experts in place of MLPs
+(Mixtral, Qwen3-MoE).
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import RopeScaling, attend, causal_mask, rope_frequencies, rotate
+from models.attention import RopeScaling, attend, rope_frequencies, rotate
 from models.axes import Axes, vary_like
-from models.contract import ModuleDef
+from models.contract import ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, normal, ones, rms_norm, wide, zeros
+from models.moe import Experts, Mixture
 from models.nnx_parts import part
+from models.sight import Sight
 
 Batch = Mapping[str, jax.Array]
 Carry = dict[str, jax.Array]
@@ -41,6 +44,7 @@ class Decoder:
     attention_bias: bool = False  # biases of queries, keys and values (Qwen2)
     sliding_window: int | None = None  # tokens that a query sees, itself included; None: all before it
     tied: bool = False  # the head is the embedding
+    experts: Experts | None = None  # in place of the MLPs, of which mlp_width is the width
 
     def __post_init__(self) -> None:
         check_counts(self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
@@ -66,6 +70,8 @@ class Decoder:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Decoder.{name}={getattr(self, name)}; it must be positive")
+        if self.experts is not None:
+            self.experts.check_layers(self.num_layers)
 
     @property
     def head_features(self) -> int:
@@ -73,13 +79,22 @@ class Decoder:
         assert self.head_dim is not None
         return self.head_dim
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each layer has behind its attention: "mlp" or "moe"."""
+        dense = range(self.num_layers) if self.experts is None else self.experts.dense_layers
+        return tuple("mlp" if i in dense else "moe" for i in range(self.num_layers))
+
     def module(self, compute_dtype: Any, *, encoders: tuple[str, ...] = ()) -> ModuleDef:
         """The model as the core sees it, merging the outputs of `encoders`; activations are in `compute_dtype`."""
         reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
+        layers = {kind: self._layer(kind) for kind in set(self.kinds)}
+        hidden = {"mlp": self.mlp_width} if "mlp" in layers else {}
+        if self.experts is not None:
+            hidden["experts.width"] = self.experts.width
         return ModuleDef(
-            num_layers=self.num_layers,
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), encoders, rngs=rngs)),
-            layer=part(lambda rngs: _Layer(self, rngs=rngs)),
+            layers=tuple(layers[kind] for kind in self.kinds),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
             carry={"x": (*TOKEN_DIMS, None)},
@@ -89,7 +104,7 @@ class Decoder:
                 "tp": {
                     "heads": self.num_heads,
                     "kv_heads": self.num_kv_heads,
-                    "mlp": self.mlp_width,
+                    **hidden,
                     "vocab": self.vocab_size,
                 }
             },
@@ -97,6 +112,9 @@ class Decoder:
             tied={"head": "embed"} if self.tied else {},
             width=self.width,
         )
+
+    def _layer(self, kind: str) -> Part:
+        return part(lambda rngs: _Layer(self, kind, rngs=rngs))
 
 
 class _First(nnx.Module):
@@ -132,17 +150,22 @@ def merge(x: jax.Array, rows: jax.Array, index: jax.Array, axes: Axes) -> jax.Ar
 
 
 class _Layer(nnx.Module):
-    def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
-        self.eps = config.norm_eps
+    def __init__(self, config: Decoder, kind: str, *, rngs: nnx.Rngs) -> None:
+        self.eps, self.kind = config.norm_eps, kind
         self.attention_norm = ones((config.width,), (None,))
         self.attention = _Attention(config, rngs=rngs)
         self.mlp_norm = ones((config.width,), (None,))
-        self.mlp = GatedMlp(config.width, config.mlp_width, rngs=rngs)
+        if kind == "moe":
+            assert config.experts is not None
+            self.moe = Mixture(config.experts, config.width, rngs=rngs)
+        else:
+            self.mlp = GatedMlp(config.width, config.mlp_width, rngs=rngs)
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         x = carry["x"]
         x = x + self.attention(rms_norm(x, self.attention_norm.get_value(), self.eps), batch, axes)
-        return {"x": x + self.mlp(rms_norm(x, self.mlp_norm.get_value(), self.eps), axes)}
+        block = self.moe if self.kind == "moe" else self.mlp
+        return {"x": x + block(rms_norm(x, self.mlp_norm.get_value(), self.eps), axes)}
 
 
 class _Attention(nnx.Module):
@@ -173,8 +196,8 @@ class _Attention(nnx.Module):
         frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, wide(x.dtype))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))
-        mask = causal_mask(positions, segments, key_positions, key_segments, config.sliding_window)
-        return axes.tp.psum(dot(attend(q, k, v, mask), self.o.get_value(), contract=2))
+        sight = Sight(positions, segments, key_positions, key_segments, window=config.sliding_window)
+        return axes.tp.psum(dot(attend(q, k, v, sight), self.o.get_value(), contract=2))
 
 
 class _Last(nnx.Module):

@@ -206,7 +206,7 @@ def test_import_under_layouts_is_the_unsharded_import_bit_for_bit(
     seen = set()
     for key, stage in built.pipeline.stages.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params[key]):
-            names = initial._names(stage.parameters, stage.plan.lo, path, leaf)
+            names = initial._names(stage.parameters, path)
             arrays = source.fetch([f"{key[0]}/{name}" for name in names]).values()
             index = (slice(None),) * (leaf.ndim - (path[0].key == "layers"))
             rows = [np.asarray(a[index], np.float32) for a in arrays]

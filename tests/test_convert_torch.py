@@ -23,7 +23,7 @@ from hetjax.hf import export, initial, keys
 from hetjax.hf.stored import nested, open_source
 from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
-from hetjax.reference import apply_module, mean_loss
+from hetjax.reference import apply_module, layer_params, mean_loss
 from hetjax.trainer import State, Trainer
 from models.axes import ONE_DEVICE
 
@@ -303,9 +303,8 @@ def test_a_tower_alone_gives_the_features_of_transformers(kind: str, tmp_path: P
     params, pixels = whole(source)["vision"], batch(ROWS)["vision.pixels"]
     definition = source.models["vision"].module(jnp.float32)
     carry = definition.first.apply(params["first"], {}, {"vision.pixels": jnp.asarray(pixels)}, ONE_DEVICE)
-    for i in range(definition.num_layers):
-        layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        carry = definition.layer.apply(layer, carry, {}, ONE_DEVICE)
+    for i, layer in enumerate(definition.layers):
+        carry = layer.apply(layer_params(definition, params["layers"], i), carry, {}, ONE_DEVICE)
     with torch.no_grad():
         inputs = torch.tensor(pixels.transpose(0, 3, 1, 2).copy())
         expected = model(inputs, output_hidden_states=True).hidden_states[-1]

@@ -21,7 +21,7 @@ from hetjax.data import settings
 from hetjax.graph import Module, vlm
 from hetjax.layout import Layout
 from hetjax.reference import Reference
-from models import attention, decoder, vit, whisper
+from models import attention, decoder, moe, vit
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -30,6 +30,7 @@ SETTINGS = ROOT / "docs" / "settings.md"
 QUICKSTART = ROOT / "configs" / "quickstart.gin"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAYOUT_LINE = re.compile(r"^\w+/layout\.Layout\.\w+ = .*\n", re.MULTILINE)
+PHASE_LINE = re.compile(r"^experiment\.Experiment\.(steps|optimizer) = .*\n", re.MULTILINE)
 ENCODER_LINE = re.compile(r"^(from models import vit|vit\.ViT\..*|vision/experiment\.Encoder\.model.*)\n", re.MULTILINE)
 
 
@@ -102,6 +103,8 @@ def test_every_gin_example_builds_with_the_quickstart(
     base = QUICKSTART.read_text()
     if "layout.Layout" in block:
         base = LAYOUT_LINE.sub("", base)  # the page says that they take the place of the layouts that are there
+    if "Experiment.phases" in block:
+        base = PHASE_LINE.sub("", base)
     if "vision/experiment.Encoder.model" in block:
         base = ENCODER_LINE.sub("", base)
     if page == ENCODER.name:
@@ -115,6 +118,7 @@ def test_every_gin_example_builds_with_the_quickstart(
 
 CONFIGS = [
     experiment.Experiment,
+    experiment.Phase,
     experiment.LanguageModel,
     experiment.Encoder,
     layout.Layout,
@@ -123,8 +127,8 @@ CONFIGS = [
     settings.Template,
     decoder.Decoder,
     attention.RopeScaling,
+    moe.Experts,
     vit.ViT,
-    whisper.Whisper,
 ]
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hetjax import flops
+from hetjax import flops, stacks
 from hetjax.flops import Flops
 from hetjax.reference import apply_module
 from models.contract import ModuleDef, Params
@@ -33,7 +33,9 @@ CLIP = dataclasses.replace(SIGLIP, variant="clip", select="default", projector_w
 def parameters(definition: ModuleDef) -> Params:
     """Abstract parameters of a whole module."""
     key = jax.random.key(0)
-    layers = jax.eval_shape(lambda: jax.vmap(definition.layer.init)(jax.random.split(key, definition.num_layers)))
+    keys = jax.random.split(key, definition.num_layers)
+    runs = stacks.runs(definition.layers)
+    layers = jax.eval_shape(lambda: stacks.join([jax.vmap(definition.layers[a].init)(keys[a:b]) for a, b in runs]))
     first, last = (jax.eval_shape(part.init, key) for part in (definition.first, definition.last))
     return {"first": first, "layers": layers, "last": last}
 

@@ -18,9 +18,8 @@ EMPTY = Part(lambda key: {}, lambda params, x, batch, axes: x, {})
 
 def module(**changes: Any) -> ModuleDef:
     base = ModuleDef(
-        num_layers=5,
         first=EMPTY,
-        layer=EMPTY,
+        layers=(EMPTY,) * 5,
         last=EMPTY,
         reads={},
         carry={},

@@ -85,7 +85,7 @@ def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> Non
 
 def test_a_checkpoint_policy_sees_the_products() -> None:
     """One that keeps them keeps the hidden features [b, s, 24]; one that keeps nothing does not."""
-    layer = DECODER.module(jnp.float32).layer
+    layer = DECODER.module(jnp.float32).layers[0]
     params, batch = layer.init(jax.random.key(0)), rows_of(documents(5))
 
     def kept(policy: Any) -> list[tuple[int, ...]]:

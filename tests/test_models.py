@@ -11,20 +11,20 @@ import numpy as np
 import plain
 import pytest
 
-from models.attention import RopeScaling, attend, causal_mask
+from hetjax import stacks
+from models.attention import RopeScaling, attend
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 from models.decoder import Decoder
 from models.layers import exact_gelu
+from models.sight import Sight
 from models.vit import ViT
-from models.whisper import Whisper
 
 Tree = Any
 DECODER = Decoder(vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
 VIT = ViT(
     image_size=8, patch_size=4, width=16, num_layers=2, num_heads=4, mlp_width=24, output_width=12, projector_width=20
 )
-WHISPER = Whisper(num_mels=5, width=16, num_layers=2, num_heads=4, mlp_width=24, output_width=12, num_positions=12)
 LLAMA3 = RopeScaling("llama3", 8.0, original_length=128)  # head_dim 8: keeps one frequency, blends one, divides two
 RICH = dataclasses.replace(DECODER, qk_norm=True, attention_bias=True, rope_scaling=LLAMA3, sliding_window=5)
 SEQ = 16
@@ -33,7 +33,9 @@ SEQ = 16
 def init(definition: ModuleDef) -> Tree:
     """The module's own initial values."""
     keys = jax.random.split(jax.random.key(3), definition.num_layers)
-    layers = jax.vmap(definition.layer.init)(keys)
+    layers = stacks.join(
+        [jax.vmap(definition.layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(definition.layers)]
+    )
     first, last = definition.first.init(jax.random.key(1)), definition.last.init(jax.random.key(2))
     return {"first": first, "layers": layers, "last": last}
 
@@ -49,14 +51,15 @@ def random_params(definition: ModuleDef, seed: int = 0, dtype: Any = np.float64)
 def run(definition: ModuleDef, params: Tree, x: Tree, batch: Tree, axes: Any = ONE_DEVICE) -> Tree:
     """The module's output, its layers scanned as the trainer does."""
     carry = definition.first.apply(params["first"], x, batch, axes)
-    layer = lambda c, w: (definition.layer.apply(w, c, batch, axes), None)
-    return definition.last.apply(params["last"], jax.lax.scan(layer, carry, params["layers"])[0], batch, axes)
+    weights = stacks.cut(params["layers"], definition.layers)
+    for number, (lo, _) in enumerate(stacks.runs(definition.layers)):
+        layer = lambda c, w, part=definition.layers[lo]: (part.apply(w, c, batch, axes), None)
+        carry = jax.lax.scan(layer, carry, weights[number])[0]
+    return definition.last.apply(params["last"], carry, batch, axes)
 
 
 @functools.cache
-def compiled(
-    config: Decoder | ViT | Whisper, dtype: Any = jnp.float64, encoders: tuple[str, ...] = ()
-) -> Callable[..., Tree]:
+def compiled(config: Decoder | ViT, dtype: Any = jnp.float64, encoders: tuple[str, ...] = ()) -> Callable[..., Tree]:
     """`run` of `config`, with what it needs but parameters and data."""
     definition = config.module(dtype, encoders=encoders) if isinstance(config, Decoder) else config.module(dtype)
     return jax.jit(functools.partial(run, definition))
@@ -138,36 +141,6 @@ def test_a_vit_equals_plain_numpy(changes: dict, x64: None) -> None:
     close(got, np.stack([plain.vit_picture(config, params, p) for p in pixels.astype(np.float64)]))
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"variant": "qwen2_audio"}, {"variant": "qwen2_audio", "projector": "mlp"}], ids=str
-)
-def test_an_audio_encoder_equals_plain_numpy(changes: dict, x64: None) -> None:
-    config = dataclasses.replace(WHISPER, **changes)
-    definition = config.module(jnp.float64)
-    params = random_params(definition)
-    mel = np.random.default_rng(1).normal(size=(6, 24, 5)).astype(np.float32)
-    frames = np.array([24, 23, 22, 21, 4, 3], np.int32)
-    got = compiled(config)(params, {}, {"audio.mel": mel, "audio.frames": frames})["x"]
-    assert got.shape == (6, definition.rows, definition.width)
-    for y, clip, n in zip(got, mel.astype(np.float64), frames, strict=True):
-        close(y[: config.rows_of(int(n))], plain.whisper_clip(config, params, clip, int(n)))
-    assert [config.rows_of(int(n)) for n in frames] == ([12] * 6 if config.variant == "whisper" else [6, 6, 5, 5, 1, 1])
-
-
-def test_a_shorter_context_gives_a_clip_the_same_rows(x64: None) -> None:
-    long = dataclasses.replace(WHISPER, variant="qwen2_audio")
-    short = dataclasses.replace(long, max_frames=16)
-    params = random_params(long.module(jnp.float64))
-    mel = np.random.default_rng(1).normal(size=(4, 24, 5)).astype(np.float32)
-    frames = np.array([16, 15, 14, 3], np.int32)
-    wanted = compiled(long)(params, {}, {"audio.mel": mel, "audio.frames": frames})["x"]
-    got = compiled(short)(params, {}, {"audio.mel": mel[:, : short.frames], "audio.frames": frames})["x"]
-    assert (short.frames, got.shape[1]) == (17, 4), "the last window looks into the frame behind the context"
-    for i, n in enumerate(frames):
-        rows = short.rows_of(int(n))
-        close(got[i, :rows], wanted[i, :rows])
-
-
 def test_a_tied_head_is_the_embedding(x64: None) -> None:
     config = dataclasses.replace(DECODER, tied=True)
     definition = config.module(jnp.float64)
@@ -246,10 +219,10 @@ def test_a_window_ends_what_a_token_reaches(x64: None) -> None:
 
 def test_padding_sees_nothing_and_yields_zero(x64: None) -> None:
     segments, positions = np.array([[1, 1, 0, 0]]), np.array([[0, 1, 0, 1]])
-    mask = causal_mask(positions, segments, positions, segments, None)
-    np.testing.assert_array_equal(mask[0], np.tril([[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]))
+    sight = Sight(positions, segments, positions, segments)
+    np.testing.assert_array_equal(sight.mask()[0], np.tril([[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 4)))
-    y, pull = jax.vjp(lambda x: attend(x, x, x, mask), x)
+    y, pull = jax.vjp(lambda x: attend(x, x, x, sight), x)
     assert (y[0, 2:] == 0).all() and (pull(jnp.ones_like(y))[0][0, 2:] == 0).all()
     assert np.isfinite(y).all() and np.isfinite(pull(y)[0]).all()
 
@@ -274,14 +247,14 @@ def test_padding_is_finite_and_nobody_looks_at_it(x64: None) -> None:
 )
 def test_every_parameter_is_float32_and_its_dims_are_named(config: Decoder | ViT) -> None:
     definition = config.module(jnp.bfloat16)
-    for part in (definition.first, definition.layer, definition.last):
+    for part in (definition.first, *definition.layers, definition.last):
         shapes = jax.eval_shape(part.init, jax.random.key(0))
         named = jax.tree.map(lambda a, dims: a.dtype == jnp.float32 and len(dims) == a.ndim, shapes, part.logical)
         assert all(jax.tree.leaves(named))
 
 
 def test_initial_values_depend_on_the_key_alone() -> None:
-    layer = DECODER.module(jnp.float32).layer
+    layer = DECODER.module(jnp.float32).layers[0]
     keys = jax.random.split(jax.random.key(0), 3)
     stacked = jax.jit(jax.vmap(layer.init))(keys)
     same = functools.partial(np.testing.assert_allclose, rtol=1e-6)

@@ -7,12 +7,10 @@ layers out.
 """
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +21,7 @@ from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import DTYPES as STORED
 from hetjax.hf.folder import INDEX, SINGLE, open_file
 from hetjax.hf.keys import Parts
-from hetjax.hf.output import written
+from hetjax.hf.output import write_json, written
 from hetjax.hf.source import Extras, Source
 from hetjax.hf.stored import Workdir
 from models.decoder import Decoder
@@ -203,8 +201,3 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]
         names.append(key)
         size += tensor.num_bytes
     yield names
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file as transformers does."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

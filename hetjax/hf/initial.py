@@ -19,6 +19,7 @@ from hetjax.hf.pattern import Index
 from hetjax.hf.source import Sliceable, Source
 from hetjax.hf.stored import module_of, open_source
 from hetjax.parameters import Parameters
+from hetjax.stacks import LAYERS
 from hetjax.stage import Stage
 from hetjax.trainer import Path, State, Trainer, is_stacked
 from models.vit import ViT
@@ -82,7 +83,7 @@ def state(trainer: Trainer, starts: Mapping[str, Start]) -> State:
 
 def _filled(stage: Stage, params: Any, start: Start) -> Any:
     def fill(path: Path, abstract: jax.ShapeDtypeStruct, old: jax.Array) -> jax.Array:
-        names = [f"{start.module}/{name}" for name in _names(stage.parameters, stage.plan.lo, path, abstract)]
+        names = [f"{start.module}/{name}" for name in _names(stage.parameters, path)]
         if start.source.arrays.keys().isdisjoint(names) and PROJECTOR in names[0]:
             return old
         old.delete()
@@ -91,11 +92,11 @@ def _filled(stage: Stage, params: Any, start: Start) -> Any:
     return jax.tree_util.tree_map_with_path(fill, stage.parameters.params, params)
 
 
-def _names(parameters: Parameters, lo: int, path: Path, abstract: jax.ShapeDtypeStruct) -> list[str]:
+def _names(parameters: Parameters, path: Path) -> list[str]:
     """What the layers of a leaf, or the leaf, are called in a source."""
     parts = [key.key for key in path]
-    if parts[0] == "layers":
-        return ["/".join(["layers", f"{lo + i:04d}", *parts[1:]]) for i in range(abstract.shape[0])]
+    if parts[0] == LAYERS:
+        return ["/".join([LAYERS, f"{i:04d}", *parts[1:]]) for i in parameters.layers_of(parts[1:])]
     if tuple(parts) in parameters.borrowed:  # the last stage's copy of the tied embedding
         return [f"first/{parameters.tied[parts[1]]}"]
     return ["/".join(parts)]

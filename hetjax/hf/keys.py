@@ -6,6 +6,7 @@ transformers 5 (layout C) and state dicts in memory (B) spell some of them other
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -141,14 +142,11 @@ def shapes(model: Decoder | ViT) -> dict[str, tuple[int, ...]]:
     definition = model.module("float32")
     key = jax.random.key(0)
     found: dict[str, tuple[int, ...]] = {}
-    for part, count in (("first", 0), ("layers", definition.num_layers), ("last", 0)):
-        init = definition.layer.init if part == "layers" else getattr(definition, part).init
-        for path, leaf in flat(jax.eval_shape(init, key)):
-            if part == "last" and path in definition.tied:
-                continue
-            names = [f"{part}/{i:04d}/{path}" for i in range(count)] if count else [f"{part}/{path}"]
-            found |= dict.fromkeys(names, tuple(leaf.shape))
-    return found
+    kept = functools.cache(lambda init: list(flat(jax.eval_shape(init, key))))
+    layers = {f"layers/{i:04d}": part for i, part in enumerate(definition.layers)}
+    for name, part in {"first": definition.first, **layers, "last": definition.last}.items():
+        found |= {f"{name}/{path}": tuple(leaf.shape) for path, leaf in kept(part.init)}
+    return {name: shape for name, shape in found.items() if name.removeprefix("last/") not in definition.tied}
 
 
 def flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

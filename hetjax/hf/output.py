@@ -1,11 +1,13 @@
 """Directories and files that are there whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from hetjax.hf.errors import ConvertError
 
@@ -31,3 +33,8 @@ def written(out: str | Path) -> Iterator[Path]:
         raise ConvertError(f"--out={out} cannot be written: {error}; is the disk full?") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file as transformers does."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

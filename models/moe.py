@@ -1,0 +1,128 @@
+"""A mixture of experts: each token goes to the few of many small MLPs that a router picks for it.
+
+Routing is that of Mixtral (arXiv:2401.04088) and Qwen3-MoE: logits in at least float32, a softmax over all experts,
+the largest `per_token` of them, renormalised or not. No expert has a capacity, so no token is dropped: tokens are
+sorted by expert, and a grouped matrix product takes each expert's rows, however many they are.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from models.axes import Axes, vary_like
+from models.layers import check_counts, dot, normal, wide
+
+Kept = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Sizes of the mixtures of experts that take the place of a decoder's MLPs."""
+
+    count: int  # of experts
+    per_token: int  # experts that a token goes to
+    width: int  # hidden features of an expert
+    renormalise: bool = True  # the weights of a token's experts add up to 1
+    dense_layers: tuple[int, ...] = ()  # layers, counted from 0, that keep their MLP
+
+    def __post_init__(self) -> None:
+        check_counts(self, "count", "per_token", "width")
+        if self.per_token > self.count:
+            raise ValueError(
+                f"Experts.per_token={self.per_token} is more than count={self.count}; a token goes to an expert once"
+            )
+        object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError unless `dense_layers` are some, and not all, of a decoder's layers."""
+        for layer in self.dense_layers:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_layers:
+                raise ValueError(
+                    f"Experts.dense_layers names layer {layer!r}; with Decoder.num_layers={num_layers} they are 0 to "
+                    f"{num_layers - 1}"
+                )
+        if len(self.dense_layers) == num_layers:
+            raise ValueError(
+                f"Experts.dense_layers names all {num_layers} layers, so none has experts; leave one out, or set "
+                "Decoder.experts to None"
+            )
+
+
+class Mixture(nnx.Module):
+    """SwiGLU experts behind a router; each expert's hidden features are cut over tp."""
+
+    def __init__(self, config: Experts, width: int, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        e, d, f = config.count, width, config.width
+        self.router = normal(rngs, (d, e), (None, None), d**-0.5)
+        self.gate = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5)
+        self.up = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5)
+        self.down = normal(rngs, (e, f, d), ("experts", "mlp", None), f**-0.5)
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, chosen = route(tokens, self.router.get_value(), self.config)
+        gate, up, down = (w.get_value() for w in (self.gate, self.up, self.down))
+        tokens = vary_like(tokens, gate)  # here: one all-reduce of the gradient over tp, of tokens and not of copies
+        order = jnp.argsort(chosen.reshape(-1)).astype(jnp.int32)
+        inverse = jnp.argsort(order).astype(jnp.int32)
+        sizes = jnp.sum(jax.nn.one_hot(chosen.reshape(-1), self.config.count, dtype=jnp.int32), 0, dtype=jnp.int32)
+        copies = jnp.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[1])).reshape(-1, tokens.shape[1])
+        rows = permute(copies, order, inverse)
+        hidden = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
+        y = permute(grouped_dot(hidden, down, sizes), inverse, order).reshape(*chosen.shape, -1)
+        y = jnp.sum(y.astype(weights.dtype) * weights[..., None], 1).astype(x.dtype)
+        return axes.tp.psum(y).reshape(x.shape)
+
+
+def route(tokens: jax.Array, router: jax.Array, config: Experts) -> tuple[jax.Array, jax.Array]:
+    """(weights, experts) of the experts of each of `tokens` [n, d], as [n, per_token]; the largest weight first."""
+    logits = dot(tokens, router, dtype=wide(tokens.dtype))
+    weights, chosen = lax.top_k(jax.nn.softmax(logits, -1), config.per_token)
+    return weights / jnp.sum(weights, -1, keepdims=True) if config.renormalise else weights, chosen
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Rows of `x` in this order. Its gradient is a gather too: autodiff's scatter would add rows one by one."""
+    return x[order]
+
+
+permute.defvjp(
+    lambda x, order, inverse: (x[order], inverse),
+    lambda inverse, g: (g[inverse], None, None),
+)
+
+
+def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`x` [n, a] times `w` [g, a, b], the first `sizes[0]` rows with `w[0]`, the next `sizes[1]` with `w[1]`, ...
+
+    `sizes` [g] add up to n. Precision is that of `models.layers.dot`: the gradient of `w` leaves in that of `w`.
+    """
+    return _grouped_dot(vary_like(x, w), vary_like(w, x), sizes)
+
+
+def _product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x, w.astype(x.dtype), sizes, preferred_element_type=x.dtype)
+
+
+def _grouped_forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Kept]:
+    # not through `_grouped_dot`: a checkpoint policy that keeps products would not see this one
+    return _product(x, w, sizes), (x, w, sizes)
+
+
+def _grouped_backward(kept: Kept, g: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    x, w, sizes = kept
+    g = g.astype(x.dtype)
+    per_group = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    precise = wide(jnp.promote_types(x.dtype, w.dtype))
+    g_w = lax.ragged_dot_general(x, g, sizes, per_group, preferred_element_type=precise)
+    return _product(g, w.swapaxes(1, 2), sizes), g_w.astype(w.dtype), None
+
+
+_grouped_dot = jax.custom_vjp(_product)
+_grouped_dot.defvjp(_grouped_forward, _grouped_backward)
