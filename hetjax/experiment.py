@@ -43,6 +43,7 @@ class Encoder:
     slots_per_group: int = 1  # pictures that a group of samples has room for
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by
+    shortest_edge: int | None = None  # pixels of the shorter side when the middle is cut out; None: nothing is cut off
     remat: str = "full"  # full, dots or none
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
@@ -55,7 +56,7 @@ class Encoder:
     def items(self) -> ItemSpec:
         """What the encoder asks of the data."""
         try:
-            reader = Pictures(self.model.image_size, self.model.image_size, self.mean, self.std)
+            reader = Pictures(self.model.image_size, self.model.image_size, self.mean, self.std, self.shortest_edge)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return ItemSpec(

@@ -66,7 +66,8 @@ def train(run: Experiment, workdir: Path) -> None:
         first = run.phase_of(resumed or 0)
         if resumed is not None:  # whatever is wrong shows before the long part
             loader.restore(checkpoints.check(trainers[first], resumed))
-        starts = initial.open_starts(trainers[0].graph, run.init_from) if resumed is None else {}
+        readers = {e.name: e.items.reader for e in run.encoders}
+        starts = initial.open_starts(trainers[0].graph, run.init_from, readers) if resumed is None else {}
         for phase, trainer in enumerate(trainers[first:], first):
             print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
             _compile(trainer, evaluates=run.held_out is not None)

@@ -1,4 +1,8 @@
-"""Reads pictures into normalised pixels, or says why it cannot."""
+"""Reads pictures into normalised pixels, or says why it cannot.
+
+Pixels are those of transformers' SiglipImageProcessor (resized to a square) and CLIPImageProcessor (the shorter side
+resized, the middle cut out) behind its `load_image`, bit for bit: the same steps in the same order and precision.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hetjax.data.conversations import SampleError
 from hetjax.data.items import Abstract, Values
@@ -22,13 +26,15 @@ class Pictures:
     width: int  # pixels
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by
+    shortest_edge: int | None = None  # pixels of the shorter side when the middle is cut out; None: nothing is cut off
     noun: ClassVar[str] = "picture"
     rate: ClassVar[str] = "images_per_second"
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
+        for name in ("height", "width", "shortest_edge"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; it must be at least 1")
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != 3:
@@ -47,7 +53,7 @@ class Pictures:
         return {"pixels": 0.0}
 
     def read(self, path: Path) -> tuple[Values, None]:
-        """The pixels: RGB, resized (bicubic), in 0..1, less the mean, divided by std.
+        """The pixels: upright, RGB without transparency, resized (bicubic), in 0..1, less the mean, divided by std.
 
         Raises SampleError with the path and the reason.
         """
@@ -60,13 +66,29 @@ class Pictures:
                     raise ValueError(f"its mode {image.mode} has more than 8 bits a channel; convert it to 8")
                 if "transparency" in image.info:
                     colours = image.convert("RGBA")  # straight to RGB warns; the colours are the same
-                rgb = colours.convert("RGB").resize((self.width, self.height), Image.Resampling.BICUBIC)
+                rgb = self._fitted(ImageOps.exif_transpose(colours).convert("RGB"))
         except FileNotFoundError as error:
             raise SampleError(str(path), "there is no such file") from error
         except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error...
             raise SampleError(str(path), f"cannot be read as a picture: {error}") from error
-        pixels = np.asarray(rgb, np.float32) / np.float32(255)
+        pixels = (np.asarray(rgb, np.float64) * (1 / 255)).astype(np.float32)
         return {"pixels": (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)}, None
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """The picture, or its middle, in height x width; black where the resized one is smaller than that."""
+        if self.shortest_edge is None:
+            return image.resize((self.width, self.height), Image.Resampling.BICUBIC)
+        longest_edge = int(self.shortest_edge * max(image.size) / min(image.size))
+        if self.shortest_edge * longest_edge > MAX_PIXELS:
+            resized = f"{self.shortest_edge} x {longest_edge}"
+            raise ValueError(
+                f"{image.width} x {image.height} pixels become {resized}, which are more than {MAX_PIXELS}"
+            )
+        upright = image.width <= image.height
+        size = (self.shortest_edge, longest_edge) if upright else (longest_edge, self.shortest_edge)
+        left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+        box = (left, top, left + self.width, top + self.height)
+        return image.resize(size, Image.Resampling.BICUBIC).crop(box)
 
     def to_rgb(self, values: Values) -> np.ndarray:
         """uint8 [height, width, 3], as the encoder's picture looks."""

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hetjax.data import Pictures
+from hetjax.data.items import Reader
 from hetjax.graph import Graph
+from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import OF_PROJECTOR
 from hetjax.hf.pattern import Index
@@ -34,8 +37,14 @@ class Start(NamedTuple):
     module: str  # the name that the module has there
 
 
-def open_starts(graph: Graph, init_from: Mapping[str, str]) -> dict[str, Start]:
-    """The sources of the modules in `init_from`. Reads no values. Raises ConvertError if one is of another model."""
+def open_starts(
+    graph: Graph, init_from: Mapping[str, str], readers: Mapping[str, Reader] | None = None
+) -> dict[str, Start]:
+    """The sources of the modules in `init_from`. Reads no values.
+
+    Raises ConvertError if one is of another model, or came with a processor that sees pictures in another way than the
+    module's reader in `readers`.
+    """
     starts = {}
     for name, path in init_from.items():
         names = [m.name for m in graph.modules]
@@ -47,6 +56,9 @@ def open_starts(graph: Graph, init_from: Mapping[str, str]) -> dict[str, Start]:
         except ConvertError as error:
             raise ConvertError(f"Experiment.init_from: {name}: {error}") from error
         _check_same(name, model, start)
+        reader = (readers or {}).get(name)
+        if isinstance(reader, Pictures):
+            pictures.check(name, reader, source.extras[start.module].files)
     return starts
 
 

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
 
-PICTURES = ("preprocessor_config.json", "processor_config.json")
+PICTURES = (pictures.FILE, pictures.NESTED)
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-BICUBIC = 3  # PIL's number
 
 
 class Beside(NamedTuple):
@@ -57,7 +57,7 @@ def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
             "eos_token": run.data.template.end_token,
             "clean_up_tokenization_spaces": False,
         }
-    if parts.whole and not all(name in came for name in PICTURES):
+    if parts.whole and not (all(name in came for name in PICTURES) and _reads_as(run.encoders[0].items.reader, came)):
         came = {n: p for n, p in came.items() if n not in PICTURES}
         made |= _pictures(source, parts)
     return Beside(came, made, image_token)
@@ -91,25 +91,20 @@ def _add_token(tokenizer: dict[str, Any], text: str, vocab_size: int) -> int:
     return new
 
 
+def _reads_as(reader: Any, files: Mapping[str, Path]) -> bool:
+    try:
+        return pictures.read(files) == reader
+    except ConvertError:
+        return False
+
+
 def _pictures(source: Workdir, parts: Parts) -> dict[str, Any]:
     """Picture and prompt processing as the loader does it."""
     encoder, vit = source.run.encoders[0], parts.vision
     assert vit is not None
     return {
-        "preprocessor_config.json": {
-            "image_processor_type": "SiglipImageProcessor",  # resizes to a square and crops nothing, as the loader does
-            "do_resize": True,
-            "size": {"height": vit.image_size, "width": vit.image_size},
-            "resample": BICUBIC,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(encoder.mean),
-            "image_std": list(encoder.std),
-            "do_convert_rgb": True,
-            "processor_class": "LlavaProcessor",
-        },
-        "processor_config.json": {
+        pictures.FILE: pictures.write(encoder.items.reader),
+        pictures.NESTED: {
             "processor_class": "LlavaProcessor",
             "image_token": encoder.placeholder,
             "patch_size": vit.patch_size,

@@ -1,0 +1,106 @@
+"""Between preprocessor_config.json and how a run reads pictures. What our reader cannot do is refused by field.
+
+Fields that are absent have the defaults of transformers' processor classes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hetjax.data import Pictures
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.source import read_json
+
+FILE, NESTED = "preprocessor_config.json", "processor_config.json"  # transformers 5 nests the one in the other
+BICUBIC = 3  # PIL's number
+CLIP, SIGLIP = "CLIPImageProcessor", "SiglipImageProcessor"
+ALL = dict(do_resize=True, resample=BICUBIC, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    CLIP: ALL
+    | dict(
+        size={"shortest_edge": 224},
+        do_center_crop=True,
+        crop_size={"height": 224, "width": 224},
+        image_mean=(0.48145466, 0.4578275, 0.40821073),
+        image_std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    SIGLIP: ALL
+    | dict(
+        size={"height": 224, "width": 224},
+        do_center_crop=False,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+    ),
+}
+ONLY = dict(do_resize=True, resample=BICUBIC, do_rescale=True, rescale_factor=1 / 255, do_pad=False)
+SETTINGS = dict(height="image_size", width="image_size", mean="mean", std="std", shortest_edge="shortest_edge")
+
+
+def read(files: Mapping[str, Path]) -> Pictures | None:
+    """The reader that a folder's processor files describe, None where they tell of no pictures. Raises ConvertError."""
+    where, config = _find(files)
+    if config is None:
+        return None
+    kind = config.get("image_processor_type", config.get("feature_extractor_type", ""))
+    name = kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if name not in DEFAULTS:
+        raise _refused(where, "image_processor_type", kind, f"pictures are read as {' and '.join(DEFAULTS)} do")
+    c = DEFAULTS[name] | {k: v for k, v in config.items() if v is not None}
+    for field, value in ONLY.items():
+        if c.get(field, value) != value:
+            raise _refused(where, field, c[field], f"pictures are read with {value!r}")
+    normal = (c["image_mean"], c["image_std"]) if c["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
+    mean, std = (tuple(v) if isinstance(v, list | tuple) else (v,) * 3 for v in normal)
+    size = c["size"] if isinstance(c["size"], Mapping) else {"shortest_edge": c["size"]}
+    edge = size.get("shortest_edge")
+    if not c["do_center_crop"]:
+        if edge is not None or not {"height", "width"} <= size.keys():
+            raise _refused(where, "size", c["size"], "without a crop pictures must have one height and width")
+        return Pictures(size["height"], size["width"], mean, std)
+    crop = c["crop_size"] if isinstance(c["crop_size"], Mapping) else dict.fromkeys(("height", "width"), c["crop_size"])
+    if edge is None and (size.get("height"), size.get("width")) != (crop["height"], crop["width"]):
+        raise _refused(where, "size", c["size"], f"crop_size={crop} cuts something else than the middle of a picture")
+    return Pictures(crop["height"], crop["width"], mean, std, edge)
+
+
+def _find(files: Mapping[str, Path]) -> tuple[str, Mapping[str, Any] | None]:
+    if FILE in files:
+        return str(files[FILE]), read_json(files[FILE])
+    nested = read_json(files[NESTED]).get("image_processor") if NESTED in files else None
+    return str(files.get(NESTED)), nested
+
+
+def _refused(where: str, field: str, value: object, why: str) -> ConvertError:
+    return ConvertError(f"{where}: {field}={value!r}: {why}; remove the file to train with the run's own settings")
+
+
+def check(encoder: str, ours: Pictures, files: Mapping[str, Path]) -> None:
+    """Raises ConvertError, with what to set, unless `encoder` sees pictures as the model did that came with `files`."""
+    theirs = read(files)
+    if theirs is None or theirs == ours:
+        return
+    differing = [f for f in SETTINGS if getattr(ours, f) != getattr(theirs, f)]
+    told = ", ".join(f"{SETTINGS[f]}={getattr(theirs, f)!r} (the run has {getattr(ours, f)!r})" for f in differing)
+    raise ConvertError(
+        f"{encoder}: {_find(files)[0]}, which came with the parameters in Experiment.init_from, says {told}; set the "
+        "encoder to that, or remove the file to show the model other pictures than it knows"
+    )
+
+
+def write(reader: Pictures) -> dict[str, Any]:
+    """preprocessor_config.json for `reader`."""
+    square = {"height": reader.height, "width": reader.width}
+    crop = {"size": {"shortest_edge": reader.shortest_edge}, "do_center_crop": True, "crop_size": square}
+    return {
+        "image_processor_type": SIGLIP if reader.shortest_edge is None else CLIP,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        **({"size": square} if reader.shortest_edge is None else crop),
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(reader.mean),
+        "image_std": list(reader.std),
+        "processor_class": "LlavaProcessor",
+    }

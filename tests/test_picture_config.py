@@ -1,0 +1,59 @@
+"""A folder's picture processor that a run does not follow, or that nobody here can, is told by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf_folders
+import pytest
+import runs
+from hf_folders import vision
+
+from hetjax import train
+from hetjax.hf import pictures
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.stored import open_source
+
+SIGLIP = dict(image_processor_type="SiglipImageProcessor", size=dict(height=8, width=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"image_processor_type": "ViTImageProcessor"},
+            "image_processor_type='ViTImageProcessor': pictures are read as",
+        ),
+        ({"resample": 2}, "resample=2: pictures are read with 3"),
+        ({"do_resize": False}, "do_resize=False: pictures are read with True"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0: pictures are read with 0.0039"),
+        ({"do_pad": True}, "do_pad=True: pictures are read with False; remove the file to train"),
+        ({"size": {"shortest_edge": 8}}, "size={'shortest_edge': 8}: without a crop pictures must have one height"),
+        ({"size": {"longest_edge": 8}}, "size={'longest_edge': 8}: without a crop"),
+        (
+            {"do_center_crop": True, "crop_size": 6},
+            "size={'height': 8, 'width': 8}: crop_size={'height': 6, 'width': 6} cuts something else",
+        ),
+    ],
+    ids=str,
+)
+def test_what_no_reader_does_is_refused_by_field(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / pictures.FILE
+    path.write_text(json.dumps(SIGLIP | changes))
+    with pytest.raises(ConvertError) as caught:
+        pictures.read({pictures.FILE: path})
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_a_run_that_shows_other_pictures_than_its_folder_knows_does_not_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    gin = runs.write(tmp_path)
+    folder = hf_folders.write(tmp_path / "hf", vision("siglip"))
+    (folder / pictures.FILE).write_text(json.dumps(SIGLIP | {"image_mean": [0.4, 0.5, 0.6]}))
+    model = open_source(folder).models["vision"]
+    changes = {f"vit.ViT.{f}": v for f, v in vars(model).items() if v is not None and f != "output_width"}
+    start = runs.settings(steps=1, init_from={"vision": str(folder)})
+    capsys.readouterr()
+    assert train.main(runs.arguments(gin, tmp_path / "run", changes | start)) == 2
+    assert "says mean=(0.4, 0.5, 0.6) (the run has (0.5, 0.5, 0.5)); set the encoder to that" in capsys.readouterr().err
