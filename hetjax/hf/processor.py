@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hetjax.data import Pictures
 from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import Parts
@@ -101,9 +102,10 @@ def _reads_as(reader: Any, files: Mapping[str, Path]) -> bool:
 def _pictures(source: Workdir, parts: Parts) -> dict[str, Any]:
     """Picture and prompt processing as the loader does it."""
     encoder, vit = source.run.encoders[0], parts.vision
-    assert vit is not None
+    reader = encoder.items.reader
+    assert vit is not None and isinstance(reader, Pictures)
     return {
-        pictures.FILE: pictures.write(encoder.items.reader),
+        pictures.FILE: pictures.write(reader),
         pictures.NESTED: {
             "processor_class": "LlavaProcessor",
             "image_token": encoder.placeholder,
