@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 Shapes = dict[str, tuple[int, ...]]
 VOCAB, IMAGE_TOKEN = 48, 47
 TEXT_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+TEXT_CLASSES |= {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
 VISION_CLASSES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 
 
@@ -37,8 +38,12 @@ def text(kind: str, **changes: Any) -> dict[str, Any]:
         eos_token_id=2,
         pad_token_id=None,
     )
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral"):
         sizes["sliding_window"] = None
+    if kind == "mixtral":
+        sizes |= dict(num_local_experts=5, num_experts_per_tok=2)
+    if kind == "qwen3_moe":
+        sizes |= dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, norm_topk_prob=False)
     return sizes | changes
 
 
@@ -77,7 +82,7 @@ def llava(language: dict[str, Any], tower: dict[str, Any], **changes: Any) -> di
 
 def text_shapes(config: Mapping[str, Any], prefix: str = "") -> Shapes:
     """Key -> shape of a decoder's tensors."""
-    d, f, n = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    d, n = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * n, config["num_key_value_heads"] * n
     found: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
     if not config["tie_word_embeddings"]:
@@ -85,14 +90,35 @@ def text_shapes(config: Mapping[str, Any], prefix: str = "") -> Shapes:
     layer: Shapes = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
     layer |= {"self_attn.q_proj.weight": (q, d), "self_attn.o_proj.weight": (d, q)}
     layer |= {f"self_attn.{x}_proj.weight": (kv, d) for x in "kv"}
-    layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
     if config["model_type"] == "qwen2":
         layer |= {f"self_attn.{x}_proj.bias": (q if x == "q" else kv,) for x in "qkv"}
-    if config["model_type"] == "qwen3":
+    if config["model_type"] in ("qwen3", "qwen3_moe"):
         layer |= {f"self_attn.{x}_norm.weight": (n,) for x in "qk"}
     for i in range(config["num_hidden_layers"]):
-        found |= {f"model.layers.{i}.{key}": shape for key, shape in layer.items()}
+        found |= {f"model.layers.{i}.{key}": shape for key, shape in (layer | _behind_attention(config, i)).items()}
     return {prefix + key: shape for key, shape in found.items()}
+
+
+def _behind_attention(config: Mapping[str, Any], layer: int) -> Shapes:
+    d, f = config["hidden_size"], config["intermediate_size"]
+    three = lambda stem, f, gate, up, down: {
+        f"{stem}.{gate}.weight": (f, d),
+        f"{stem}.{up}.weight": (f, d),
+        f"{stem}.{down}.weight": (d, f),
+    }
+    if config["model_type"] == "mixtral":
+        found: Shapes = {"block_sparse_moe.gate.weight": (config["num_local_experts"], d)}
+        for e in range(config["num_local_experts"]):
+            found |= three(f"block_sparse_moe.experts.{e}", f, "w1", "w3", "w2")
+        return found
+    dense = layer in config.get("mlp_only_layers", ()) or (layer + 1) % config.get("decoder_sparse_step", 1)
+    names = ("gate_proj", "up_proj", "down_proj")
+    if config["model_type"] != "qwen3_moe" or dense:
+        return three("mlp", f, *names)
+    found = {"mlp.gate.weight": (config["num_experts"], d)}
+    for e in range(config["num_experts"]):
+        found |= three(f"mlp.experts.{e}", config["moe_intermediate_size"], *names)
+    return found
 
 
 def vision_shapes(config: Mapping[str, Any], prefix: str = "vision_model.") -> Shapes:

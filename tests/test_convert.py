@@ -1,6 +1,7 @@
 """Hugging Face folders come in and go out with the same bytes; under any layout; what is broken is refused by name."""
 
 import json
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 
 TIED = dict(tie_word_embeddings=True)
@@ -35,6 +37,11 @@ FAMILIES = {
     "mistral": (text("mistral", sliding_window=7), np.float16),
     "qwen2": (text("qwen2"), BF16),
     "qwen3": (text("qwen3"), np.float32),
+    "mixtral": (text("mixtral", sliding_window=5), BF16),
+    "qwen3_moe, dense layers, tied": (
+        text("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=True, **TIED),
+        np.float32,
+    ),
     "clip": (vision("clip"), np.float32),
     "siglip": (vision("siglip"), np.float32),
     "clip + llama": (llava(text("llama"), vision("clip")), np.float32),
@@ -46,6 +53,7 @@ FAMILIES = {
         BF16,
     ),
     "siglip + qwen3": (llava(text("qwen3"), vision("siglip")), BF16),
+    "siglip + qwen3_moe": (llava(text("qwen3_moe", decoder_sparse_step=2), vision("siglip")), np.float16),
 }
 CLIP_LLAMA = FAMILIES["clip + llama"][0]
 
@@ -156,6 +164,37 @@ def test_fields_left_out_have_their_family_s_value() -> None:
     assert qwen3 is not None and (qwen3.head_dim, qwen3.sliding_window, qwen3.vocab_size) == (128, None, 151936)
     llava_15 = read_config.read({"model_type": "llava"}, "").vision
     assert llava_15 == ViT(336, 14, 1024, 24, 16, 4096, 4096, "clip", None, -2, "default")
+
+
+def test_the_number_of_experts_is_read_in_either_spelling_and_written_in_the_one_that_both_versions_read() -> None:
+    old = text("qwen3_moe", mlp_only_layers=[0])
+    new = {k: v for k, v in old.items() if k != "num_experts"} | {"num_local_experts": old["num_experts"]}
+    parts = read_config.read(new, "new")
+    assert parts == read_config.read(old, "old")
+    assert parts.llm is not None and parts.llm.experts == Experts(6, 3, 12, renormalise=False, dense_layers=(0,))
+    for source in ({}, {"llm": new}):
+        assert write_config.write(parts, dtype="float32", sources=source)["num_experts"] == old["num_experts"]
+    mixtral = read_config.read(dict(model_type="mixtral"), "").llm
+    assert mixtral is not None and mixtral.experts == Experts(8, 2, 14336) and mixtral.sliding_window is None
+
+
+def test_a_qwen3_moe_whose_layers_are_all_dense_is_a_qwen3() -> None:
+    dense = read_config.read(text("qwen3_moe", mlp_only_layers=[0, 1]), "").llm
+    assert dense == read_config.read(text("qwen3"), "").llm
+
+
+@pytest.mark.parametrize(
+    ("experts", "changes", "setting"),
+    [
+        (Experts(4, 2, 8, renormalise=False), {}, "Experts.renormalise=False"),
+        (Experts(4, 2, 8, dense_layers=(0,)), {}, "Experts.dense_layers=(0,)"),
+        (Experts(4, 2, 8), {"attention_bias": True}, "Decoder.attention_bias=True"),
+    ],
+)
+def test_experts_that_no_family_has_are_not_exported(experts: Experts, changes: dict, setting: str) -> None:
+    model = Decoder(48, 32, 2, 4, 2, 40, experts=experts, **changes)
+    with pytest.raises(ValueError, match=re.escape(f"{setting} beside experts, without Decoder.qk_norm")):
+        write_config.write(keys.Parts(model), dtype="float32")
 
 
 def test_a_tower_trained_here_is_exported_to_the_layer_that_is_read(tmp_path: Path) -> None:

@@ -35,12 +35,20 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn': only 'default'"),
     ({"num_attention_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads=2"),
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1), "layer_types=['full_"),
+    (dict(model_type="mixtral", router_jitter_noise=0.1), "router_jitter_noise=0.1: only 0 is computed"),
+    (dict(model_type="mixtral", num_experts_per_tok=9), "Experts.per_token=9 is more than count=8"),
+    (
+        dict(model_type="qwen3_moe", num_experts=4, num_local_experts=8),
+        "num_local_experts=8 and num_experts=4 contradict each other",
+    ),
+    (dict(model_type="qwen3_moe", shared_expert_intermediate_size=8), "shared_expert_intermediate_size=8: only 0"),
+    (dict(model_type="qwen3_moe", decoder_sparse_step=0), "decoder_sparse_step=0: it must be at least 1"),
 ]
 REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
     ({"vision_feature_layer": [-2, -5]}, "feature_layer=[-2, -5]; it must be a number from -4 to 3"),
     ({"vision_feature_layer": "last"}, "feature_layer='last'; it must be a number from -4 to 3"),
     ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu': only the exact 'gelu'"),
-    ({"text_config": {"model_type": "mixtral"}}, "text_config.model_type='mixtral': not supported"),
+    ({"text_config": {"model_type": "qwen2_moe"}}, "text_config.model_type='qwen2_moe': not supported"),
     ({"vision_feature_select_strategy": "patch"}, "select='patch'; it must be one of full, default"),
     ({"vision_config": vision("clip", hidden_act="gelu")}, "vision_config: hidden_act='gelu': only 'quick_gelu'"),
     ({"vision_config": vision("clip", image_size=[8, 4])}, "image_size=[8, 4]: pictures and patches must be square"),

@@ -17,7 +17,7 @@ import runs
 from hf_folders import IMAGE_TOKEN, llava, text, vision
 from PIL import Image
 
-from hetjax import convert, train
+from hetjax import convert, stacks, train
 from hetjax.graph import Graph, Module, vlm
 from hetjax.hf import export, initial, keys
 from hetjax.hf.stored import nested, open_source
@@ -45,6 +45,14 @@ CASES = {
     "qwen2, tied": text("qwen2", **TIED),
     "qwen2 with a window": text("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=0),
     "qwen3": text("qwen3", head_dim=10, rope_theta=1e6),
+    "mixtral": text("mixtral"),
+    "mixtral, one kv head, a window, tied": text("mixtral", num_key_value_heads=1, sliding_window=3, **TIED),
+    "qwen3_moe": text("qwen3_moe", norm_topk_prob=True, head_dim=10),
+    "qwen3_moe, dense layers": text("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1, 2], **TIED),
+    "clip + mixtral": llava(text("mixtral"), vision("clip")),
+    "siglip + qwen3_moe, every other layer": llava(
+        text("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), vision("siglip")
+    ),
     "clip + llama": llava(text("llama"), vision("clip")),
     "clip + qwen3, last layer, class token": llava(
         text("qwen3"),
@@ -126,9 +134,8 @@ def whole(source: Any) -> dict[str, Any]:
     arrays = {n: a[(slice(None),) * len(source.arrays[n].shape)] for n, a in source.fetch(list(source.arrays)).items()}
     tree = nested(arrays)
     for module in tree.values():
-        module["layers"] = jax.tree.map(
-            lambda *a: np.stack(a), *(module["layers"][k] for k in sorted(module["layers"]))
-        )
+        rows = [jax.tree.map(lambda a: a[None], module["layers"][k]) for k in sorted(module["layers"])]
+        module["layers"] = stacks.join(rows, np.concatenate)
     return jax.tree.map(jnp.asarray, tree)
 
 
@@ -141,7 +148,36 @@ def by_key(source: Any, tree: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]
             layer, *rest = rest
         for step in rest:
             node = node[step]
-        yield place.key, place.pattern.to_torch(np.asarray(node if layer is None else node[int(layer)]))
+        if layer is not None:
+            node = node[stacked_row(source.models[module], rest, int(layer))]
+        for row, key in enumerate(place.keys):
+            yield key, place.to_torch(np.asarray(node), row)
+
+
+def stacked_row(model: Any, path: list[str], layer: int) -> int:
+    """Where a leaf, stacked over the layers that have it, holds a layer."""
+    definition = model.module("float32")
+    return stacks.holders(definition, path, 0, definition.num_layers).index(layer)
+
+
+def stored(name: str, value: np.ndarray, source: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(key in the hub's layout, value) of what transformers holds; version 5 fuses experts and renames Mixtral's."""
+    key = keys.canonical(name, source.parts)
+    if source.parts.llm is None or source.parts.llm.experts is None or ".mlp." not in key or "vision" in key:
+        yield key, value
+        return
+    mixtral = not source.parts.llm.qk_norm
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    stem = (key.replace(".mlp.", ".block_sparse_moe.") if mixtral else key).rpartition(".")[0]
+    if key.endswith("experts.gate_up_proj"):
+        for e, both in enumerate(value):
+            for part, half in zip(names, np.split(both, 2), strict=False):
+                yield f"{stem}.{e}.{part}.weight", half
+    elif key.endswith("experts.down_proj"):
+        for e, down in enumerate(value):
+            yield f"{stem}.{e}.{names[2]}.weight", down
+    else:
+        yield key.replace(".mlp.", ".block_sparse_moe.") if mixtral else key, value
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -164,8 +200,8 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(folder: Path) 
 
     np.testing.assert_allclose(np.asarray(y["x"] @ y["head"]), expected_logits.detach().numpy(), atol=1e-5)
     assert abs(float(loss) - expected.item()) <= 1e-5
-    wanted = {keys.canonical(n, source.parts): p.grad for n, p in model.named_parameters()}
-    wanted = {key: g.numpy() for key, g in wanted.items() if g is not None}
+    found = [(n, p.grad.numpy()) for n, p in model.named_parameters() if p.grad is not None]
+    wanted = {key: g for name, grad in found for key, g in stored(name, grad, source)}
     got = dict(by_key(source, grads))
     assert got.keys() == {k for k in wanted if not (source.parts.llm.tied and k.endswith("lm_head.weight"))}
     norm = np.sqrt(sum(float((g**2).sum()) for g in wanted.values()))
@@ -179,10 +215,14 @@ LAYOUTS = {
     "tp 2 x pp 2 | dp 2": dict(llm=Layout(tp=2, pp=2, devices="0-3"), vision=Layout(dp=2, devices="4-5")),
     "dp 2 x tp 2 | tp 2 x pp 2": dict(llm=Layout(dp=2, tp=2, devices="0-3"), vision=Layout(tp=2, pp=2, devices="4-7")),
 }
-STEPPED = ["clip + llama", "siglip + qwen2, tied"]
+STEPPED = [
+    ("clip + llama", "tp 2 x pp 2 | dp 2"),
+    ("siglip + qwen2, tied", "dp 2 x tp 2 | tp 2 x pp 2"),
+    ("siglip + qwen3_moe, every other layer", "tp 2 x pp 2 | dp 2"),
+]
 
 
-@pytest.mark.parametrize(("case", "layouts"), list(zip(STEPPED, LAYOUTS, strict=True)))
+@pytest.mark.parametrize(("case", "layouts"), STEPPED)
 def test_a_step_of_sgd_under_layouts_exports_what_torch_gets(case: str, layouts: str, tmp_path: Path) -> None:
     folder = hf_folders.write(tmp_path / "folder", CASES[case])
     source, model = open_source(folder), load(folder)
@@ -230,7 +270,7 @@ class _Live:
             layer = int(rest.pop(0)) if part == "layers" else None
             for step in rest:
                 node = node[step]
-            found[name] = node if layer is None else node[layer]
+            found[name] = node if layer is None else node[stacked_row(self.models[module], rest, layer)]
         return found
 
 

@@ -7,6 +7,7 @@ layers out.
 """
 
 import dataclasses
+import functools
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -124,6 +125,7 @@ def parts_of(source: Source) -> tuple[Parts, dict[str, str]]:
 def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping[str, str]) -> dict[str, Tensor]:
     """Key in the hub's layout -> tensor, for all that the models hold."""
     found = {}
+    fetch = functools.lru_cache(maxsize=1)(lambda name: source.fetch([name])[name])  # rows of an array come in turn
     for name, place in keys.places(parts).items():
         part, _, rest = name.partition("/")
         theirs = f"{named[part]}/{rest}"
@@ -132,13 +134,10 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
             what = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(place.shape)}"
             raise ConvertError(f"{source.path}: {theirs} {what}; the checkpoint and its configuration do not agree")
         kind = DTYPES[dtype] if dtype else stored.dtype
-        found[place.key] = Tensor(place.pattern.torch_shape(place.shape), kind, _reader(source, theirs, place, kind))
+        read = lambda row, place=place, name=theirs, kind=kind: place.to_torch(fetch(name), row).astype(kind)
+        for row, key in enumerate(place.keys):
+            found[key] = Tensor(place.torch_shape, kind, functools.partial(read, row))
     return found
-
-
-def _reader(source: Source, name: str, place: keys.Place, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    whole = (slice(None),) * len(place.shape)
-    return lambda: place.pattern.to_torch(source.fetch([name])[name][whole].astype(dtype))
 
 
 def _with_idle(

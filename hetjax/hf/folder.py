@@ -73,7 +73,7 @@ class Folder:
         files = _files(path)
         spelled = {keys.canonical(key, self.parts): key for key in files}
         self._tensors, self._spelled = Tensors(files), spelled
-        wanted = {place.key for place in self._places.values()}
+        wanted = {key for place in self._places.values() for key in place.keys}
         idle = [key for key in keys.idle(spelled, self.parts) if key not in wanted]
         self._check_keys(wanted, set(spelled) - set(idle))
         self.arrays = {name: self._check(place) for name, place in self._places.items()}
@@ -124,30 +124,40 @@ class Folder:
         return DTYPES[name]
 
     def _check(self, place: Place) -> Array:
-        spelled = self._spelled[place.key]
-        shape, wanted = tuple(self._tensors.slice(spelled).get_shape()), place.pattern.torch_shape(place.shape)
-        if shape != wanted:
-            raise ConvertError(
-                f"{self.path}: {spelled} has shape {list(shape)}, config.json makes it {list(wanted)}; "
-                "the two belong to different models"
-            )
-        return Array(place.shape, self._dtype(place.key))
+        for spelled in (self._spelled[key] for key in place.keys):
+            shape = tuple(self._tensors.slice(spelled).get_shape())
+            if shape != place.torch_shape:
+                raise ConvertError(
+                    f"{self.path}: {spelled} has shape {list(shape)}, config.json makes it {list(place.torch_shape)}; "
+                    "the two belong to different models"
+                )
+        dtypes = {self._dtype(key): self._spelled[key] for key in place.keys}
+        if len(dtypes) > 1:
+            both = " and ".join(f"{key} as {dtype}" for dtype, key in dtypes.items())
+            raise ConvertError(f"{self.path} stores {both}, which are rows of one array here; give both one dtype")
+        return Array(place.shape, next(iter(dtypes)))
 
     def fetch(self, names: Sequence[str]) -> dict[str, Sliceable]:
         """The arrays; nothing is read before they are sliced."""
-        return {name: _Lazy(self._tensors, self._spelled[self._places[name].key], self._places[name]) for name in names}
+        spelled = lambda place: [self._spelled[key] for key in place.keys]
+        return {n: _Lazy(self._tensors, spelled(self._places[n]), self._places[n]) for n in names}
 
 
 class _Lazy:
-    """One array of ours inside a safetensors file."""
+    """One array of ours inside safetensors files."""
 
-    def __init__(self, tensors: Tensors, key: str, place: Place) -> None:
-        self._tensors, self._key, self._place = tensors, key, place
+    def __init__(self, tensors: Tensors, keys: Sequence[str], place: Place) -> None:
+        self._tensors, self._keys, self._place = tensors, keys, place
 
     def __getitem__(self, index: Index) -> np.ndarray:
+        if not self._place.by_row:
+            return self._read(self._keys[0], index)
+        return np.stack([self._read(key, index[1:]) for key in self._keys[index[0]]])
+
+    def _read(self, key: str, index: Index) -> np.ndarray:
         pattern = self._place.pattern
-        theirs, shape, kept = pattern.box(index, self._place.shape)
-        tensor = self._tensors.slice(self._key)[theirs]
+        theirs, shape, kept = pattern.box(index, self._place.inner)
+        tensor = self._tensors.slice(key)[theirs]
         assert tensor.size == math.prod(shape)
         return pattern.from_torch(tensor, shape)[kept]
 

@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hetjax.hf.pattern import Pattern, parse
+from hetjax.hf.source import Sliceable
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -36,6 +39,20 @@ DECODER = {
     "layers/mlp/down": ("model.layers.N.mlp.down_proj.weight", LINEAR),
     "last/norm": ("model.norm.weight", VECTOR),
     "last/head": ("lm_head.weight", LINEAR),
+}
+
+# Each expert is a tensor of its own, E its number: rows of one array of ours.
+MIXTRAL = {
+    "layers/moe/router": ("model.layers.N.block_sparse_moe.gate.weight", LINEAR),
+    "layers/moe/gate": ("model.layers.N.block_sparse_moe.experts.E.w1.weight", LINEAR),
+    "layers/moe/up": ("model.layers.N.block_sparse_moe.experts.E.w3.weight", LINEAR),
+    "layers/moe/down": ("model.layers.N.block_sparse_moe.experts.E.w2.weight", LINEAR),
+}
+QWEN3_MOE = {
+    "layers/moe/router": ("model.layers.N.mlp.gate.weight", LINEAR),
+    "layers/moe/gate": ("model.layers.N.mlp.experts.E.gate_proj.weight", LINEAR),
+    "layers/moe/up": ("model.layers.N.mlp.experts.E.up_proj.weight", LINEAR),
+    "layers/moe/down": ("model.layers.N.mlp.experts.E.down_proj.weight", LINEAR),
 }
 
 VISION = {
@@ -80,11 +97,27 @@ BUFFERS = re.compile(r".*(embeddings\.position_ids|rotary_emb\.inv_freq)")  # co
 
 
 class Place(NamedTuple):
-    """One array of ours in a folder."""
+    """One array of ours in a folder: a tensor, or one for each of the rows of its first dim."""
 
-    key: str  # in layout A
-    pattern: Pattern
+    keys: tuple[str, ...]  # in layout A
+    pattern: Pattern  # of a tensor
     shape: tuple[int, ...]  # ours
+    by_row: bool = False
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape, in our dims, of what a tensor holds."""
+        return self.shape[1:] if self.by_row else self.shape
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self.pattern.torch_shape(self.inner)
+
+    def to_torch(self, array: Sliceable, row: int) -> np.ndarray:
+        """The values of the tensor `keys[row]`."""
+        inside = (slice(None),) * len(self.inner)
+        return self.pattern.to_torch(array[(slice(row, row + 1), *inside)][0] if self.by_row else array[inside])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +152,18 @@ def places(parts: Parts) -> dict[str, Place]:
             if general not in tables:
                 continue
             key, pattern = tables[general]
-            number = str(int(layer[1])) if layer else ""
-            found[f"{module}/{name}"] = Place(key.replace(".N.", f".{number}."), parse(pattern), shape)
+            if layer:
+                key = key.replace(".N.", f".{int(layer[1])}.")
+            by_row = ".E." in key
+            each = tuple(key.replace(".E.", f".{row}.") for row in range(shape[0] if by_row else 1))
+            found[f"{module}/{name}"] = Place(each, parse(pattern), shape, by_row)
     return found
 
 
 def _tables(model: Decoder | ViT, whole: bool) -> dict[str, tuple[str, str]]:
     if isinstance(model, Decoder):
-        return _prefixed(DECODER, LLM if whole else "")
+        experts = QWEN3_MOE if model.qk_norm else MIXTRAL
+        return _prefixed(DECODER | experts, LLM if whole else "")
     tower = _prefixed(VISION, TOWER if whole else "vision_model.")
     return tower | _prefixed(PROJECTION, PROJECTOR) if whole else tower
 

@@ -7,6 +7,7 @@ A field that is absent has the default of its family: files leave out what equal
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from hetjax.hf import experts
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import Parts
 from models.attention import RopeScaling
@@ -20,6 +21,7 @@ TEXT_CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    **experts.CLASSES,
 }
 VISION_CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 LLAVA_CLASS = "LlavaForConditionalGeneration"
@@ -57,6 +59,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     ),
 }
 FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | dict(head_dim=128)
+FAMILY_DEFAULTS |= experts.DEFAULTS
 VISION_DEFAULTS: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224
 )
@@ -114,11 +117,11 @@ def decoder(config: Config, where: str) -> Decoder:
     """The decoder of a text config."""
     kind = config["model_type"]
     c = TEXT_DEFAULTS | FAMILY_DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
-    if kind in ("mistral", "qwen2", "qwen3") and "sliding_window" in config and config["sliding_window"] is None:
+    if kind != "llama" and "sliding_window" in config and config["sliding_window"] is None:
         c["sliding_window"] = None
     if c["hidden_act"] != "silu":
         refuse(where, "hidden_act", c["hidden_act"], "decoders are computed with 'silu' only")
-    _only(c, TEXT_ONLY, where)
+    _only(c, TEXT_ONLY | experts.ONLY, where)
     theta, scaling = _rope(config, c["rope_theta"], where)
     return Decoder(
         vocab_size=c["vocab_size"],
@@ -131,10 +134,11 @@ def decoder(config: Config, where: str) -> Decoder:
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=c["rms_norm_eps"],
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
         attention_bias=kind == "qwen2",
         sliding_window=_window(kind, c, where),
         tied=c["tie_word_embeddings"],
+        experts=experts.read(config, c, where) if kind in experts.CLASSES else None,
     )
 
 
@@ -168,8 +172,8 @@ def _rope(config: Config, theta: float, where: str) -> tuple[float, RopeScaling 
 
 def _window(kind: str, c: Config, where: str) -> int | None:
     """Tokens that a query sees. Raises ConvertError if that differs between layers."""
-    window = c.get("sliding_window") if kind in ("mistral", "qwen2", "qwen3") else None
-    if kind in ("qwen2", "qwen3") and not c["use_sliding_window"]:
+    window = c.get("sliding_window") if kind != "llama" else None
+    if not c.get("use_sliding_window", True):
         window = None
     layers = c["num_hidden_layers"]
     types: Sequence[str] | None = c.get("layer_types")

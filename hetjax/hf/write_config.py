@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hetjax.hf import read_config
+from hetjax.hf import experts, read_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import OF_PROJECTOR, Parts
 from models.attention import RopeScaling
@@ -69,6 +69,8 @@ def decoder(model: Decoder) -> Config:
             "Decoder.qk_norm=True with attention_bias=True: no transformers model has norms of queries and keys "
             "beside biases without one of the output; train with either"
         )
+    if model.experts is not None:
+        kind = experts.family(model, model.experts)
     config = {
         "model_type": kind,
         "vocab_size": model.vocab_size,
@@ -88,15 +90,17 @@ def decoder(model: Decoder) -> Config:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if kind in ("llama", "qwen3"):
+    if kind in ("llama", "qwen3", "qwen3_moe"):
         config["attention_bias"] = False
     if kind == "llama":
         config["mlp_bias"] = False
     if kind != "llama":
         config["sliding_window"] = model.sliding_window
     if kind in ("qwen2", "qwen3"):
-        config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
-    return config
+        config["max_window_layers"] = 0
+    if kind in ("qwen2", "qwen3", "qwen3_moe"):
+        config["use_sliding_window"] = model.sliding_window is not None
+    return config if model.experts is None else config | experts.write(kind, model.experts)
 
 
 def rope_scaling(scaling: RopeScaling | None) -> Config | None:
@@ -171,6 +175,7 @@ def _modernised(config: Config, dtype: str) -> Config:
     for inner in (config, config.get("text_config")):
         if not isinstance(inner, dict):
             continue
+        experts.rename_count(inner)
         rope = dict(inner.pop("rope_parameters", None) or {})
         if rope:
             inner["rope_theta"] = rope.pop("rope_theta", inner.get("rope_theta", 10000.0))
