@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from hetjax import command
-from hetjax.data import DataConfig, ItemSpec, Loader, Pictures
+from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
+from hetjax.data.items import Reader
 from hetjax.data.microbatch import abstract
 from hetjax.graph import Graph, Module, Remat, vlm
 from hetjax.layout import Layout
@@ -29,34 +30,44 @@ from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer
 
 PRECISIONS = ("bfloat16", "float32", "float64")
+SEES, HEARS = ("vision", "image", "<image>"), ("audio", "audio", "<audio>")  # name, field and placeholder of an encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """One encoder with its projector. `model` is a config such as `models.vit.ViT`."""
+    """One encoder with its projector. `model` is a config such as `models.vit.ViT` or `models.whisper.Whisper`."""
 
     model: Any
     layout: Layout = Layout()
-    name: str = "vision"
-    field: str = "image"  # key of the conversation JSON that names the pictures
-    placeholder: str = "<image>"
-    slots_per_group: int = 1  # pictures that a group of samples has room for
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by
+    name: str = ""  # "": vision, of a model that hears audio
+    field: str = ""  # key of the conversation JSON that names the files; "": image, or audio
+    placeholder: str = ""  # "": <image>, or <audio>
+    slots_per_group: int = 1  # pictures or clips that a group of samples has room for
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off; pictures alone
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by; pictures alone
     shortest_edge: int | None = None  # pixels of the shorter side when the middle is cut out; None: nothing is cut off
+    on_long_clip: str = "truncate"  # a clip longer than the model's context: truncate or skip; sounds alone
     remat: str = "full"  # full, dots or none
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
-        check_model(self.name, self.model, "image_size", "a vision model, such as models.vit.ViT")
+        kind = "a vision or audio model, such as models.vit.ViT or models.whisper.Whisper"
+        check_model(self.name or "encoder", self.model, ("image_size", "num_mels"), kind)
+        for name, default in zip(("name", "field", "placeholder"), HEARS if self.hears else SEES, strict=True):
+            object.__setattr__(self, name, getattr(self, name) or default)
         check_choice(f"{self.name}.remat", self.remat, tuple(r.value for r in Remat))
         check_choice(f"{self.name}.compute_dtype", self.compute_dtype, PRECISIONS)
+
+    @property
+    def hears(self) -> bool:
+        """Whether its items are clips, not pictures."""
+        return hasattr(self.model, "num_mels")
 
     @property
     def items(self) -> ItemSpec:
         """What the encoder asks of the data."""
         try:
-            reader = Pictures(self.model.image_size, self.model.image_size, self.mean, self.std, self.shortest_edge)
+            reader = self._reader()
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return ItemSpec(
@@ -67,6 +78,16 @@ class Encoder:
             field=self.field,
             placeholder=self.placeholder,
         )
+
+    def _reader(self) -> Reader:
+        model, fields = self.model, {f.name: f for f in dataclasses.fields(self)}
+        for name in ("mean", "std", "shortest_edge") if self.hears else ("on_long_clip",):
+            if getattr(self, name) != fields[name].default:
+                kind = "audio encoder, which has clips" if self.hears else "vision encoder, which has pictures"
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to an {kind}; leave it out")
+        if self.hears:
+            return Sounds(model.num_mels, model.frames, model.context, model.rows_of, self.on_long_clip)
+        return Pictures(model.image_size, model.image_size, self.mean, self.std, self.shortest_edge)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +101,7 @@ class LanguageModel:
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
-        check_model(self.name, self.model, "vocab_size", "a language model, such as models.decoder.Decoder")
+        check_model(self.name, self.model, ("vocab_size",), "a language model, such as models.decoder.Decoder")
         check_choice(f"{self.name}.remat", self.remat, tuple(r.value for r in Remat))
         check_choice(f"{self.name}.compute_dtype", self.compute_dtype, PRECISIONS)
 
@@ -174,9 +195,9 @@ def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{setting}={value!r}; it must be one of {', '.join(choices)}")
 
 
-def check_model(module: str, model: Any, has: str, kind: str) -> None:
-    """Raises ValueError unless `model` has the field that tells its kind."""
-    if not hasattr(model, has):
+def check_model(module: str, model: Any, fields: tuple[str, ...], kind: str) -> None:
+    """Raises ValueError unless `model` has one of the fields that tell its kind."""
+    if not any(hasattr(model, field) for field in fields):
         raise ValueError(f"{module}.model is a {type(model).__name__}; it must be {kind}")
 
 

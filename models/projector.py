@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from models.axes import Axes
-from models.layers import exact_gelu, mlp, normal, zeros
+from models.layers import add, dot, exact_gelu, mlp, normal, zeros
 
 
 class Projector(nnx.Module):
@@ -18,3 +18,14 @@ class Projector(nnx.Module):
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         return mlp(x, getattr(self, "in"), self.in_bias, self.out, self.out_bias, activation=exact_gelu, axes=axes)
+
+
+class Linear(nnx.Module):
+    """One linear map, as in Qwen2-Audio."""
+
+    def __init__(self, in_width: int, out_width: int, *, rngs: nnx.Rngs) -> None:
+        self.weight = normal(rngs, (in_width, out_width), (None, None), in_width**-0.5)
+        self.bias = zeros((out_width,), (None,))
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return add(dot(x, self.weight.get_value()), self.bias.get_value())

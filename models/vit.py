@@ -8,7 +8,7 @@ earlier ones travel beside the activations: a layer knows which it is by the dep
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from models.attention import attend
-from models.axes import Axes, vary_like
+from models.axes import Axes
 from models.contract import ModuleDef
-from models.layers import LayerNorm, add, check_counts, dot, mlp, normal, zeros
+from models.encoder_layer import Attention, Mlp
+from models.layers import LayerNorm, add, check_counts, dot, normal, zeros
 from models.nnx_parts import part
 from models.projector import Projector
 
@@ -196,9 +196,9 @@ class _Layer(nnx.Module):
         activation = quick_gelu if config.variant == "clip" else functools.partial(jax.nn.gelu, approximate=True)
         self.kept = config.kept
         self.attention_norm = LayerNorm(config.width, config.eps)
-        self.attention = _Attention(config.width, config.num_heads, rngs=rngs)
+        self.attention = Attention(config.width, config.num_heads, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, config.eps)
-        self.mlp = _Mlp(config.width, config.mlp_width, activation, rngs=rngs)
+        self.mlp = Mlp(config.width, config.mlp_width, activation, rngs=rngs)
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         x = carry["x"]
@@ -208,36 +208,6 @@ class _Layer(nnx.Module):
             return {"x": x}
         depth = carry[DEPTH] + 1
         return {"x": x, DEPTH: depth} | {_after(d): jnp.where(depth == d, x, carry[_after(d)]) for d in self.kept}
-
-
-class _Attention(nnx.Module):
-    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs) -> None:
-        d, h, k = width, num_heads, width // num_heads
-        self.q, self.k, self.v = (normal(rngs, (d, h, k), (None, "heads", None), d**-0.5) for _ in range(3))
-        self.q_bias, self.k_bias, self.v_bias = (zeros((h, k), ("heads", None)) for _ in range(3))
-        self.o = normal(rngs, (h, k, d), ("heads", None, None), d**-0.5)
-        self.o_bias = zeros((d,), (None,))
-
-    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
-        pairs = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
-        q, k, v = (add(dot(x, w.get_value()), b.get_value()) for w, b in pairs)
-        y = attend(q, axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1))
-        return add(axes.tp.psum(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
-
-
-class _Mlp(nnx.Module):
-    def __init__(
-        self, width: int, hidden: int, activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs
-    ) -> None:
-        self.activation = activation
-        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
-        self.up_bias = zeros((hidden,), ("mlp",))
-        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5)
-        self.down_bias = zeros((width,), (None,))
-
-    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        return mlp(x, self.up, self.up_bias, self.down, self.down_bias, activation=self.activation, axes=axes)
 
 
 class _Last(nnx.Module):

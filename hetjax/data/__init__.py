@@ -5,5 +5,17 @@ from hetjax.data.items import ItemSpec, blank
 from hetjax.data.loader import Loader
 from hetjax.data.pictures import Pictures
 from hetjax.data.settings import DataConfig, DataError, Template
+from hetjax.data.sounds import Sounds
 
-__all__ = ["DataConfig", "DataError", "ItemSpec", "Loader", "Pictures", "Problem", "Sample", "Template", "blank"]
+__all__ = [
+    "DataConfig",
+    "DataError",
+    "ItemSpec",
+    "Loader",
+    "Pictures",
+    "Problem",
+    "Sample",
+    "Sounds",
+    "Template",
+    "blank",
+]

@@ -1,0 +1,131 @@
+"""Reads clips into log-mel features, or says why it cannot: the values of Whisper's own feature extractor.
+
+A clip is one channel at 16 kHz. Frame t is centred on sample 160 t; the context behind the clip is silence, of which
+only the frames that touch the clip are computed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import soundfile
+
+from hetjax.data.conversations import SampleError
+from hetjax.data.items import Abstract, Values
+
+RATE = 16000  # samples a second
+HOP, WINDOW = 160, 400  # samples
+WHOLE = 30 * RATE  # samples of Whisper's context, at whose end the signal is mirrored
+FLOOR = 1e-10  # of a bin's energy
+RANGE = 8.0  # decades below the loudest bin that are kept
+SILENCE = -1.5  # value of a bin where the whole clip is silent
+ON_LONG = ("truncate", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sounds:
+    """Clips of speech or any other sound, each with as many rows as its length asks for."""
+
+    num_mels: int  # bins of a frame
+    frames: int  # of the microbatch's array, 10 ms each
+    max_frames: int  # of a clip
+    rows_of: Callable[[int], int]  # rows of a clip of so many frames
+    on_long: str = "truncate"  # a clip of more than max_frames: truncate or skip
+    noun: ClassVar[str] = "clip"
+    rate: ClassVar[str] = "clips_per_second"
+
+    def __post_init__(self) -> None:
+        if self.on_long not in ON_LONG:
+            raise ValueError(f"on_long_clip={self.on_long!r}; it must be one of {', '.join(ON_LONG)}")
+
+    @property
+    def arrays(self) -> Mapping[str, Abstract]:
+        """mel: float32 [frames, num_mels]. frames: int32, how many of them are the clip's own."""
+        return {"mel": ((self.frames, self.num_mels), np.dtype(np.float32)), "frames": ((), np.dtype(np.int32))}
+
+    @property
+    def blank(self) -> Mapping[str, float]:
+        """A silent clip of the same length."""
+        return {"mel": SILENCE}
+
+    def read(self, path: Path) -> tuple[Values, int]:
+        """The features and rows of a clip. Raises SampleError with the path and the reason."""
+        samples = read_samples(path, self.max_frames * HOP, whole=self.on_long == "skip")
+        own = -(-len(samples) // HOP)
+        rows = self.rows_of(own)
+        if rows < 1 or not own:
+            raise SampleError(str(path), f"it has {len(samples)} samples at {RATE} Hz, too few for one row")
+        return {"mel": log_mel(samples, self.num_mels, self.frames), "frames": np.int32(own)}, rows
+
+    def to_rgb(self, values: Values) -> np.ndarray:
+        """uint8 [num_mels, frames, 3]: the clip's own frames as a spectrogram, low sounds below."""
+        mel = values["mel"][: max(1, int(values["frames"]))].T[::-1]
+        low, high = mel.min(), mel.max()
+        grey = np.rint((mel - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def read_samples(path: Path, count: int, *, whole: bool = False) -> np.ndarray:
+    """At most `count` samples of a file that libsndfile reads (wav, flac, ogg, mp3, ...), float32, channels averaged.
+
+    With `whole`, a longer file is an error. Raises SampleError with the path and the reason.
+    """
+    if not path.is_file():
+        raise SampleError(str(path), "there is no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            # one sample more tells that there is more; resampling looks a little further
+            wanted = (count + 1) * file.samplerate // RATE + file.samplerate // 10
+            found, rate = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+            if len(found) < 0.95 * min(wanted, file.frames):
+                raise ValueError(f"it ends after {len(found)} samples of {file.frames}")
+    except Exception as error:  # libsndfile's errors, and what broken headers make of the sizes
+        raise SampleError(str(path), f"cannot be read as a sound: {error}") from error
+    if not np.isfinite(found).all():
+        raise SampleError(str(path), "cannot be read as a sound: some of its samples are not finite")
+    if rate != RATE:
+        from scipy.signal import resample_poly  # here: slow to import, and most data are at 16 kHz
+
+        common = np.gcd(rate, RATE)
+        found = resample_poly(found, RATE // common, rate // common).astype(np.float32)
+    if whole and len(found) > count:
+        raise SampleError(
+            str(path), f"it is longer than {count / RATE:g} s and on_long_clip='skip'; raise max_frames or cut it"
+        )
+    return found[:count]
+
+
+def log_mel(samples: np.ndarray, num_mels: int, frames: int) -> np.ndarray:
+    """float32 [frames, num_mels]: the first frames of the features of `samples` [at most 30 s] and silence behind.
+
+    log10 of the mel bins' energies, cut off 8 below the loudest, plus 4, over 4 (arXiv:2212.04356, section 2.2).
+    """
+    padded = np.pad(samples.astype(np.float64), (0, min(WINDOW, WHOLE - len(samples))))
+    padded = np.pad(padded, WINDOW // 2, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP][: WHOLE // HOP]
+    spectrum = np.fft.rfft(windows * np.hanning(WINDOW + 1)[:-1])
+    energy = (spectrum.real**2 + spectrum.imag**2) @ filters(num_mels)
+    found = np.log10(np.maximum(energy, FLOOR))
+    lowest = max(found.max() - RANGE, np.log10(FLOOR))
+    result = np.full((frames, num_mels), (lowest + 4) / 4, np.float32)
+    count = min(frames, len(found))
+    result[:count] = (np.maximum(found[:count], lowest) + 4) / 4
+    return result
+
+
+@functools.cache
+def filters(num_mels: int) -> np.ndarray:
+    """[201, num_mels]: triangles of equal area over the frequencies, evenly spaced on Slaney's mel scale up to 8 kHz.
+
+    Malcolm Slaney, Auditory Toolbox (1998): linear below 1 kHz, logarithmic above.
+    """
+    top = 15 + 27 * np.log(RATE / 2 / 1000) / np.log(6.4)
+    mels = np.linspace(0, top, num_mels + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * np.log(6.4) / 27))
+    bins = np.linspace(0, RATE / 2, WINDOW // 2 + 1)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return np.maximum(0, np.minimum(rising, falling)) * 2 / (edges[2:] - edges[:-2])

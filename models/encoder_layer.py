@@ -1,0 +1,46 @@
+"""The two blocks of an encoder's transformer layer, which sees and hears alike: biases everywhere, all-to-all."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from models.attention import attend
+from models.axes import Axes, vary_like
+from models.layers import add, dot, mlp, normal, zeros
+
+
+class Attention(nnx.Module):
+    """Self-attention; heads are cut over tp, keys and values are gathered over cp. Whisper's keys have no bias."""
+
+    def __init__(self, width: int, num_heads: int, *, key_bias: bool = True, rngs: nnx.Rngs) -> None:
+        d, h, k = width, num_heads, width // num_heads
+        self.q, self.k, self.v = (normal(rngs, (d, h, k), (None, "heads", None), d**-0.5) for _ in range(3))
+        self.q_bias, self.v_bias = (zeros((h, k), ("heads", None)) for _ in range(2))
+        self.k_bias = zeros((h, k), ("heads", None)) if key_bias else None
+        self.o = normal(rngs, (h, k, d), ("heads", None, None), d**-0.5)
+        self.o_bias = zeros((d,), (None,))
+
+    def __call__(self, x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> jax.Array:
+        """`mask` [b, q, k] tells which keys, of all, each query of this device sees; None: every one."""
+        x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
+        pairs = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
+        q, k, v = (dot(x, w.get_value()) if b is None else add(dot(x, w.get_value()), b.get_value()) for w, b in pairs)
+        y = attend(q, axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1), mask)
+        return add(axes.tp.psum(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with an activation between; the hidden features are cut over tp."""
+
+    def __init__(
+        self, width: int, hidden: int, activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs
+    ) -> None:
+        self.activation = activation
+        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
+        self.up_bias = zeros((hidden,), ("mlp",))
+        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5)
+        self.down_bias = zeros((width,), (None,))
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return mlp(x, self.up, self.up_bias, self.down, self.down_bias, activation=self.activation, axes=axes)

@@ -1,0 +1,204 @@
+"""Whisper's encoder (arXiv:2212.04356) with a projector, in the two shapes that published models use.
+
+whisper: every position of the context attends to every other, and each is a row. qwen2_audio (arXiv:2407.10759): a
+clip's positions attend to its own alone, pairs of them are averaged before the last norm, and a clip has as many rows
+as it has pairs. Its rows therefore do not depend on the length of the context, which may be cut to what the clips need.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from models.axes import Axes
+from models.contract import ModuleDef
+from models.encoder_layer import Attention, Mlp
+from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal, zeros
+from models.nnx_parts import part
+from models.projector import Linear, Projector
+
+Batch = Mapping[str, jax.Array]
+Carry = dict[str, jax.Array]
+VARIANTS, PROJECTORS = ("whisper", "qwen2_audio"), ("linear", "mlp")
+CARRY_DIMS = ("items", "seq", None)
+EPS = 1e-5  # what the norms add to the variance
+
+
+@dataclasses.dataclass(frozen=True)
+class Whisper:
+    """Sizes and variant of an audio encoder, and of the projector behind it. A frame of log-mel features is 10 ms."""
+
+    num_mels: int  # bins of a frame: 80, or 128
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    output_width: int  # the language model's width
+    variant: str = "whisper"  # whisper or qwen2_audio
+    num_positions: int = 1500  # of the table, of two frames each: 30 s
+    max_frames: int | None = None  # of the context, the longest clip; None: all positions
+    projector: str = "linear"  # linear (Qwen2-Audio's), or mlp (LLaVA's, with a GELU between two)
+    projector_width: int | None = None  # hidden features of projector="mlp"; None: output_width
+
+    def __post_init__(self) -> None:
+        counts = ("num_mels", "width", "num_layers", "num_heads", "mlp_width", "output_width", "num_positions")
+        check_counts(self, *counts, *(n for n in ("max_frames", "projector_width") if getattr(self, n) is not None))
+        for name, allowed in (("variant", VARIANTS), ("projector", PROJECTORS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Whisper.{name}={getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if self.width % self.num_heads or self.width % 2:
+            raise ValueError(f"Whisper.width={self.width} must be even and a multiple of num_heads={self.num_heads}")
+        if self.projector == "linear" and self.projector_width is not None:
+            raise ValueError(
+                f"Whisper.projector_width={self.projector_width} with projector='linear', which has no hidden "
+                "features; leave it out, or use projector='mlp'"
+            )
+        each = self.frames_per_row
+        if self.context % each or not each <= self.context <= 2 * self.num_positions:
+            name = "num_positions" if self.max_frames is None else "max_frames"
+            raise ValueError(
+                f"Whisper.{name}={getattr(self, name)}: the context must be a multiple of {each} frames for "
+                f"variant={self.variant!r}, and at most the {2 * self.num_positions} that num_positions="
+                f"{self.num_positions} reach"
+            )
+
+    @property
+    def context(self) -> int:
+        """Frames of the context."""
+        return 2 * self.num_positions if self.max_frames is None else self.max_frames
+
+    @property
+    def frames_per_row(self) -> int:
+        """Frames that become one row."""
+        return 2 if self.variant == "whisper" else 4
+
+    @property
+    def frames(self) -> int:
+        """Frames that are read: behind a context that was cut, one more, into which the convolutions look."""
+        return self.context + (self.context < 2 * self.num_positions)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the context."""
+        return self.context // 2
+
+    @property
+    def rows(self) -> int:
+        """Rows of the longest clip."""
+        return self.context // self.frames_per_row
+
+    def rows_of(self, frames: int) -> int:
+        """Rows that the language model receives of a clip of `frames` frames."""
+        return self.rows if self.variant == "whisper" else positions_of(frames) // 2
+
+    @property
+    def hidden(self) -> int | None:
+        """Hidden features of the projector; None if it has none."""
+        return None if self.projector == "linear" else self.projector_width or self.output_width
+
+    def module(self, compute_dtype: Any, *, name: str = "audio") -> ModuleDef:
+        """The encoder as the core sees it, reading `name`.mel [items, frames, mels] and, where clips are masked,
+        `name`.frames [items], each clip's own; activations are in `compute_dtype`."""
+        reads: dict[str, tuple[str | None, ...]] = {f"{name}.mel": ("items", None, None)}
+        if self.variant == "qwen2_audio":
+            reads[f"{name}.frames"] = ("items",)
+        cut = {"heads": self.num_heads, "mlp": self.mlp_width}
+        if self.hidden is not None:
+            cut["projector"] = self.hidden
+        return ModuleDef(
+            num_layers=self.num_layers,
+            first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), name, rngs=rngs)),
+            layer=part(lambda rngs: _Layer(self, name, rngs=rngs)),
+            last=part(lambda rngs: _Last(self, rngs=rngs)),
+            reads=reads,
+            carry={"x": CARRY_DIMS},
+            output={"x": CARRY_DIMS},
+            config=self,
+            divisible={
+                "tp": heads | ({} if self.hidden is None else {"projector": self.hidden}),
+                "cp": {"rows": self.rows},
+            },
+            axes=frozenset({"dp", "pp", "copies", "tp", "cp"}),
+            rows=self.rows,
+            width=self.output_width,
+        )
+
+
+def positions_of(frames: Any) -> Any:
+    """Positions that `frames` frames, a number or an array of them, take."""
+    return (frames + 1) // 2
+
+
+def sinusoids(count: int, width: int) -> np.ndarray:
+    """Whisper's positions: sines, then cosines, of wavelengths from 2 pi to 20000 pi, float32 [count, width]."""
+    frequencies = np.exp(-np.log(10000) / max(width // 2 - 1, 1) * np.arange(width // 2))
+    angles = np.arange(count)[:, None] * frequencies[None]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+class _First(nnx.Module):
+    def __init__(self, config: Whisper, compute_dtype: jnp.dtype, name: str, *, rngs: nnx.Rngs) -> None:
+        self.config, self.compute_dtype, self.name = config, compute_dtype, name
+        m, d = config.num_mels, config.width
+        self.conv1 = normal(rngs, (3, m, d), (None, None, None), (3 * m) ** -0.5)
+        self.conv1_bias = zeros((d,), (None,))
+        self.conv2 = normal(rngs, (3, d, d), (None, None, None), (3 * d) ** -0.5)
+        self.conv2_bias = zeros((d,), (None,))
+        self.position = nnx.Param(jnp.asarray(sinusoids(config.num_positions, d)), logical=(None, None))
+
+    def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
+        config = self.config
+        mel = batch[f"{self.name}.mel"].astype(self.compute_dtype)
+        mel = jnp.pad(mel, ((0, 0), (1, config.context + 1 - config.frames), (0, 0)))  # no zeros behind a cut
+        x = dot(_triples(mel, config.context, 1), self.conv1.get_value(), contract=2)
+        x = exact_gelu(add(x, self.conv1_bias.get_value()))
+        x = dot(_triples(jnp.pad(x, ((0, 0), (1, 0), (0, 0))), config.positions, 2), self.conv2.get_value(), contract=2)
+        x = exact_gelu(add(x, self.conv2_bias.get_value()))
+        x = add(x, self.position.get_value()[: config.positions])
+        size = config.positions // axes.cp.size  # the convolutions ran on every device of cp, which keeps its own part
+        return {"x": lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, 1)}
+
+
+def _triples(x: jax.Array, count: int, stride: int) -> jax.Array:
+    """What a kernel of three sees of `x` [n, frames, features] at each of `count` places, [n, count, 3, features]."""
+    return jnp.stack([x[:, i : i + stride * (count - 1) + 1 : stride] for i in range(3)], axis=2)
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: Whisper, name: str, *, rngs: nnx.Rngs) -> None:
+        self.positions, self.masked, self.name = config.positions, config.variant == "qwen2_audio", name
+        self.attention_norm = LayerNorm(config.width, EPS)
+        self.attention = Attention(config.width, config.num_heads, key_bias=False, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.width, EPS)
+        self.mlp = Mlp(config.width, config.mlp_width, exact_gelu, rngs=rngs)
+
+    def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
+        x, mask = carry["x"], None
+        if self.masked:
+            own = positions_of(batch[f"{self.name}.frames"])
+            mask = jnp.arange(self.positions)[None, None] < own[:, None, None]
+            mask = jnp.broadcast_to(mask, (*x.shape[:2], self.positions))
+        x = x + self.attention(self.attention_norm(x), axes, mask)
+        return {"x": x + self.mlp(self.mlp_norm(x), axes)}
+
+
+class _Last(nnx.Module):
+    def __init__(self, config: Whisper, *, rngs: nnx.Rngs) -> None:
+        self.pooled = config.variant == "qwen2_audio"
+        self.norm = LayerNorm(config.width, EPS)
+        if config.hidden is None:
+            self.projector = Linear(config.width, config.output_width, rngs=rngs)
+        else:
+            self.projector = Projector(config.width, config.hidden, config.output_width, rngs=rngs)
+
+    def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
+        x = carry["x"]
+        if self.pooled:
+            n, positions, d = x.shape
+            x = x.reshape(n, positions // 2, 2, d).mean(2)
+        return {"x": self.projector(self.norm(x), axes)}
