@@ -83,8 +83,8 @@ class Encoder:
         model, fields = self.model, {f.name: f for f in dataclasses.fields(self)}
         for name in ("mean", "std", "shortest_edge") if self.hears else ("on_long_clip",):
             if getattr(self, name) != fields[name].default:
-                kind = "audio encoder, which has clips" if self.hears else "vision encoder, which has pictures"
-                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to an {kind}; leave it out")
+                kind = "clips" if self.hears else "pictures"
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to an encoder of {kind}; leave it out")
         if self.hears:
             return Sounds(model.num_mels, model.frames, model.context, model.rows_of, self.on_long_clip)
         return Pictures(model.image_size, model.image_size, self.mean, self.std, self.shortest_edge)

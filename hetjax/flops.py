@@ -14,6 +14,7 @@ from typing import Any
 
 from models.decoder import Decoder
 from models.vit import ViT
+from models.whisper import Whisper
 
 # Dense bf16 FLOP/s by the start of `jax.Device.device_kind`, from the vendors' data sheets. NVIDIA prints them with
 # sparsity, twice as much. TPUs whose chip is two devices are left out.
@@ -106,10 +107,27 @@ def vit_forward(config: ViT) -> Flops:
     )
 
 
+def whisper_forward(config: Whisper) -> Flops:
+    """The forward of one slot: its whole context, however long the clip."""
+    d, n = config.width, config.positions
+    convolutions = 3 * config.num_mels * d * config.context + 3 * d * d * n
+    out = config.output_width
+    projector = d * out if config.hidden is None else (d + out) * config.hidden
+    attention = 4 * n * n * d * config.num_layers
+    return Flops(
+        matmul=2
+        * (convolutions + n * (4 * d * d + 2 * d * config.mlp_width) * config.num_layers + config.rows * projector),
+        attention=attention,
+        causal_attention=attention,
+    )
+
+
 def forward(config: Any, *, rows: int, seq_len: int, items: int) -> Flops | None:
-    """The forward of a microbatch of `rows` rows and `items` pictures; None for a model that is not known here."""
+    """The forward of a microbatch of `rows` rows and `items` pictures or clips; None for an unknown kind of model."""
     if isinstance(config, Decoder):
         return decoder_forward(config, seq_len) * (rows * seq_len)
+    if isinstance(config, Whisper):
+        return whisper_forward(config) * items
     return vit_forward(config) * items if isinstance(config, ViT) else None
 
 

@@ -9,6 +9,7 @@ from hetjax.layout import Layout
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT
+from models.whisper import Whisper
 
 HEAD_DIM = 8
 
@@ -33,8 +34,9 @@ def _even(layout: Layout) -> Layout:
 
 def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
     """A model config of as many layers as stages (at least 2), and heads of `HEAD_DIM` in the same ratio."""
-    if not isinstance(model, Decoder | ViT):
-        raise ValueError(f"--shrink knows the sizes of Decoder and ViT, not of {type(model).__name__}; leave it out")
+    if not isinstance(model, Decoder | ViT | Whisper):
+        kind = type(model).__name__
+        raise ValueError(f"--shrink knows the sizes of Decoder, ViT and Whisper, not of {kind}; leave it out")
     fields = {f.name for f in dataclasses.fields(model)}
     kv_heads = getattr(model, "num_kv_heads", model.num_heads)
     ratio = model.num_heads // kv_heads
@@ -54,6 +56,8 @@ def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
         sizes |= {"feature_layer": tuple(-1 - min(n, sizes["num_layers"]) for n in behind)}
     if isinstance(model, Decoder) and model.experts is not None:
         sizes["experts"] = _fewer(model.experts, sizes["num_layers"], 2 * HEAD_DIM * layout.tp)
+    if isinstance(model, Whisper) and model.hidden is None:
+        del sizes["projector_width"]
     return dataclasses.replace(model, **{name: size for name, size in sizes.items() if name in fields})
 
 

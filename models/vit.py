@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from models.axes import Axes
+from models.axes import Axes, vary_like
 from models.contract import ModuleDef
 from models.encoder_layer import Attention, Mlp
 from models.layers import LayerNorm, add, check_counts, dot, normal, zeros

@@ -119,10 +119,7 @@ class Whisper:
             carry={"x": CARRY_DIMS},
             output={"x": CARRY_DIMS},
             config=self,
-            divisible={
-                "tp": heads | ({} if self.hidden is None else {"projector": self.hidden}),
-                "cp": {"rows": self.rows},
-            },
+            divisible={"tp": cut, "cp": {"rows": self.rows}},
             axes=frozenset({"dp", "pp", "copies", "tp", "cp"}),
             rows=self.rows,
             width=self.output_width,

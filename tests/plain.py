@@ -8,6 +8,7 @@ import numpy as np
 from models.attention import RopeScaling
 from models.decoder import Decoder
 from models.vit import ViT
+from models.whisper import Whisper
 
 Tree = Any
 
@@ -116,3 +117,34 @@ def vit_picture(config: ViT, params: Tree, pixels: np.ndarray) -> np.ndarray:
     y = np.concatenate([states[i] for i in layers], -1)[config.num_tokens - config.rows :] @ w["in"]
     y = y + w.get("in_bias", 0)
     return (y * 0.5 * (1 + erf(y / math.sqrt(2)))) @ w["out"] + w.get("out_bias", 0)
+
+
+def whisper_clip(config: Whisper, params: Tree, mel: np.ndarray, frames: int) -> np.ndarray:
+    """Projected rows of ONE clip of `frames` frames; `mel` [context, mels] goes on behind it."""
+    erf, first = np.vectorize(math.erf), params["first"]
+    gelu = lambda y: y * 0.5 * (1 + erf(y / math.sqrt(2)))
+
+    def convolution(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, stride: int) -> np.ndarray:
+        x = np.pad(x, ((1, 1), (0, 0)))
+        return np.stack([np.einsum("ki,kio->o", x[t : t + 3], kernel) + bias for t in range(0, len(x) - 2, stride)])
+
+    x = gelu(convolution(mel, first["conv1"], first["conv1_bias"], 1))
+    x = gelu(convolution(x, first["conv2"], first["conv2_bias"], 2))
+    x = x + first["position"][: len(x)]
+    if config.variant == "qwen2_audio":
+        x = x[: (frames - 1) // 2 + 1]  # the others are seen by none of these
+    for i in range(config.num_layers):
+        w = layer_of(params["layers"], i)
+        a, y = w["attention"], layer_norm(x, w["attention_norm"], 1e-5)
+        for head in range(config.num_heads):
+            q, k, v = (y @ a[n][:, head] + (0 if n == "k" else a[f"{n}_bias"][head]) for n in "qkv")
+            x = x + softmax(q @ k.T / math.sqrt(q.shape[1])) @ v @ a["o"][head]
+        x = x + a["o_bias"]
+        y, m = layer_norm(x, w["mlp_norm"], 1e-5), w["mlp"]
+        x = x + gelu(y @ m["up"] + m["up_bias"]) @ m["down"] + m["down_bias"]
+    if config.variant == "qwen2_audio":
+        x = np.stack([(x[2 * r] + x[2 * r + 1]) / 2 for r in range((len(x) - 2) // 2 + 1)])
+    x, w = layer_norm(x, params["last"]["norm"], 1e-5), params["last"]["projector"]
+    if config.projector == "linear":
+        return x @ w["weight"] + w["bias"]
+    return gelu(x @ w["in"] + w["in_bias"]) @ w["out"] + w["out_bias"]

@@ -21,7 +21,7 @@ from hetjax.data import settings
 from hetjax.graph import Module, vlm
 from hetjax.layout import Layout
 from hetjax.reference import Reference
-from models import attention, decoder, moe, vit
+from models import attention, decoder, moe, vit, whisper
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -129,6 +129,7 @@ CONFIGS = [
     attention.RopeScaling,
     moe.Experts,
     vit.ViT,
+    whisper.Whisper,
 ]
 
 

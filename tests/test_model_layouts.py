@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from test_models import DECODER, LLAMA3, VIT, close, documents, random_params, rows_of, run
+from test_models import DECODER, LLAMA3, VIT, WHISPER, close, documents, random_params, rows_of, run
 
 from hetjax import loss
 from hetjax.layout import DATA_AXES, Layout, param_specs, plan_stages, spec
@@ -17,6 +17,7 @@ from models.axes import ONE_DEVICE, Axes, vary, vary_like
 from models.contract import ModuleDef
 from models.decoder import Decoder
 from models.vit import ViT
+from models.whisper import Whisper
 
 Tree = Any
 SAMPLES, SEQ, ITEMS = 4, 16, 4
@@ -34,6 +35,7 @@ CONFIGS = {
     "rich": RICH,
     "tied": dataclasses.replace(DECODER, tied=True),
     "siglip": VIT,
+    "audio": dataclasses.replace(WHISPER, variant="qwen2_audio", projector="mlp"),
     "clip": dataclasses.replace(VIT, variant="clip", select="default", feature_layer=-2),
     "several layers": dataclasses.replace(VIT, feature_layer=(-2, 0, -1), projector_bias=False),
 }
@@ -50,9 +52,12 @@ def scored(definition: ModuleDef, axes: Axes, params: Tree, x: Tree, batch: Tree
     }
 
 
-def example(config: Decoder | ViT) -> tuple[ModuleDef, Tree, Tree]:
+def example(config: Decoder | ViT | Whisper) -> tuple[ModuleDef, Tree, Tree]:
     """(definition, inputs, batch): packed and padded rows, pictures that several replicas hold, unused slots."""
     rng = np.random.default_rng(0)
+    if isinstance(config, Whisper):
+        mel = rng.normal(size=(ITEMS, config.frames, config.num_mels)).astype(np.float32)
+        return config.module(jnp.float64), {}, {"audio.mel": mel, "audio.frames": np.array([24, 11, 0, 3], np.int32)}
     if isinstance(config, ViT):
         pixels = rng.normal(size=(ITEMS, config.image_size, config.image_size, 3)).astype(np.float32)
         return config.module(jnp.float64), {}, {"vision.pixels": pixels}
@@ -119,6 +124,7 @@ def zigzag(cp: int) -> np.ndarray:
         ("siglip", Layout(dp=2, cp=4)),
         ("several layers", Layout(dp=2, cp=2, tp=2)),
         ("clip", Layout(dp=2, tp=2, copies=2)),
+        ("audio", Layout(dp=2, cp=2, tp=2)),
     ],
     ids=str,
 )

@@ -19,12 +19,14 @@ from models.decoder import Decoder
 from models.layers import exact_gelu
 from models.sight import Sight
 from models.vit import ViT
+from models.whisper import Whisper
 
 Tree = Any
 DECODER = Decoder(vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
 VIT = ViT(
     image_size=8, patch_size=4, width=16, num_layers=2, num_heads=4, mlp_width=24, output_width=12, projector_width=20
 )
+WHISPER = Whisper(num_mels=5, width=16, num_layers=2, num_heads=4, mlp_width=24, output_width=12, num_positions=12)
 LLAMA3 = RopeScaling("llama3", 8.0, original_length=128)  # head_dim 8: keeps one frequency, blends one, divides two
 RICH = dataclasses.replace(DECODER, qk_norm=True, attention_bias=True, rope_scaling=LLAMA3, sliding_window=5)
 SEQ = 16
@@ -59,7 +61,9 @@ def run(definition: ModuleDef, params: Tree, x: Tree, batch: Tree, axes: Any = O
 
 
 @functools.cache
-def compiled(config: Decoder | ViT, dtype: Any = jnp.float64, encoders: tuple[str, ...] = ()) -> Callable[..., Tree]:
+def compiled(
+    config: Decoder | ViT | Whisper, dtype: Any = jnp.float64, encoders: tuple[str, ...] = ()
+) -> Callable[..., Tree]:
     """`run` of `config`, with what it needs but parameters and data."""
     definition = config.module(dtype, encoders=encoders) if isinstance(config, Decoder) else config.module(dtype)
     return jax.jit(functools.partial(run, definition))
@@ -139,6 +143,36 @@ def test_a_vit_equals_plain_numpy(changes: dict, x64: None) -> None:
     got = compiled(config)(params, {}, {"vision.pixels": pixels})["x"]
     assert got.shape == (2, definition.rows, definition.width)
     close(got, np.stack([plain.vit_picture(config, params, p) for p in pixels.astype(np.float64)]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"variant": "qwen2_audio"}, {"variant": "qwen2_audio", "projector": "mlp"}], ids=str
+)
+def test_an_audio_encoder_equals_plain_numpy(changes: dict, x64: None) -> None:
+    config = dataclasses.replace(WHISPER, **changes)
+    definition = config.module(jnp.float64)
+    params = random_params(definition)
+    mel = np.random.default_rng(1).normal(size=(6, 24, 5)).astype(np.float32)
+    frames = np.array([24, 23, 22, 21, 4, 3], np.int32)
+    got = compiled(config)(params, {}, {"audio.mel": mel, "audio.frames": frames})["x"]
+    assert got.shape == (6, definition.rows, definition.width)
+    for y, clip, n in zip(got, mel.astype(np.float64), frames, strict=True):
+        close(y[: config.rows_of(int(n))], plain.whisper_clip(config, params, clip, int(n)))
+    assert [config.rows_of(int(n)) for n in frames] == ([12] * 6 if config.variant == "whisper" else [6, 6, 5, 5, 1, 1])
+
+
+def test_a_shorter_context_gives_a_clip_the_same_rows(x64: None) -> None:
+    long = dataclasses.replace(WHISPER, variant="qwen2_audio")
+    short = dataclasses.replace(long, max_frames=16)
+    params = random_params(long.module(jnp.float64))
+    mel = np.random.default_rng(1).normal(size=(4, 24, 5)).astype(np.float32)
+    frames = np.array([16, 15, 14, 3], np.int32)
+    wanted = compiled(long)(params, {}, {"audio.mel": mel, "audio.frames": frames})["x"]
+    got = compiled(short)(params, {}, {"audio.mel": mel[:, : short.frames], "audio.frames": frames})["x"]
+    assert (short.frames, got.shape[1]) == (17, 4), "the last window looks into the frame behind the context"
+    for i, n in enumerate(frames):
+        rows = short.rows_of(int(n))
+        close(got[i, :rows], wanted[i, :rows])
 
 
 def test_a_tied_head_is_the_embedding(x64: None) -> None:

@@ -13,6 +13,7 @@ from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer
 from models.decoder import Decoder
 from models.vit import ViT
+from models.whisper import Whisper
 
 VOCAB, SEQ, WIDTH = 64, 16, 16
 
@@ -49,6 +50,12 @@ def vit(**changes: Any) -> ViT:
     return ViT(**(sizes | changes))
 
 
+def whisper(**changes: Any) -> Whisper:
+    """Two layers on clips of up to 16 frames in four rows, which see nothing but their own."""
+    sizes = dict(num_mels=5, width=16, num_layers=2, num_heads=4, mlp_width=32, output_width=WIDTH, num_positions=8)
+    return Whisper(**(sizes | dict(variant="qwen2_audio") | changes))
+
+
 def graph(
     llm: Layout,
     encoders: dict[str, Layout],
@@ -58,9 +65,9 @@ def graph(
     remat: Remat = Remat.FULL,
     feature_layer: int | tuple[int, ...] = -1,
 ) -> Graph:
-    """The tiny model under these layouts."""
-    tower = vit(feature_layer=feature_layer)
-    towers = tuple(Module(name, tower.module(dtype, name=name), layout, remat) for name, layout in encoders.items())
+    """The tiny model under these layouts. An encoder called audio hears, all others see."""
+    models = {name: whisper() if name == "audio" else vit(feature_layer=feature_layer) for name in encoders}
+    towers = tuple(Module(n, models[n].module(dtype, name=n), layout, remat) for n, layout in encoders.items())
     language = Module("llm", decoder(tied=tied).module(dtype, encoders=tuple(encoders)), llm, remat)
     return vlm(towers, language)
 
@@ -73,7 +80,7 @@ def microbatches(
     rows: int = 4,
     text_only: tuple[int, ...] = (),
 ) -> list:
-    """Random microbatches: 0 to 2 pictures a sample, packed and padded rows, uneven target counts."""
+    """Random microbatches: 0 to 2 pictures, or ragged clips, a sample, packed and padded rows, uneven targets."""
     rng = np.random.default_rng(seed)
     return [_microbatch(rng, shape, encoders, rows, i in text_only) for i in range(shape.microbatches)]
 
@@ -108,9 +115,23 @@ def _microbatch(
                         index[sample, start : start + rows] = slots.pop(0) * rows + np.arange(rows)
                         free[sample, start : start + rows] = False
         used = np.isin(np.arange(shape.slots), index[index >= 0] // rows)
+        if name == "audio":
+            batch |= _clips(rng, index, used)
+            continue
         pixels = rng.normal(size=(shape.slots, 8, 8, 3)) * used[:, None, None, None]
         batch |= {f"{name}.index": index, f"{name}.pixels": pixels.astype(np.float32)}
     return batch
+
+
+def _clips(rng: np.random.Generator, index: np.ndarray, used: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of clips that take the first rows of those in `index`, as many as their length asks for."""
+    model = whisper()
+    frames = rng.integers(3, model.context + 1, len(used)).astype(np.int32) * used
+    rows = np.array([model.rows_of(int(n)) for n in frames])
+    shown = (index >= 0) & (index % model.rows < rows[index // model.rows])
+    mel = rng.normal(size=(len(used), model.frames, model.num_mels)) * used[:, None, None]
+    arrays = {"index": np.where(shown, index, -1), "mel": mel.astype(np.float32), "frames": frames}
+    return {f"audio.{name}": array for name, array in arrays.items()}
 
 
 def trainer(

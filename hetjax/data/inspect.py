@@ -117,7 +117,7 @@ def _item_at(
 
 def thumbnail(rgb: np.ndarray, *, colour: bool) -> Iterator[str]:
     """The lines of a small picture: shades of grey as characters, or two colours in each for a terminal."""
-    lines = max(1, round(COLUMNS / 2 * rgb.shape[0] / rgb.shape[1]))
+    lines = min(max(1, round(COLUMNS / 2 * rgb.shape[0] / rgb.shape[1])), COLUMNS)
     size = COLUMNS, lines * 2 if colour else lines
     small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
     if not colour:

@@ -58,7 +58,7 @@ class Sounds:
         rows = self.rows_of(own)
         if rows < 1 or not own:
             raise SampleError(str(path), f"it has {len(samples)} samples at {RATE} Hz, too few for one row")
-        return {"mel": log_mel(samples, self.num_mels, self.frames), "frames": np.int32(own)}, rows
+        return {"mel": log_mel(samples, self.num_mels, self.frames), "frames": np.asarray(own, np.int32)}, rows
 
     def to_rgb(self, values: Values) -> np.ndarray:
         """uint8 [num_mels, frames, 3]: the clip's own frames as a spectrogram, low sounds below."""
