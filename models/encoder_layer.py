@@ -1,13 +1,15 @@
-"""The two blocks of an encoder's transformer layer, which sees and hears alike: biases everywhere, all-to-all."""
+"""What encoders that see and that hear share: the two blocks of a layer, and how cp cuts their tokens."""
 
 from collections.abc import Callable
 
 import jax
 from flax import nnx
+from jax import lax
 
 from models.attention import attend
 from models.axes import Axes, vary_like
 from models.layers import add, dot, mlp, normal, zeros
+from models.sight import Sight
 
 
 class Attention(nnx.Module):
@@ -21,12 +23,12 @@ class Attention(nnx.Module):
         self.o = normal(rngs, (h, k, d), ("heads", None, None), d**-0.5)
         self.o_bias = zeros((d,), (None,))
 
-    def __call__(self, x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> jax.Array:
-        """`mask` [b, q, k] tells which keys, of all, each query of this device sees; None: every one."""
+    def __call__(self, x: jax.Array, axes: Axes, sight: Sight | None = None) -> jax.Array:
+        """`sight` tells which keys, of all, each query of this device sees; None: every one."""
         x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
         pairs = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
         q, k, v = (dot(x, w.get_value()) if b is None else add(dot(x, w.get_value()), b.get_value()) for w, b in pairs)
-        y = attend(q, axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1), mask)
+        y = attend(q, axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1), sight)
         return add(axes.tp.psum(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
 
 
@@ -44,3 +46,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         return mlp(x, self.up, self.up_bias, self.down, self.down_bias, activation=self.activation, axes=axes)
+
+
+def own_tokens(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
+    """This device's tokens of `x`, which has all of them along `dim`."""
+    size = x.shape[dim] // axes.cp.size
+    return lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim)

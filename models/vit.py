@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from models.axes import Axes, vary_like
 from models.contract import ModuleDef
-from models.encoder_layer import Attention, Mlp
+from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, normal, zeros
 from models.nnx_parts import part
 from models.projector import Projector
@@ -154,13 +153,13 @@ class _First(nnx.Module):
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
         config = self.config
         patches = cut(batch[self.pixels].astype(self.compute_dtype), config.patch_size)
-        x = dot(_own(patches, 1, axes), self.patch.get_value(), contract=3)
+        x = dot(own_tokens(patches, 1, axes), self.patch.get_value(), contract=3)
         if config.has_class_token:
             token = jnp.broadcast_to(self.class_token.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([token, x], axis=1)
         else:
             x = add(x, self.patch_bias.get_value())
-        x = add(x, _own(self.position.get_value(), 0, axes))
+        x = add(x, own_tokens(self.position.get_value(), 0, axes))
         x = self.pre_norm(x) if config.has_class_token else x
         if not config.kept:
             return {"x": x}
@@ -178,12 +177,6 @@ def cut(pixels: jax.Array, size: int) -> jax.Array:
     n, height, width, channels = pixels.shape
     grid = pixels.reshape(n, height // size, size, width // size, size, channels)
     return grid.swapaxes(2, 3).reshape(n, -1, size, size, channels)
-
-
-def _own(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
-    """This device's tokens of `x`, which has all of them along `dim`."""
-    size = x.shape[dim] // axes.cp.size
-    return lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

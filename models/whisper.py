@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from models.axes import Axes
 from models.contract import ModuleDef
-from models.encoder_layer import Attention, Mlp
+from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal, zeros
 from models.nnx_parts import part
 from models.projector import Linear, Projector
+from models.sight import Sight
 
 Batch = Mapping[str, jax.Array]
 Carry = dict[str, jax.Array]
@@ -111,9 +111,8 @@ class Whisper:
         if self.hidden is not None:
             cut["projector"] = self.hidden
         return ModuleDef(
-            num_layers=self.num_layers,
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), name, rngs=rngs)),
-            layer=part(lambda rngs: _Layer(self, name, rngs=rngs)),
+            layers=(part(lambda rngs: _Layer(self, name, rngs=rngs)),) * self.num_layers,
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             reads=reads,
             carry={"x": CARRY_DIMS},
@@ -157,8 +156,7 @@ class _First(nnx.Module):
         x = dot(_triples(jnp.pad(x, ((0, 0), (1, 0), (0, 0))), config.positions, 2), self.conv2.get_value(), contract=2)
         x = exact_gelu(add(x, self.conv2_bias.get_value()))
         x = add(x, self.position.get_value()[: config.positions])
-        size = config.positions // axes.cp.size  # the convolutions ran on every device of cp, which keeps its own part
-        return {"x": lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, 1)}
+        return {"x": own_tokens(x, 1, axes)}  # the convolutions ran whole on every device of cp
 
 
 def _triples(x: jax.Array, count: int, stride: int) -> jax.Array:
@@ -168,20 +166,24 @@ def _triples(x: jax.Array, count: int, stride: int) -> jax.Array:
 
 class _Layer(nnx.Module):
     def __init__(self, config: Whisper, name: str, *, rngs: nnx.Rngs) -> None:
-        self.positions, self.masked, self.name = config.positions, config.variant == "qwen2_audio", name
+        self.positions, self.name = config.positions, name
+        self.masked = config.variant == "qwen2_audio"
         self.attention_norm = LayerNorm(config.width, EPS)
         self.attention = Attention(config.width, config.num_heads, key_bias=False, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, EPS)
         self.mlp = Mlp(config.width, config.mlp_width, exact_gelu, rngs=rngs)
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
-        x, mask = carry["x"], None
-        if self.masked:
-            own = positions_of(batch[f"{self.name}.frames"])
-            mask = jnp.arange(self.positions)[None, None] < own[:, None, None]
-            mask = jnp.broadcast_to(mask, (*x.shape[:2], self.positions))
-        x = x + self.attention(self.attention_norm(x), axes, mask)
+        x = carry["x"]
+        sight = self._own(batch[f"{self.name}.frames"], axes) if self.masked else None
+        x = x + self.attention(self.attention_norm(x), axes, sight)
         return {"x": x + self.mlp(self.mlp_norm(x), axes)}
+
+    def _own(self, frames: jax.Array, axes: Axes) -> Sight:
+        """A clip's own positions see each other; those behind it see nothing."""
+        place = jnp.broadcast_to(jnp.arange(self.positions, dtype=jnp.int32), (len(frames), self.positions))
+        own = (place < positions_of(frames)[:, None]).astype(jnp.int32)
+        return Sight(own_tokens(place, 1, axes), own_tokens(own, 1, axes), place, own, causal=False)
 
 
 class _Last(nnx.Module):
