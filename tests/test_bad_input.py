@@ -90,7 +90,7 @@ MISWRITTEN = [
     (settings(tensorboard=1), "experiment.Experiment.tensorboard = 1, but it must be bool"),
     (settings(llm=Reference("@vision/experiment.Encoder()")), "but it must be LanguageModel"),
     (settings(encoders=Reference("@vision/experiment.Encoder()")), "but it must be tuple"),
-    (encoder(model=Reference("@decoder.Decoder()")), "vision.model is a Decoder; it must be a vision model, such as"),
+    (encoder(model=Reference("@decoder.Decoder()")), "encoder.model is a Decoder; it must be a vision or audio model"),
     (
         {"llm/experiment.LanguageModel.model": Reference("@vit.ViT()")},
         "llm.model is a ViT; it must be a language model, such as",
