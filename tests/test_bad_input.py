@@ -192,7 +192,6 @@ DATA = [
         "DataConfig.seq_len=4 is too short: one picture of vision takes up to 4 positions, with a question and an",
     ),
     (data(groups=0), "DataConfig.groups=0; it must be at least 1"),
-    (encoder(field=""), "vision: field is empty; give it a name, such as 'image' or '<image>'"),
     (
         encoder(placeholder="<i>") | data(on_bad_item="stop"),
         "; repair it, or set DataConfig.on_bad_item='skip' to go on",
