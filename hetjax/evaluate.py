@@ -26,12 +26,12 @@ def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.nda
     targets: collections.Counter[int] = collections.Counter()
     hits: collections.Counter[int] = collections.Counter()
     for microbatch, owner in batches:
-        total, correct = trainer.evaluate(state, microbatch)
+        total, likeliest = trainer.evaluate(state, microbatch)
         loss += total
         tokens += float(microbatch["weights"].sum(dtype=np.float64))
         scored = owner >= 0
         targets.update(owner[scored].tolist())
-        hits.update(owner[scored & (correct > 0)].tolist())
+        hits.update(owner[scored & (likeliest == microbatch["targets"])].tolist())
     right = sum(hits[sample] == count for sample, count in targets.items())
     return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), len(targets))
 

@@ -158,16 +158,16 @@ class Pipeline:
         return _Loop(self, params, microbatches, dict(acc), count).run()
 
     def evaluate(self, params: Mapping[StageKey, Tree], microbatch: Microbatch) -> tuple[jax.Array, np.ndarray]:
-        """(sum of token losses, [batch, seq] float: 1 at targets with weight that were the most likely token)."""
+        """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position)."""
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
         for key, stage in self.stages.items():  # producers come before their consumers
             y = stage.programs["evaluate"](params[key], inputs.pop(key, {}), self.place(key, microbatch))
             for link in self.links[key]:
                 moved = link.boundary.forward(y)
                 inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
-        correct = np.asarray(y["correct"])
+        likeliest = np.asarray(y["likeliest"])
         order = self._orders.get(self.graph.sink.name)
-        return y["loss"], correct if order is None else correct[:, np.argsort(order)]
+        return y["loss"], likeliest if order is None else likeliest[:, np.argsort(order)]
 
     def place(self, key: StageKey, microbatch: Microbatch) -> dict[str, jax.Array]:
         """The arrays that a stage reads, on its devices; in zig-zag order where the stage's cp splits a sequence."""

@@ -2,7 +2,7 @@
 
     forward   (params, x, batch)                         -> (y, residuals)
     backward  (params, x, batch, residuals, g, acc)      -> (gx, acc, done)      acc is donated
-    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink also marks hits
+    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink adds likeliest ids
     reduce    (acc)                                      -> (grads, acc)         once a step; acc is donated and zeroed
     update    (params, state, grads, scale, ok, rate)    -> (params, state)      the first two are donated
 
@@ -199,14 +199,13 @@ class Stage:
 
         def end(last: Params, carry: Tree) -> Tree:
             y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
-            scored = (y["x"], y["head"], batch["targets"], batch["weights"])
             return {
-                "loss": loss.token_sum(*scored, axes=self.plan.axes),
-                "correct": loss.token_correct(*scored, axes=self.plan.axes),
+                "loss": loss.token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes),
+                "likeliest": loss.token_likeliest(y["x"], y["head"], axes=self.plan.axes),
             }
 
         y = {k: _settle(v, frozenset(DATA_AXES)) for k, v in self._run(params, x, batch, end).items()}
-        return {"loss": lax.psum(y["loss"], DATA_AXES), "correct": y["correct"]}
+        return {"loss": lax.psum(y["loss"], DATA_AXES), "likeliest": y["likeliest"]}
 
     def _reduce(self, acc: Tree) -> tuple[Tree, Tree]:
         def reduce_leaf(leaf: jax.Array, dim: int) -> jax.Array:
@@ -242,8 +241,8 @@ class Stage:
         forward = self._on_devices(self._forward, specs, (self.y_specs, kept_specs))
         found: dict[str, Callable[[], None]] = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
         if evaluate:
-            hits = {"correct": P(*DATA_AXES)} if self.ends_in_loss else {}
-            program = self._on_devices(self._evaluate, specs, {**self.y_specs, **hits})
+            ids = {"likeliest": P(*DATA_AXES)} if self.ends_in_loss else {}
+            program = self._on_devices(self._evaluate, specs, {**self.y_specs, **ids})
             found["evaluate"] = functools.partial(self._compile, "evaluate", program, inputs)
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]

@@ -157,11 +157,11 @@ class Trainer:
         return State(params, states, done.acc, state.step + 1), outcome
 
     def evaluate(self, state: State, microbatch: Mapping[str, np.ndarray]) -> tuple[float, np.ndarray]:
-        """(sum of token losses, [batch, seq] float: 1 at targets with weight that were the most likely token).
+        """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position).
 
         Needs `compile(evaluate=True)`."""
-        loss, correct = self.pipeline.evaluate(state.params, microbatch)
-        return float(loss), correct
+        loss, likeliest = self.pipeline.evaluate(state.params, microbatch)
+        return float(loss), likeliest
 
     def flat(self, trees: Mapping[StageKey, Tree]) -> dict[str, dict[Path, np.ndarray]]:
         """Per-stage trees as whole modules on the host: module -> path -> array, layers of all stages concatenated."""

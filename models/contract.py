@@ -6,7 +6,7 @@ arrays; `logical` names the dims that a layout may shard. The core sees nothing 
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Params = dict[str, Any]  # nested dicts of arrays
 Dims = tuple[str | None, ...]  # one logical name per tensor dim; None is never sharded
@@ -29,6 +29,13 @@ class Part:
     logical: Params
 
 
+class Cached(NamedTuple):
+    """One array that a layer keeps per token."""
+
+    sizes: tuple[int, ...]
+    dims: Dims  # of the sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class ModuleDef:
     """A module as the core sees it.
@@ -40,6 +47,10 @@ class ModuleDef:
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
     tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
+    cache: what a layer keeps of each token while text is generated. A carry with "cache" asks a layer for it: {} where
+        the batch's tokens are the first, and the layer returns theirs; else {key: [batch, slots, *sizes]}, in which
+        the layer writes its tokens from slot batch["cache.slot"] on, and looks at all slots by
+        batch["cache.positions"] and batch["cache.segment_ids"], [batch, slots]. Empty: the module cannot generate.
     rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
     flops_per_layer and the like live in hetjax/flops.py, from `config`.
     """
@@ -54,6 +65,7 @@ class ModuleDef:
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
     rows: int = 0
     width: int = 0
 

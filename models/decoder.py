@@ -12,17 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from models.attention import RopeScaling, attend, rope_frequencies, rotate
 from models.axes import Axes, vary_like
-from models.contract import ModuleDef, Part
+from models.contract import Cached, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, normal, ones, rms_norm, wide, zeros
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
 from models.sight import Sight
 
 Batch = Mapping[str, jax.Array]
-Carry = dict[str, jax.Array]
+Carry = dict[str, Any]
+Cache = dict[str, jax.Array]
 TOKEN_DIMS = ("batch", "seq")
 
 
@@ -110,6 +112,7 @@ class Decoder:
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp"}),
             tied={"head": "embed"} if self.tied else {},
+            cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
             width=self.width,
         )
 
@@ -162,10 +165,12 @@ class _Layer(nnx.Module):
             self.mlp = GatedMlp(config.width, config.mlp_width, rngs=rngs)
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
-        x = carry["x"]
-        x = x + self.attention(rms_norm(x, self.attention_norm.get_value(), self.eps), batch, axes)
+        x, cache = carry["x"], carry.get("cache")
+        y, cache = self.attention(rms_norm(x, self.attention_norm.get_value(), self.eps), batch, axes, cache)
+        x = x + y
         block = self.moe if self.kind == "moe" else self.mlp
-        return {"x": x + block(rms_norm(x, self.mlp_norm.get_value(), self.eps), axes)}
+        x = x + block(rms_norm(x, self.mlp_norm.get_value(), self.eps), axes)
+        return {"x": x} if cache is None else {"x": x, "cache": cache}
 
 
 class _Attention(nnx.Module):
@@ -184,7 +189,9 @@ class _Attention(nnx.Module):
             self.q_norm = ones((k,), (None,))
             self.k_norm = ones((k,), (None,))
 
-    def __call__(self, x: jax.Array, batch: Batch, axes: Axes) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
         config, positions, segments = self.config, batch["positions"], batch["segment_ids"]
         x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
         q, k, v = (dot(x, w.get_value()) for w in (self.q, self.k, self.v))
@@ -195,9 +202,14 @@ class _Attention(nnx.Module):
             k = rms_norm(k, self.k_norm.get_value(), config.norm_eps)
         frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, wide(x.dtype))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))
+        if cache:
+            k, v = (lax.dynamic_update_slice_in_dim(cache[n], a, batch["cache.slot"], 1) for n, a in (("k", k), ("v", v)))
+            key_positions, key_segments = batch["cache.positions"], batch["cache.segment_ids"]
+        else:
+            k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))
         sight = Sight(positions, segments, key_positions, key_segments, window=config.sliding_window)
-        return axes.tp.psum(dot(attend(q, k, v, sight), self.o.get_value(), contract=2))
+        y = axes.tp.psum(dot(attend(q, k, v, sight), self.o.get_value(), contract=2))
+        return y, None if cache is None else {"k": k, "v": v}
 
 
 class _Last(nnx.Module):

@@ -1,0 +1,90 @@
+"""Generation on one device's shards: a prompt becomes a memory of keys and values, a token extends it.
+
+Prompts stand at the left of their rows, padded behind. All rows write a new token into the same slot; who sees whom is
+told by positions and segments alone (models/attention.py), so the padding in between is never looked at.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from models.axes import Axes
+from models.contract import ModuleDef, Params
+from models.layers import dot, wide
+
+Tree = Any
+Arrays = Mapping[str, jax.Array]
+
+
+class Memory(NamedTuple):
+    """What is remembered of the tokens so far. `layers`: key -> [layers, b, slots, ...]; the others are [b, slots]."""
+
+    layers: Tree
+    positions: jax.Array
+    segments: jax.Array  # 0 where nothing is remembered
+
+
+def run_layers(
+    definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes, caches: Tree = None
+) -> tuple[Tree, Tree]:
+    """(carry, caches) behind all layers. `caches` None: none are kept; {}: those of the batch's tokens are made."""
+
+    def one(carry: Tree, inputs: tuple[Params, Tree]) -> tuple[Tree, Tree]:
+        weights, cache = inputs
+        out = definition.layer.apply(weights, carry if cache is None else {**carry, "cache": cache}, batch, axes)
+        return {k: out[k] for k in carry}, out.get("cache")
+
+    return lax.scan(one, carry, (params["layers"], caches))
+
+
+def encode(definition: ModuleDef, params: Params, batch: Arrays, axes: Axes) -> Tree:
+    """The output of an encoder."""
+    carry = definition.first.apply(params["first"], {}, batch, axes)
+    carry, _ = run_layers(definition, params, carry, batch, axes)
+    return definition.last.apply(params["last"], carry, batch, axes)
+
+
+def prefill(
+    definition: ModuleDef, params: Params, rows: Arrays, batch: Arrays, axes: Axes, room: int
+) -> tuple[jax.Array, Memory]:
+    """(logits behind each prompt [b, v / tp], memory with `room` free slots).
+
+    `batch` as in training, without targets; "lengths" [b] are the tokens of each prompt. `rows`: encoders' outputs.
+    """
+    carry = definition.first.apply(params["first"], rows, batch, axes)
+    carry, caches = run_layers(definition, params, carry, batch, axes, {})
+    last = (batch["lengths"] - 1)[:, None]
+    take = lambda x: jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1)
+    ends = {k: take(x) if "seq" in definition.carry[k] else x for k, x in carry.items()}
+    pad = lambda x, dim: jnp.pad(x, [(0, room * (i == dim)) for i in range(x.ndim)])
+    segments = jnp.where(batch["segment_ids"] > 0, 1, 0)
+    memory = Memory(jax.tree.map(lambda x: pad(x, 2), caches), pad(batch["positions"], 1), pad(segments, 1))
+    return _logits(definition, params, ends, batch, axes), memory
+
+
+def step(
+    definition: ModuleDef,
+    params: Params,
+    memory: Memory,
+    tokens: jax.Array,
+    positions: jax.Array,
+    slot: jax.Array,
+    axes: Axes,
+) -> tuple[jax.Array, Memory]:
+    """(logits behind `tokens` [b, v / tp], memory with them in `slot`). `tokens` and their `positions` are [b]."""
+    put = lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new[:, None], slot, 1)
+    ones = jnp.ones_like(positions)
+    memory = memory._replace(positions=put(memory.positions, positions), segments=put(memory.segments, ones))
+    batch = {"tokens": tokens[:, None], "positions": positions[:, None], "segment_ids": ones[:, None]}
+    batch |= {"cache.slot": slot, "cache.positions": memory.positions, "cache.segment_ids": memory.segments}
+    carry = definition.first.apply(params["first"], {}, batch, axes)
+    carry, caches = run_layers(definition, params, carry, batch, axes, memory.layers)
+    return _logits(definition, params, carry, batch, axes), memory._replace(layers=caches)
+
+
+def _logits(definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes) -> jax.Array:
+    y = definition.last.apply(params["last"], carry, batch, axes)
+    return dot(y["x"][:, 0], y["head"], dtype=wide(y["x"].dtype))

@@ -1,0 +1,185 @@
+"""A decoder and its encoders on devices, generating: three programs, each ONE `jax.shard_map`.
+
+    encode   (params, items)                          -> rows       per encoder, its items cut over all devices
+    prefill  (params, rows, prompts)                  -> logits, memory
+    decode   (params, logits, memory, lengths, ...)   -> tokens     a `lax.while_loop`, until every row has ended
+
+The decoder stands under dp x tp; a boundary takes the encoders' rows to it. Shapes come from few buckets, and each
+bucket compiles once.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hetjax.boundary import Boundary
+from hetjax.generate import cached
+from hetjax.generate.cached import Memory
+from hetjax.generate.sample import Draw, Sampling, pick
+from hetjax.graph import Graph, Module
+from hetjax.layout import plan_stages, sharding, spec
+from hetjax.optimizer import OptimizerConfig
+from hetjax.parameters import Parameters
+from models.axes import vary_like
+from models.contract import ModuleDef, Params
+
+Tree = Any
+Arrays = Mapping[str, np.ndarray]
+ENDED = -1  # behind a row's last token
+FROZEN = OptimizerConfig(frozen=("*",))
+
+
+class Placed:
+    """A module on its devices, whole: one stage. `parameters.params` are abstract until someone reads them."""
+
+    def __init__(self, module: Module, devices: Sequence[jax.Device], dtype: Any) -> None:
+        self.name, self.definition = module.name, module.definition
+        (self.plan,) = plan_stages(module.name, module.definition, module.layout, devices)
+        self.parameters = Parameters(module, self.plan, FROZEN, seed=0, dtype=dtype)
+
+    def whole(self, params: Params) -> Params:
+        """The parameters with the leaf that two parts share in both."""
+        return {**params, "last": self.parameters.full_last(params)}
+
+    def put(self, batch: Arrays) -> dict[str, jax.Array]:
+        """What of the batch the module reads, on its devices."""
+        reads = self.definition.reads
+        names = [name for name in reads if name in batch]
+        return jax.device_put(
+            {n: batch[n] for n in names}, {n: sharding(self.plan.mesh, reads[n]) for n in names}
+        )
+
+
+class Engine:
+    """Generates with `graph`, whose modules each have one stage. `alone` is the sink's definition without encoders."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        alone: ModuleDef,
+        *,
+        devices: Sequence[jax.Device],
+        dtypes: Mapping[str, Any],
+        stops: Sequence[int],
+    ) -> None:
+        self.graph, self.alone, self.stops = graph, alone, tuple(stops)
+        self.placed = {m.name: Placed(m, devices, dtypes[m.name]) for m in graph.modules}
+        self.sink = self.placed[graph.sink.name]
+        self.params: dict[str, Params] = {}  # by module; set before the first call
+        self._encode = {e.name: self._encoder(self.placed[e.name]) for e in graph.encoders}
+        self._boundaries: dict[tuple[Any, ...], Boundary] = {}
+        self._prefill = functools.cache(self._prefill_program)
+        self._decode = functools.cache(self._decode_program)
+
+    def generate(
+        self, batch: Arrays, *, prompts: np.ndarray, limit: int, room: int, sampling: Sampling
+    ) -> np.ndarray:
+        """The tokens that follow each row, int32 [b, at most limit], `ENDED` behind a row's end.
+
+        `batch`: tokens, positions, segment_ids [b, s], lengths [b], and each encoder's arrays. `prompts` [b] numbers
+        the rows for sampling. `room`: slots of the memory behind the prompts, at least `limit`. A row of length 0 is
+        padding and has ended.
+        """
+        rows = {name: self._rows(name, batch) for name in self._encode}
+        on = self.sink.put(batch) | {"lengths": self._put(batch["lengths"], P("dp"))}
+        logits, memory = self._prefill(room)(self.params[self.sink.name], rows, on)
+        draw = None
+        if not sampling.greedy:
+            vocab = logits.shape[1]
+            top_k = min(sampling.top_k or vocab, vocab)
+            numbers = (np.float32(sampling.temperature), np.int32(top_k), np.float32(sampling.top_p))
+            draw = Draw(*numbers, np.int32(sampling.seed), self._put(prompts, P("dp")))
+        program = self._decode(room, sampling.greedy)
+        out, count = program(self.params[self.sink.name], logits, memory, on["lengths"], draw, np.int32(limit))
+        return np.asarray(out)[:, : int(count)]
+
+    def _put(self, array: np.ndarray, where: P) -> jax.Array:
+        return jax.device_put(np.asarray(array, np.int32), NamedSharding(self.sink.plan.mesh, where))
+
+    def _encoder(self, placed: Placed) -> Any:
+        def run(params: Params, batch: Tree) -> Tree:
+            return cached.encode(placed.definition, placed.whole(params), batch, placed.plan.axes)
+
+        reads = {name: spec(dims) for name, dims in placed.definition.reads.items()}
+        out = {name: spec(dims) for name, dims in placed.definition.output.items()}
+        return jax.jit(
+            jax.shard_map(run, mesh=placed.plan.mesh, in_specs=(placed.parameters.specs, reads), out_specs=out)
+        )
+
+    def _rows(self, name: str, batch: Arrays) -> jax.Array:
+        """An encoder's output for the batch's items, on the decoder's devices."""
+        placed = self.placed[name]
+        y = self._encode[name](self.params[name], placed.put(batch))
+        key = (name, *((k, v.shape) for k, v in y.items()))
+        if key not in self._boundaries:
+            source = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in y.items()}
+            where = {k: sharding(self.sink.plan.mesh, ("items", *(None,) * (v.ndim - 1))) for k, v in y.items()}
+            self._boundaries[key] = Boundary(source, where)
+        return self._boundaries[key].forward(y)["x"]
+
+    def _on_devices(self, function: Any, in_specs: Tree, out_specs: Tree) -> Any:
+        return jax.shard_map(function, mesh=self.sink.plan.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    @property
+    def _memory_specs(self) -> Memory:
+        caches = {k: P(None, *spec(("batch", None, *c.dims))) for k, c in self.alone.cache.items()}
+        return Memory(caches, P("dp"), P("dp"))
+
+    def _prefill_program(self, room: int) -> Any:
+        sink = self.sink
+
+        def run(params: Params, rows: Tree, batch: Tree) -> tuple[jax.Array, Memory]:
+            return cached.prefill(sink.definition, sink.whole(params), rows, batch, sink.plan.axes, room)
+
+        names = ("tokens", "positions", "segment_ids", *(f"{e}.index" for e in self._encode))
+        batch = {name: spec(sink.definition.reads[name]) for name in names} | {"lengths": P("dp")}
+        specs = (sink.parameters.specs, dict.fromkeys(self._encode, P("dp")), batch)
+        return jax.jit(self._on_devices(run, specs, (P("dp", "tp"), self._memory_specs)))
+
+    def _decode_program(self, room: int, greedy: bool) -> Any:
+        axes = self.sink.plan.axes
+
+        def ended(tokens: jax.Array) -> jax.Array:
+            return jnp.isin(tokens, jnp.asarray(self.stops, jnp.int32)) if self.stops else jnp.zeros(tokens.shape, bool)
+
+        def run(
+            params: Params, logits: jax.Array, memory: Memory, lengths: jax.Array, draw: Draw | None, limit: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            params = self.sink.whole(params)
+            prompt_slots = memory.positions.shape[1] - room
+            tokens = pick(logits, axes, draw, 0)
+            done = lengths == 0
+            out = vary_like(jnp.full((len(tokens), room), ENDED, jnp.int32), tokens)
+            out = out.at[:, 0].set(jnp.where(done, ENDED, tokens))
+            done = done | ended(tokens)
+            waiting = lambda done: axes.dp.psum((~done).sum())
+
+            def more(state: tuple[Any, ...]) -> jax.Array:
+                count, left = state[:2]
+                return (count < limit) & (left > 0)
+
+            def once(state: tuple[Any, ...]) -> tuple[Any, ...]:
+                count, _, tokens, done, memory, out = state
+                positions = lengths + count - 1
+                logits, memory = cached.step(
+                    self.alone, params, memory, tokens, positions, prompt_slots + count - 1, axes
+                )
+                tokens = pick(logits, axes, draw, count)
+                column = jnp.where(done, ENDED, tokens)[:, None]
+                out = lax.dynamic_update_slice_in_dim(out, column, count, 1)
+                done = done | ended(tokens)
+                return count + 1, waiting(done), tokens, done, memory, out
+
+            count, *_, out = lax.while_loop(more, once, (jnp.int32(1), waiting(done), tokens, done, memory, out))
+            return out, count
+
+        draws = None if greedy else Draw(P(), P(), P(), P(), P("dp"))
+        specs = (self.sink.parameters.specs, P("dp", "tp"), self._memory_specs, P("dp"), draws, P())
+        return jax.jit(self._on_devices(run, specs, (P("dp"), P())), donate_argnums=(2,))
