@@ -1,4 +1,4 @@
-"""Cross-entropy and likeliest tokens of a vocabulary that is cut over tp, without ever holding the logits of all tokens.
+"""Cross-entropy and likeliest ids of a vocabulary that is cut over tp, without ever holding the logits of all tokens.
 
 Tokens pass in chunks; the backward pass computes a chunk's logits again. What exists at a time is [chunk, v / tp].
 """

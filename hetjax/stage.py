@@ -2,7 +2,7 @@
 
     forward   (params, x, batch)                         -> (y, residuals)
     backward  (params, x, batch, residuals, g, acc)      -> (gx, acc, done)      acc is donated
-    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink adds likeliest ids
+    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink adds ids
     reduce    (acc)                                      -> (grads, acc)         once a step; acc is donated and zeroed
     update    (params, state, grads, scale, ok, rate)    -> (params, state)      the first two are donated
 

@@ -189,9 +189,7 @@ class _Attention(nnx.Module):
             self.q_norm = ones((k,), (None,))
             self.k_norm = ones((k,), (None,))
 
-    def __call__(
-        self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, positions, segments = self.config, batch["positions"], batch["segment_ids"]
         x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
         q, k, v = (dot(x, w.get_value()) for w in (self.q, self.k, self.v))
@@ -203,7 +201,9 @@ class _Attention(nnx.Module):
         frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, wide(x.dtype))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         if cache:
-            k, v = (lax.dynamic_update_slice_in_dim(cache[n], a, batch["cache.slot"], 1) for n, a in (("k", k), ("v", v)))
+            k, v = (
+                lax.dynamic_update_slice_in_dim(cache[n], a, batch["cache.slot"], 1) for n, a in (("k", k), ("v", v))
+            )
             key_positions, key_segments = batch["cache.positions"], batch["cache.segment_ids"]
         else:
             k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))

@@ -56,6 +56,38 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+class Spelled(NamedTuple):
+    """A conversation as positions."""
+
+    tokens: list[int]
+    answer: list[bool]  # whether the position belongs to an answer
+    starts: dict[str, list[int]]  # item name -> first position of each item
+
+
+def spell(
+    turns: Sequence[str],
+    tokenizer: Tokenizer,
+    items: Sequence[ItemSpec],
+    template: Template,
+    found: Mapping[str, Sequence[Item]],
+) -> Spelled:
+    """The positions of question, answer, question, ... with as many for each item as `found` says.
+
+    Behind a last question the answer would follow: that is a prompt.
+    """
+    spelled = Spelled([], [], {item.name: [] for item in items})
+    for trained, piece in _pieces(turns, template, tuple(items)):
+        if isinstance(piece, ItemSpec):
+            place = spelled.starts[piece.name]
+            ids = [NO_TEXT] * found[piece.name][len(place)].rows
+            place.append(len(spelled.tokens))
+        else:
+            ids = tokenizer.encode(piece, add_special_tokens=False).ids
+        spelled.tokens.extend(ids)
+        spelled.answer.extend([trained] * len(ids))
+    return spelled
+
+
 def encode(
     sample: Sample,
     tokenizer: Tokenizer,
@@ -67,18 +99,7 @@ def encode(
 
     Raises TooLong if it does not fit and may not, or cannot, be truncated.
     """
-    tokens: list[int] = []
-    answer: list[bool] = []
-    starts: dict[str, list[int]] = {item.name: [] for item in items}
-    for trained, piece in _pieces(sample, config.template, tuple(items)):
-        if isinstance(piece, ItemSpec):
-            place = starts[piece.name]
-            ids = [NO_TEXT] * found[piece.name][len(place)].rows
-            place.append(len(tokens))
-        else:
-            ids = tokenizer.encode(piece, add_special_tokens=False).ids
-        tokens += ids
-        answer += [trained] * len(ids)
+    tokens, answer, starts = spell(sample.turns, tokenizer, items, config.template, found)
     count = min(len(tokens) - 1, config.seq_len)  # the last token is a target only
     if len(tokens) - 1 > config.seq_len:
         _check_cut(len(tokens) - 1, answer, starts, found, config)
@@ -111,18 +132,21 @@ def _check_cut(
         raise TooLong(f"{needs}, and truncation would leave no answer")
 
 
-def _pieces(sample: Sample, template: Template, items: tuple[ItemSpec, ...]) -> Iterator[tuple[bool, str | ItemSpec]]:
-    """(trained on, text or item), in order. Prompts and answers are tokenised apart, as generation will do."""
+def _pieces(
+    turns: Sequence[str], template: Template, items: tuple[ItemSpec, ...]
+) -> Iterator[tuple[bool, str | ItemSpec]]:
+    """(trained on, text or item), in order. Prompts and answers are tokenised apart, as in generation."""
     pattern, of = _splitter(items)
-    for turn in range(0, len(sample.turns), 2):
-        opening = template.answer_suffix if turn else template.start
-        prompt = opening + template.human_prefix + sample.turns[turn] + template.human_suffix
-        for text in pattern.split(prompt) if items else [prompt]:
+    for number, turn in enumerate(turns):
+        if number % 2:
+            pieces = [turn, template.end_token]
+        else:
+            opening = template.answer_suffix if number else template.start
+            prompt = opening + template.human_prefix + turn + template.human_suffix
+            pieces = pattern.split(prompt) if items else [prompt]
+        for text in pieces:
             if text:
-                yield False, of.get(text, text)
-        for text in (sample.turns[turn + 1], template.end_token):
-            if text:
-                yield True, text
+                yield bool(number % 2), text if number % 2 else of.get(text, text)
 
 
 @functools.cache

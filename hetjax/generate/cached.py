@@ -4,15 +4,16 @@ Prompts stand at the left of their rows, padded behind. All rows write a new tok
 told by positions and segments alone (models/attention.py), so the padding in between is never looked at.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hetjax import stacks
 from models.axes import Axes
-from models.contract import ModuleDef, Params
+from models.contract import ModuleDef, Params, Part
 from models.layers import dot, wide
 
 Tree = Any
@@ -20,24 +21,30 @@ Arrays = Mapping[str, jax.Array]
 
 
 class Memory(NamedTuple):
-    """What is remembered of the tokens so far. `layers`: key -> [layers, b, slots, ...]; the others are [b, slots]."""
+    """What is remembered of the tokens so far: arrays, or their specs."""
 
-    layers: Tree
-    positions: jax.Array
-    segments: jax.Array  # 0 where nothing is remembered
+    layers: Tree  # of each run of layers, key -> [layers, b, slots, ...]
+    positions: Any  # [b, slots]
+    segments: Any  # [b, slots]; 0 where nothing is remembered
 
 
 def run_layers(
-    definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes, caches: Tree = None
-) -> tuple[Tree, Tree]:
-    """(carry, caches) behind all layers. `caches` None: none are kept; {}: those of the batch's tokens are made."""
+    definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes, caches: Sequence[Tree] | None = None
+) -> tuple[Tree, list[Tree]]:
+    """(carry, caches) behind all layers. `caches` has one for each run of layers (hetjax/stacks.py); None: none is
+    kept."""
+    kept = []
+    opened = stacks.cut(params[stacks.LAYERS], definition.layers)
+    for number, (lo, _) in enumerate(stacks.runs(definition.layers)):
 
-    def one(carry: Tree, inputs: tuple[Params, Tree]) -> tuple[Tree, Tree]:
-        weights, cache = inputs
-        out = definition.layer.apply(weights, carry if cache is None else {**carry, "cache": cache}, batch, axes)
-        return {k: out[k] for k in carry}, out.get("cache")
+        def one(carry: Tree, inputs: tuple[Params, Tree], part: Part = definition.layers[lo]) -> tuple[Tree, Tree]:
+            weights, cache = inputs
+            out = part.apply(weights, carry if cache is None else {**carry, "cache": cache}, batch, axes)
+            return {k: out[k] for k in carry}, out.get("cache")
 
-    return lax.scan(one, carry, (params["layers"], caches))
+        carry, cache = lax.scan(one, carry, (opened[number], None if caches is None else caches[number]))
+        kept.append(cache)
+    return carry, kept
 
 
 def encode(definition: ModuleDef, params: Params, batch: Arrays, axes: Axes) -> Tree:
@@ -55,7 +62,7 @@ def prefill(
     `batch` as in training, without targets; "lengths" [b] are the tokens of each prompt. `rows`: encoders' outputs.
     """
     carry = definition.first.apply(params["first"], rows, batch, axes)
-    carry, caches = run_layers(definition, params, carry, batch, axes, {})
+    carry, caches = run_layers(definition, params, carry, batch, axes, [{}] * len(stacks.runs(definition.layers)))
     last = (batch["lengths"] - 1)[:, None]
     take = lambda x: jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1)
     ends = {k: take(x) if "seq" in definition.carry[k] else x for k, x in carry.items()}

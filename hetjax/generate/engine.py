@@ -8,6 +8,7 @@ The decoder stands under dp x tp; a boundary takes the encoders' rows to it. Sha
 bucket compiles once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,16 +20,17 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax import stacks
 from hetjax.boundary import Boundary
 from hetjax.generate import cached
 from hetjax.generate.cached import Memory
 from hetjax.generate.sample import Draw, Sampling, pick
 from hetjax.graph import Graph, Module
-from hetjax.layout import plan_stages, sharding, spec
+from hetjax.layout import plan_stages, spec
 from hetjax.optimizer import OptimizerConfig
 from hetjax.parameters import Parameters
-from models.axes import vary_like
-from models.contract import ModuleDef, Params
+from models.axes import Axis, vary_like
+from models.contract import Dims, ModuleDef, Params
 
 Tree = Any
 Arrays = Mapping[str, np.ndarray]
@@ -42,6 +44,7 @@ class Placed:
     def __init__(self, module: Module, devices: Sequence[jax.Device], dtype: Any) -> None:
         self.name, self.definition = module.name, module.definition
         (self.plan,) = plan_stages(module.name, module.definition, module.layout, devices)
+        self.axes = dataclasses.replace(self.plan.axes, cp=Axis())  # no sequence is cut
         self.parameters = Parameters(module, self.plan, FROZEN, seed=0, dtype=dtype)
 
     def whole(self, params: Params) -> Params:
@@ -51,10 +54,13 @@ class Placed:
     def put(self, batch: Arrays) -> dict[str, jax.Array]:
         """What of the batch the module reads, on its devices."""
         reads = self.definition.reads
-        names = [name for name in reads if name in batch]
-        return jax.device_put(
-            {n: batch[n] for n in names}, {n: sharding(self.plan.mesh, reads[n]) for n in names}
-        )
+        places = {name: NamedSharding(self.plan.mesh, _uncut(reads[name])) for name in reads if name in batch}
+        return jax.device_put({name: batch[name] for name in places}, places)
+
+
+def _uncut(dims: Dims) -> P:
+    """The partition spec of a tensor with these logical dims, of which no mesh here cuts the sequence."""
+    return spec(tuple(None if dim == "seq" else dim for dim in dims))
 
 
 class Engine:
@@ -78,9 +84,7 @@ class Engine:
         self._prefill = functools.cache(self._prefill_program)
         self._decode = functools.cache(self._decode_program)
 
-    def generate(
-        self, batch: Arrays, *, prompts: np.ndarray, limit: int, room: int, sampling: Sampling
-    ) -> np.ndarray:
+    def generate(self, batch: Arrays, *, prompts: np.ndarray, limit: int, room: int, sampling: Sampling) -> np.ndarray:
         """The tokens that follow each row, int32 [b, at most limit], `ENDED` behind a row's end.
 
         `batch`: tokens, positions, segment_ids [b, s], lengths [b], and each encoder's arrays. `prompts` [b] numbers
@@ -97,7 +101,7 @@ class Engine:
             numbers = (np.float32(sampling.temperature), np.int32(top_k), np.float32(sampling.top_p))
             draw = Draw(*numbers, np.int32(sampling.seed), self._put(prompts, P("dp")))
         program = self._decode(room, sampling.greedy)
-        out, count = program(self.params[self.sink.name], logits, memory, on["lengths"], draw, np.int32(limit))
+        out, count, _ = program(self.params[self.sink.name], logits, memory, on["lengths"], draw, np.int32(limit))
         return np.asarray(out)[:, : int(count)]
 
     def _put(self, array: np.ndarray, where: P) -> jax.Array:
@@ -105,10 +109,10 @@ class Engine:
 
     def _encoder(self, placed: Placed) -> Any:
         def run(params: Params, batch: Tree) -> Tree:
-            return cached.encode(placed.definition, placed.whole(params), batch, placed.plan.axes)
+            return cached.encode(placed.definition, placed.whole(params), batch, placed.axes)
 
-        reads = {name: spec(dims) for name, dims in placed.definition.reads.items()}
-        out = {name: spec(dims) for name, dims in placed.definition.output.items()}
+        reads = {name: _uncut(dims) for name, dims in placed.definition.reads.items()}
+        out = {name: _uncut(dims) for name, dims in placed.definition.output.items()}
         return jax.jit(
             jax.shard_map(run, mesh=placed.plan.mesh, in_specs=(placed.parameters.specs, reads), out_specs=out)
         )
@@ -120,7 +124,7 @@ class Engine:
         key = (name, *((k, v.shape) for k, v in y.items()))
         if key not in self._boundaries:
             source = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in y.items()}
-            where = {k: sharding(self.sink.plan.mesh, ("items", *(None,) * (v.ndim - 1))) for k, v in y.items()}
+            where = {k: NamedSharding(self.sink.plan.mesh, P("dp")) for k, v in y.items()}
             self._boundaries[key] = Boundary(source, where)
         return self._boundaries[key].forward(y)["x"]
 
@@ -130,28 +134,28 @@ class Engine:
     @property
     def _memory_specs(self) -> Memory:
         caches = {k: P(None, *spec(("batch", None, *c.dims))) for k, c in self.alone.cache.items()}
-        return Memory(caches, P("dp"), P("dp"))
+        return Memory([caches] * len(stacks.runs(self.alone.layers)), P("dp"), P("dp"))
 
     def _prefill_program(self, room: int) -> Any:
         sink = self.sink
 
         def run(params: Params, rows: Tree, batch: Tree) -> tuple[jax.Array, Memory]:
-            return cached.prefill(sink.definition, sink.whole(params), rows, batch, sink.plan.axes, room)
+            return cached.prefill(sink.definition, sink.whole(params), rows, batch, sink.axes, room)
 
         names = ("tokens", "positions", "segment_ids", *(f"{e}.index" for e in self._encode))
-        batch = {name: spec(sink.definition.reads[name]) for name in names} | {"lengths": P("dp")}
+        batch = {name: _uncut(sink.definition.reads[name]) for name in names} | {"lengths": P("dp")}
         specs = (sink.parameters.specs, dict.fromkeys(self._encode, P("dp")), batch)
         return jax.jit(self._on_devices(run, specs, (P("dp", "tp"), self._memory_specs)))
 
     def _decode_program(self, room: int, greedy: bool) -> Any:
-        axes = self.sink.plan.axes
+        axes = self.sink.axes
 
         def ended(tokens: jax.Array) -> jax.Array:
             return jnp.isin(tokens, jnp.asarray(self.stops, jnp.int32)) if self.stops else jnp.zeros(tokens.shape, bool)
 
         def run(
             params: Params, logits: jax.Array, memory: Memory, lengths: jax.Array, draw: Draw | None, limit: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
+        ) -> tuple[jax.Array, jax.Array, Memory]:
             params = self.sink.whole(params)
             prompt_slots = memory.positions.shape[1] - room
             tokens = pick(logits, axes, draw, 0)
@@ -177,9 +181,12 @@ class Engine:
                 done = done | ended(tokens)
                 return count + 1, waiting(done), tokens, done, memory, out
 
-            count, *_, out = lax.while_loop(more, once, (jnp.int32(1), waiting(done), tokens, done, memory, out))
-            return out, count
+            count, *_, memory, out = lax.while_loop(
+                more, once, (jnp.int32(1), waiting(done), tokens, done, memory, out)
+            )
+            return out, count, memory
 
         draws = None if greedy else Draw(P(), P(), P(), P(), P("dp"))
         specs = (self.sink.parameters.specs, P("dp", "tp"), self._memory_specs, P("dp"), draws, P())
-        return jax.jit(self._on_devices(run, specs, (P("dp"), P())), donate_argnums=(2,))
+        # the memory is given back so that the loop can work in the buffers that it was given
+        return jax.jit(self._on_devices(run, specs, (P("dp"), P(), self._memory_specs)), donate_argnums=(2,))

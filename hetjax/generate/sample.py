@@ -1,7 +1,7 @@
 """Which token comes next: the likeliest, or one drawn from the distribution that `Sampling` leaves of it."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,13 @@ class Sampling:
 
 
 class Draw(NamedTuple):
-    """A `Sampling` on devices, and which draws to make: one stream of random numbers per prompt."""
+    """A `Sampling` on devices, as arrays or their specs, with a stream of random numbers per prompt."""
 
-    temperature: jax.Array | float  # scalar
-    top_k: jax.Array | int  # scalar, at least 1
-    top_p: jax.Array | float  # scalar
-    seed: jax.Array | int  # scalar
-    prompt: jax.Array  # [b], the number of each row's prompt: a draw depends on nothing else that is beside it
+    temperature: Any
+    top_k: Any  # at least 1
+    top_p: Any
+    seed: Any
+    prompt: Any  # [b], the number of each row's prompt: a draw depends on nothing else that is beside it
 
 
 def pick(logits: jax.Array, axes: Axes, draw: Draw | None, step: jax.Array | int) -> jax.Array:

@@ -1,0 +1,85 @@
+"""Answers of a model, in text.
+
+    python -m hetjax.generate --model DIR --image a.png --prompt "What is it?"
+    python -m hetjax.generate --model DIR --prompts FILE.jsonl --tp 2 --emulated_devices 2
+
+DIR is a Hugging Face folder, a checkpoint of `hetjax.convert` or the workdir of a run. Exit status 0: answered; 2: it
+cannot be, and why.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from hetjax import command
+from hetjax.generate.generator import DTYPES, Answer, load
+from hetjax.generate.prompt import Prompt, ask, read_prompts
+from hetjax.generate.sample import Sampling
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status."""
+    flags = _parser().parse_args(argv)
+    try:
+        sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+        if flags.emulated_devices:
+            command.emulate_devices(flags.emulated_devices)
+        if flags.dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        command.use_compilation_cache()
+        model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype)
+        prompts = _prompts(flags, [item.field for item in model.chat.items])
+        settings = dict(max_new_tokens=flags.max_new_tokens, sampling=sampling, batch_size=flags.batch_size)
+        for prompt, answer in zip(prompts, model.stream(prompts, **settings), strict=True):
+            print(answer.text if len(prompts) == 1 and not flags.prompts else _line(prompt, answer), flush=True)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _prompts(flags: argparse.Namespace, fields: Sequence[str]) -> list[Prompt]:
+    files = {"image": flags.image, "audio": flags.audio}
+    if not flags.prompts:
+        return [ask(text, **files) for text in flags.prompt]
+    if flags.prompt or any(files.values()):
+        raise ValueError("--prompts brings its own questions and files; leave out --prompt, --image and --audio")
+    return read_prompts(flags.prompts, fields)
+
+
+def _line(prompt: Prompt, answer: Answer) -> str:
+    values: dict[str, Any] = dict(id=prompt.id) if prompt.id else {}
+    values |= dict(question=prompt.turns[-1], answer=answer.text, tokens=len(answer.tokens), ended=answer.ended)
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hetjax.generate", description="Answers of a model to prompts with pictures and clips."
+    )
+    parser.allow_abbrev = False
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder, checkpoint or workdir")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeatable")
+    asked.add_argument("--prompts", metavar="FILE", help="LLaVA conversations, one a line (.jsonl)")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="for each --prompt; repeatable")
+    parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="for each --prompt; repeatable")
+    parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
+    parser.add_argument("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="prompts at a time (default 8)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="devices that share the decoder (default 1)")
+    parser.add_argument("--dp", type=int, default=1, metavar="N", help="devices that share the prompts (default 1)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: a run's own, else as stored")
+    parser.add_argument("--emulated_devices", type=int, default=0, metavar="N", help="CPU devices to emulate")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""What lies beside a Hugging Face model's weights and decides its prompts: tokenizer, template, processor, stops."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from hetjax.data import ItemSpec, Pictures
+from hetjax.generate.chat import FolderChat
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.source import Extras, Source, read_json
+from models.vit import ViT
+
+BICUBIC = 3  # PIL's number
+SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def chat(source: Source, extras: Extras) -> FolderChat:
+    """How the folder's prompts are made. Raises ConvertError for what is missing or not supported."""
+    tokenizer = _tokenizer(source, extras)
+    encoders = {name: model for name, model in source.models.items() if not hasattr(model, "vocab_size")}
+    items = [_item(source, extras, name, model, tokenizer) for name, model in encoders.items()]
+    settings = _json(extras, "tokenizer_config.json")
+    specials = {name: _text(settings[name]) for name in SPECIALS if settings.get(name)}
+    return FolderChat(tokenizer, _template(extras, settings), items, specials=specials, processor=bool(encoders))
+
+
+def stops(extras: Extras, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end an answer: those of the generation settings, else of the model's, else the tokenizer's."""
+    config = extras.config or {}
+    for settings in (_json(extras, "generation_config.json"), config.get("text_config") or {}, config):
+        found = settings.get("eos_token_id")
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    text = _json(extras, "tokenizer_config.json").get("eos_token")
+    found = tokenizer.token_to_id(_text(text)) if text else None
+    return [] if found is None else [found]
+
+
+def longest(extras: Extras) -> int | None:
+    """Positions that the model was made for."""
+    config = extras.config or {}
+    return (config.get("text_config") or config).get("max_position_embeddings")
+
+
+def _json(extras: Extras, name: str) -> dict[str, Any]:
+    return read_json(extras.files[name]) if name in extras.files else {}
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, Mapping) else str(token)
+
+
+def _tokenizer(source: Source, extras: Extras) -> Tokenizer:
+    path = extras.files.get("tokenizer.json")
+    if path is None:
+        raise ConvertError(
+            f"{source.path}: tokenizer.json is missing; save the tokenizer with transformers' save_pretrained there"
+        )
+    return open_tokenizer(path)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer, which neither cuts nor pads. Raises ConvertError."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ConvertError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _template(extras: Extras, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else what older files keep in JSON; of several by name the one called default."""
+    if "chat_template.jinja" in extras.files:
+        return extras.files["chat_template.jinja"].read_text(encoding="utf-8")
+    found = _json(extras, "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(found, list):
+        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    return found
+
+
+def _item(source: Source, extras: Extras, name: str, model: Any, tokenizer: Tokenizer) -> ItemSpec:
+    """What an encoder of the folder reads, as its processor does."""
+    if not isinstance(model, ViT):
+        raise ConvertError(f"{source.path}: prompts for a {type(model).__name__} are not supported")
+    token = _token_id(extras.config or {}, ("image_token_index", "image_token_id"))
+    placeholder = None if token is None else tokenizer.id_to_token(token)
+    if placeholder is None:
+        raise ConvertError(f"{source.path}: image_token_index={token} is no token of tokenizer.json; get both again")
+    return ItemSpec(name, rows=model.rows, reader=_pictures(source, extras, model), placeholder=placeholder)
+
+
+def _token_id(config: Mapping[str, Any], fields: Iterable[str]) -> int | None:
+    return next((config[field] for field in fields if isinstance(config.get(field), int)), None)
+
+
+def _pictures(source: Source, extras: Extras, model: ViT) -> Pictures:
+    """The reader that the picture processor's settings describe. Raises ConvertError for another kind."""
+    settings = _json(extras, "preprocessor_config.json") or _json(extras, "processor_config.json").get(
+        "image_processor"
+    )
+    if not settings:
+        raise ConvertError(f"{source.path}: preprocessor_config.json is missing; it says how pictures are read")
+    only = dict(do_resize=True, do_rescale=True, resample=BICUBIC, rescale_factor=1 / 255, do_pad=False)
+    for field, value in only.items():
+        if settings.get(field) not in (None, value):
+            raise ConvertError(
+                f"{source.path}: preprocessor_config.json: {field}={settings[field]!r}; pictures are read with "
+                f"{value!r} only"
+            )
+    crops = settings.get("do_crop", settings.get("do_center_crop", False))
+    size = settings.get("crop_size") if crops else settings.get("size")
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if not isinstance(size, dict) or {size.get("height"), size.get("width")} != {model.image_size}:
+        raise ConvertError(
+            f"{source.path}: preprocessor_config.json makes pictures of {json.dumps(size)}; the tower takes "
+            f"{model.image_size} x {model.image_size}"
+        )
+    edge = settings.get("size")
+    edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
+    if crops and edge != model.image_size:
+        raise ConvertError(
+            f"{source.path}: preprocessor_config.json: size={json.dumps(settings.get('size'))}; with a crop, "
+            f"shortest_edge must be {model.image_size} too"
+        )
+    normal = settings.get("do_normalize", True)
+    colours = (
+        dict(mean=tuple(settings["image_mean"]), std=tuple(settings["image_std"]))
+        if normal
+        else dict(mean=(0.0,) * 3, std=(1.0,) * 3)
+    )
+    return Pictures(model.image_size, model.image_size, **colours, fit="crop" if crops else "stretch")
