@@ -67,7 +67,7 @@ def prefill(
     take = lambda x: jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1)
     ends = {k: take(x) if "seq" in definition.carry[k] else x for k, x in carry.items()}
     pad = lambda x, dim: jnp.pad(x, [(0, room * (i == dim)) for i in range(x.ndim)])
-    segments = jnp.where(batch["segment_ids"] > 0, 1, 0)
+    segments = (batch["segment_ids"] > 0).astype(jnp.int32)
     memory = Memory(jax.tree.map(lambda x: pad(x, 2), caches), pad(batch["positions"], 1), pad(segments, 1))
     return _logits(definition, params, ends, batch, axes), memory
 

@@ -100,8 +100,11 @@ class Engine:
             top_k = min(sampling.top_k or vocab, vocab)
             numbers = (np.float32(sampling.temperature), np.int32(top_k), np.float32(sampling.top_p))
             draw = Draw(*numbers, np.int32(sampling.seed), self._put(prompts, P("dp")))
+        stops = np.asarray(self.stops, np.int32)
         program = self._decode(room, sampling.greedy)
-        out, count, _ = program(self.params[self.sink.name], logits, memory, on["lengths"], draw, np.int32(limit))
+        out, count, _ = program(
+            self.params[self.sink.name], logits, memory, on["lengths"], draw, np.int32(limit), stops
+        )
         return np.asarray(out)[:, : int(count)]
 
     def _put(self, array: np.ndarray, where: P) -> jax.Array:
@@ -150,11 +153,14 @@ class Engine:
     def _decode_program(self, room: int, greedy: bool) -> Any:
         axes = self.sink.axes
 
-        def ended(tokens: jax.Array) -> jax.Array:
-            return jnp.isin(tokens, jnp.asarray(self.stops, jnp.int32)) if self.stops else jnp.zeros(tokens.shape, bool)
-
         def run(
-            params: Params, logits: jax.Array, memory: Memory, lengths: jax.Array, draw: Draw | None, limit: jax.Array
+            params: Params,
+            logits: jax.Array,
+            memory: Memory,
+            lengths: jax.Array,
+            draw: Draw | None,
+            limit: jax.Array,
+            stops: jax.Array,
         ) -> tuple[jax.Array, jax.Array, Memory]:
             params = self.sink.whole(params)
             prompt_slots = memory.positions.shape[1] - room
@@ -162,7 +168,7 @@ class Engine:
             done = lengths == 0
             out = vary_like(jnp.full((len(tokens), room), ENDED, jnp.int32), tokens)
             out = out.at[:, 0].set(jnp.where(done, ENDED, tokens))
-            done = done | ended(tokens)
+            done = done | jnp.isin(tokens, stops)
             waiting = lambda done: axes.dp.psum((~done).sum())
 
             def more(state: tuple[Any, ...]) -> jax.Array:
@@ -178,7 +184,7 @@ class Engine:
                 tokens = pick(logits, axes, draw, count)
                 column = jnp.where(done, ENDED, tokens)[:, None]
                 out = lax.dynamic_update_slice_in_dim(out, column, count, 1)
-                done = done | ended(tokens)
+                done = done | jnp.isin(tokens, stops)
                 return count + 1, waiting(done), tokens, done, memory, out
 
             count, *_, memory, out = lax.while_loop(
@@ -187,6 +193,6 @@ class Engine:
             return out, count, memory
 
         draws = None if greedy else Draw(P(), P(), P(), P(), P("dp"))
-        specs = (self.sink.parameters.specs, P("dp", "tp"), self._memory_specs, P("dp"), draws, P())
+        specs = (self.sink.parameters.specs, P("dp", "tp"), self._memory_specs, P("dp"), draws, P(), P())
         # the memory is given back so that the loop can work in the buffers that it was given
         return jax.jit(self._on_devices(run, specs, (P("dp"), P(), self._memory_specs)), donate_argnums=(2,))

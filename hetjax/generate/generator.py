@@ -158,7 +158,7 @@ class Generator:
 
 def bucket(count: int, least: int = LEAST) -> int:
     """The smallest power of two times `least` that holds `count`."""
-    return least * 2 ** max(0, (-(-count // least) - 1).bit_length())
+    return least * 2 ** max(0, -(-count // least) - 1).bit_length()
 
 
 def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None) -> Generator:
