@@ -12,7 +12,7 @@ import pytest
 import tiny
 from hf_folders import llava, text, vision
 
-from hetjax import generate
+from hetjax import generate, stacks
 from hetjax.generate import __main__ as command
 from hetjax.generate import cached
 from hetjax.generate.generator import bucket
@@ -20,17 +20,20 @@ from hetjax.generate.sample import Draw, Sampling, kept, pick
 from hetjax.reference import apply_module
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
+from models.moe import Experts
 
 Arrays = dict[str, np.ndarray]
 PROMPTS, NEW = (5, 9, 2), 7  # tokens
+EXPERTS = dict(experts=Experts(count=4, per_token=2, width=8, dense_layers=(1,)))  # three runs of layers
 
 
 def params_of(model: Decoder, dtype: Any) -> Any:
     definition = model.module(dtype)
     keys = jax.random.split(jax.random.key(0), model.num_layers)
+    runs = [jax.vmap(definition.layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(definition.layers)]
     params = {
         "first": definition.first.init(jax.random.key(1)),
-        "layers": jax.vmap(definition.layer.init)(keys),
+        "layers": stacks.join(runs),
         "last": definition.last.init(jax.random.key(2)),
     }
     if model.tied:
@@ -46,11 +49,13 @@ def row_batch(tokens: np.ndarray, lengths: np.ndarray) -> Arrays:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-11), (jnp.float32, 1e-5)])
-@pytest.mark.parametrize("changes", [dict(), dict(sliding_window=3, tied=True)], ids=["whole", "window, tied"])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(sliding_window=3, tied=True), EXPERTS], ids=["whole", "window", "moe"]
+)
 def test_every_step_of_the_cache_gives_the_logits_of_the_whole_sequence(
     dtype: Any, tolerance: float, changes: dict[str, Any], x64: None
 ) -> None:
-    model = tiny.decoder(num_layers=2, **changes)
+    model = tiny.decoder(num_layers=3, **changes)
     definition, params = model.module(dtype), params_of(model, dtype)
     lengths = np.array(PROMPTS, np.int32)
     tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, (3, max(PROMPTS) + NEW)).astype(np.int32)

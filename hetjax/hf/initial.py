@@ -95,7 +95,7 @@ def state(trainer: Trainer, starts: Mapping[str, Start]) -> State:
 
 def _filled(stage: Stage, params: Any, start: Start) -> Any:
     def fill(path: Path, abstract: jax.ShapeDtypeStruct, old: jax.Array) -> jax.Array:
-        names = _names(stage.parameters, path, start)
+        names = [f"{start.module}/{name}" for name in _names(stage.parameters, path)]
         if start.source.arrays.keys().isdisjoint(names) and PROJECTOR in names[0]:
             return old
         old.delete()
@@ -108,20 +108,20 @@ def read(parameters: Parameters, start: Start) -> Any:
     """The parameters of a stage, every one of which the source holds. Raises ConvertError."""
 
     def fill(path: Path, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        return _read(_names(parameters, path, start), abstract, start.source, stacked=is_stacked(path))
+        names = [f"{start.module}/{name}" for name in _names(parameters, path)]
+        return _read(names, abstract, start.source, stacked=is_stacked(path))
 
     return jax.tree_util.tree_map_with_path(fill, parameters.params)
 
 
-def _names(parameters: Parameters, path: Path, start: Start) -> list[str]:
+def _names(parameters: Parameters, path: Path) -> list[str]:
     """What the layers of a leaf, or the leaf, are called in a source."""
     parts = [key.key for key in path]
     if parts[0] == LAYERS:
-        layers = parameters.layers_of(parts[1:])
-        return ["/".join([start.module, LAYERS, f"{i:04d}", *parts[1:]]) for i in layers]
+        return ["/".join([LAYERS, f"{i:04d}", *parts[1:]]) for i in parameters.layers_of(parts[1:])]
     if tuple(parts) in parameters.borrowed:  # the last stage's copy of the tied embedding
-        return [f"{start.module}/first/{parameters.tied[parts[1]]}"]
-    return ["/".join([start.module, *parts])]
+        return [f"first/{parameters.tied[parts[1]]}"]
+    return ["/".join(parts)]
 
 
 def _read(names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, *, stacked: bool) -> jax.Array:
