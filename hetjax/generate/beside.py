@@ -1,6 +1,5 @@
 """What lies beside a Hugging Face model's weights and decides its prompts: tokenizer, template, processor, stops."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from tokenizers import Tokenizer
 
 from hetjax.data import ItemSpec, Pictures
 from hetjax.generate.chat import FolderChat
+from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.source import Extras, Source, read_json
 from models.vit import ViT
 
-BICUBIC = 3  # PIL's number
 SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -100,38 +99,12 @@ def _token_id(config: Mapping[str, Any], fields: Iterable[str]) -> int | None:
 
 def _pictures(source: Source, extras: Extras, model: ViT) -> Pictures:
     """The reader that the picture processor's settings describe. Raises ConvertError for another kind."""
-    settings = _json(extras, "preprocessor_config.json") or _json(extras, "processor_config.json").get(
-        "image_processor"
-    )
-    if not settings:
-        raise ConvertError(f"{source.path}: preprocessor_config.json is missing; it says how pictures are read")
-    only = dict(do_resize=True, do_rescale=True, resample=BICUBIC, rescale_factor=1 / 255, do_pad=False)
-    for field, value in only.items():
-        if settings.get(field) not in (None, value):
-            raise ConvertError(
-                f"{source.path}: preprocessor_config.json: {field}={settings[field]!r}; pictures are read with "
-                f"{value!r} only"
-            )
-    crops = settings.get("do_crop", settings.get("do_center_crop", False))
-    size = settings.get("crop_size") if crops else settings.get("size")
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    if not isinstance(size, dict) or {size.get("height"), size.get("width")} != {model.image_size}:
+    reader = pictures.read(extras.files)
+    if reader is None:
+        raise ConvertError(f"{source.path}: {pictures.FILE} is missing; it says how pictures are read")
+    if (reader.height, reader.width) != (model.image_size, model.image_size):
         raise ConvertError(
-            f"{source.path}: preprocessor_config.json makes pictures of {json.dumps(size)}; the tower takes "
-            f"{model.image_size} x {model.image_size}"
+            f"{source.path}: {pictures.FILE} makes pictures of {reader.height} x {reader.width}, but the tower takes "
+            f"{model.image_size} x {model.image_size}; get both again"
         )
-    edge = settings.get("size")
-    edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
-    if crops and edge != model.image_size:
-        raise ConvertError(
-            f"{source.path}: preprocessor_config.json: size={json.dumps(settings.get('size'))}; with a crop, "
-            f"shortest_edge must be {model.image_size} too"
-        )
-    normal = settings.get("do_normalize", True)
-    colours = (
-        dict(mean=tuple(settings["image_mean"]), std=tuple(settings["image_std"]))
-        if normal
-        else dict(mean=(0.0,) * 3, std=(1.0,) * 3)
-    )
-    return Pictures(model.image_size, model.image_size, **colours, fit="crop" if crops else "stretch")
+    return reader
