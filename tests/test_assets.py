@@ -1,18 +1,28 @@
 """Weights and data from packages: their conversion on small files made here, and the real ones where they are there."""
 
+import functools
 import json
 import re
 import struct
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 from hetjax.assets import fetch, smollm2, tuxpaint, whisper_tiny
 from hetjax.data import DataError
+from hetjax.graph import Module, vlm
+from hetjax.hf import initial, pretrained
 from hetjax.hf.stored import open_source
+from hetjax.layout import Layout
+from hetjax.optimizer import OptimizerConfig
+from hetjax.reference import apply_module
+from hetjax.trainer import Trainer
 
 CACHE = Path(__file__).parent.parent / "data" / "cache"
 SMOLLM2 = CACHE / "smollm2"
@@ -131,7 +141,7 @@ def test_a_gguf_file_becomes_a_folder_with_two_tokens_more_and_its_rotary_pairs_
     np.testing.assert_array_equal(arrays["model.layers.0.self_attn.k_proj.weight"].astype(np.float32), k)
     embed = arrays["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(embed[6:], np.tile(np.arange(20, 28), (58, 1)))
-    tokenizer = smollm2.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.encode("ab<image>12<|end|><audio>").ids == [5, 6, 3, 4, 0, 7]
 
 
@@ -190,3 +200,36 @@ def test_what_a_whisper_folder_cannot_hold_is_refused_and_nothing_is_written(tmp
     with pytest.raises(DataError, match="version 5 of a WhisperSpec; only version 6"):
         whisper_tiny.convert(tmp_path / "old", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="python scripts/smollm2.py fetches it")
+@pytest.mark.filterwarnings("ignore")
+def test_smollm2_computes_what_transformers_computes_from_its_folder() -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == Tokenizer.from_file(str(SMOLLM2 / "tokenizer.json")).encode(tokenizer.decode(ids)).ids
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    answer = theirs.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0]
+    assert "Paris" in tokenizer.decode(answer[len(ids) :])
+
+    model = pretrained.decoder(str(SMOLLM2))
+    graph = vlm((), Module("llm", model.module(jnp.float32, encoders=()), Layout()))
+    tokens = answer.numpy().astype(np.int32)[None]
+    whole = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    batch = dict(tokens=tokens, positions=whole, segment_ids=np.ones_like(whole))
+    batch |= dict(targets=np.zeros_like(whole), weights=np.ones(whole.shape, np.float32))
+    abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch.items()}
+    trainer = Trainer(
+        graph, devices=jax.devices(), batch=abstract, groups=1, num_microbatches=1, config=OptimizerConfig(name="sgd")
+    )
+    state = initial.state(trainer, initial.open_starts(graph, {"llm": str(SMOLLM2)}))
+    params = jax.tree.map(jnp.asarray, trainer.whole(state.params)["llm"])
+    y = jax.jit(functools.partial(apply_module, graph.sink.definition))(params, {}, batch)
+    ours = np.asarray(y["x"] @ y["head"])
+    with torch.no_grad():
+        expected = theirs(answer[None]).logits.numpy()
+    assert np.linalg.norm(ours - expected) <= 1e-4 * np.linalg.norm(expected)
+    assert (ours[0, len(ids) - 1 : -1].argmax(-1) == tokens[0, len(ids) :]).all(), "greedy answers are the same"

@@ -62,11 +62,16 @@ def open_starts(
     return starts
 
 
+def has_projector(source: Source, module: str) -> bool:
+    """Whether the encoder comes with a projector; a tower alone does not."""
+    return any(name.startswith(f"{module}/{PROJECTOR}") for name in source.arrays)
+
+
 def _check_same(name: str, model: Any, start: Start) -> None:
     theirs = start.source.models[start.module]
-    has_projector = any(n.startswith(f"{start.module}/{PROJECTOR}") for n in start.source.arrays)
+    whole = has_projector(start.source, start.module)
     for field in dataclasses.fields(model):
-        if isinstance(model, ViT) and not has_projector and field.name in OF_PROJECTOR:
+        if isinstance(model, ViT) and not whole and field.name in OF_PROJECTOR:
             continue
         ours, their = (_value(m, field.name) for m in (model, theirs))
         if ours != their:

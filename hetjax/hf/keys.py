@@ -177,7 +177,7 @@ def shapes(model: Decoder | ViT) -> dict[str, tuple[int, ...]]:
     import jax  # here: the tables are read without it
 
     definition = model.module("float32")
-    key = jax.random.key(0)
+    key = jax.eval_shape(lambda: jax.random.key(0))  # abstract: settings are read before the backend starts
     found: dict[str, tuple[int, ...]] = {}
     kept = functools.cache(lambda init: list(flat(jax.eval_shape(init, key))))
     layers = {f"layers/{i:04d}": part for i, part in enumerate(definition.layers)}
