@@ -36,7 +36,8 @@ class Workload:
     def trainer(self, llm: Layout, vision: Layout, **options: Any) -> Trainer:
         """A compiled trainer under these layouts."""
         encoder = Module("vision", self.vision.module(self.dtype), vision, self.remat)
-        graph = vlm((encoder,), Module("llm", self.llm.module(self.dtype, encoders=("vision",)), llm, self.remat))
+        decoder = self.llm.module(self.dtype, encoders=("vision",), packed=False)
+        graph = vlm((encoder,), Module("llm", decoder, llm, self.remat))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         trainer = Trainer(
             graph,

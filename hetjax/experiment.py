@@ -208,7 +208,9 @@ def build_graph(experiment: Experiment) -> Graph:
         for e in experiment.encoders
     )
     llm = experiment.llm
-    definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=tuple(e.name for e in experiment.encoders))
+    packed = experiment.data.pack or (experiment.held_out is not None and experiment.held_out.pack)
+    names = tuple(e.name for e in experiment.encoders)
+    definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=names, packed=packed)
     return vlm(towers, Module(llm.name, definition, llm.layout, Remat(llm.remat)))
 
 

@@ -73,11 +73,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
     see there). On GPUs in 16 bits cuDNN serves what it can: no sight, and an ordered one. Anything else is computed
     whole while it is small, with memory that grows with q * k, and in blocks where it is large.
     """
-    platform = _platform()
-    narrow = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if platform == "gpu" and narrow and (sight is None or (sight.ordered and sight.causal)):
-        return _cudnn(q, k, v, sight)
-    block, large = BLOCKS.get(platform, BLOCKS["gpu"])
+    if _cudnn_serves(q, sight):
+        window = None if sight is None or sight.window is None else (sight.window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=sight is not None, local_window_size=window, implementation="cudnn"
+        )
+    block, large = BLOCKS.get(_platform(), BLOCKS["gpu"])
     if q.shape[1] * k.shape[1] >= large:
         return blockwise(q, k, v, sight or everywhere(q, k), block=block)
     return whole(q, k, v, sight)
@@ -90,11 +91,10 @@ def _platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None) -> jax.Array:
-    window = None if sight is None or sight.window is None else (sight.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=sight is not None, local_window_size=window, implementation="cudnn"
-    )
+def _cudnn_serves(q: jax.Array, sight: Sight | None) -> bool:
+    """Whether cuDNN can stand in: it is causal by order, and knows no segments."""
+    known = sight is None or (sight.ordered and sight.causal)
+    return known and _platform() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None) -> jax.Array:

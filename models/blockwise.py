@@ -80,6 +80,9 @@ def _attention(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sigh
 
 
 def _forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[jax.Array, _Kept]:
+    # A scan over layers hoists what depends on `sight` alone, which is the masks of all pairs of blocks; tied to the
+    # queries they are made where they are used.
+    q, sight = lax.optimization_barrier((q, sight))
     queries, keys = _cut(block, q, k, v, sight)
 
     def over_keys(query: _Queries) -> tuple[jax.Array, jax.Array]:

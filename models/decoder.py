@@ -87,10 +87,14 @@ class Decoder:
         dense = range(self.num_layers) if self.experts is None else self.experts.dense_layers
         return tuple("mlp" if i in dense else "moe" for i in range(self.num_layers))
 
-    def module(self, compute_dtype: Any, *, encoders: tuple[str, ...] = ()) -> ModuleDef:
-        """The model as the core sees it, merging the outputs of `encoders`; activations are in `compute_dtype`."""
+    def module(self, compute_dtype: Any, *, encoders: tuple[str, ...] = (), packed: bool = True) -> ModuleDef:
+        """The model as the core sees it, merging the outputs of `encoders`; activations are in `compute_dtype`.
+
+        `packed` False promises that each row holds one document, in order, with padding behind it: kernels that know
+        no segments may then serve. What comes out at padding differs, and nobody reads it.
+        """
         reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
-        layers = {kind: self._layer(kind) for kind in set(self.kinds)}
+        layers = {kind: self._layer(kind, packed) for kind in set(self.kinds)}
         hidden = {"mlp": self.mlp_width} if "mlp" in layers else {}
         if self.experts is not None:
             hidden["experts.width"] = self.experts.width
@@ -116,8 +120,8 @@ class Decoder:
             width=self.width,
         )
 
-    def _layer(self, kind: str) -> Part:
-        return part(lambda rngs: _Layer(self, kind, rngs=rngs))
+    def _layer(self, kind: str, packed: bool) -> Part:
+        return part(lambda rngs: _Layer(self, kind, packed, rngs=rngs))
 
 
 class _First(nnx.Module):
@@ -153,10 +157,10 @@ def merge(x: jax.Array, rows: jax.Array, index: jax.Array, axes: Axes) -> jax.Ar
 
 
 class _Layer(nnx.Module):
-    def __init__(self, config: Decoder, kind: str, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Decoder, kind: str, packed: bool, *, rngs: nnx.Rngs) -> None:
         self.eps, self.kind = config.norm_eps, kind
         self.attention_norm = ones((config.width,), (None,))
-        self.attention = _Attention(config, rngs=rngs)
+        self.attention = _Attention(config, packed, rngs=rngs)
         self.mlp_norm = ones((config.width,), (None,))
         if kind == "moe":
             assert config.experts is not None
@@ -174,8 +178,8 @@ class _Layer(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(self, config: Decoder, packed: bool, *, rngs: nnx.Rngs) -> None:
+        self.config, self.packed = config, packed
         d, h, kv, k = config.width, config.num_heads, config.num_kv_heads, config.head_features
         self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5)
         self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
@@ -207,7 +211,9 @@ class _Attention(nnx.Module):
             key_positions, key_segments = batch["cache.positions"], batch["cache.segment_ids"]
         else:
             k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))
-        sight = Sight(positions, segments, key_positions, key_segments, window=config.sliding_window)
+        ordered = not self.packed and cache is None and axes.cp.size == 1
+        places = (positions, segments, key_positions, key_segments)
+        sight = Sight(*places, window=config.sliding_window, ordered=ordered)
         y = axes.tp.psum(dot(attend(q, k, v, sight), self.o.get_value(), contract=2))
         return y, None if cache is None else {"k": k, "v": v}
 

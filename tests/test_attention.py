@@ -9,10 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_models import DECODER, random_params, run
 
+from hetjax import experiment
+from hetjax.data import DataConfig
+from hetjax.loss import token_sum
+from models import attention
 from models.attention import attend, whole
-from models.axes import Axis
+from models.axes import ONE_DEVICE, Axes, Axis
 from models.blockwise import blockwise
+from models.decoder import Decoder
 from models.sight import Sight, everywhere
 
 Arrays = tuple[jax.Array, ...]
@@ -153,15 +159,121 @@ def test_keys_shared_by_devices_get_the_sum_of_their_gradients(x64: None) -> Non
     close(jax.jit(program)(q, k, v, g), expected)
 
 
-def test_memory_grows_with_the_sequence_and_not_with_its_square() -> None:
+@pytest.mark.parametrize("remat", [False, True])
+def test_memory_grows_with_the_sequence_and_not_with_its_square(remat: bool) -> None:
+    """As a stage uses it: in a scan over layers, which would hoist what depends on the rule alone."""
+
     def workspace(s: int) -> int:
-        x = jax.ShapeDtypeStruct((1, s, 2, 8), jnp.float32)
-        places = jax.ShapeDtypeStruct((1, s), jnp.int32)
+        def program(x: jax.Array, places: jax.Array) -> jax.Array:
+            layer = lambda x: attend(x, x, x, Sight(*[places] * 4))
+            layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+            y, pull = jax.vjp(lambda x: jax.lax.scan(lambda x, _: (layer(x), None), x, length=2)[0], x)
+            return pull(y)[0]
 
-        def program(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, p: jax.Array, i: jax.Array) -> Arrays:
-            return outputs(lambda *x: attend(*x, Sight(p, i, p, i)), q, k, v, g)
-
-        return jax.jit(program).lower(x, x, x, x, places, places).compile().memory_analysis().temp_size_in_bytes
+        x, places = jax.ShapeDtypeStruct((1, s, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, s), jnp.int32)
+        return jax.jit(program).lower(x, places).compile().memory_analysis().temp_size_in_bytes
 
     a, b, c = (workspace(s) for s in (1024, 2048, 4096))
-    assert c - b < 2.2 * (b - a) and c < 4 * 2 * 4096 * 4096  # less than the weights alone, 4 bytes for 2 heads
+    assert c - b < 2.2 * (b - a) and c < 4096 * 4096  # less than the masks alone
+
+
+# -- the pick ----------------------------------------------------------------------------------------------------------
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """jax's plain attention in place of cuDNN, which needs a GPU; what it was asked for."""
+    asked: list[dict[str, Any]] = []
+    plain = jax.nn.dot_product_attention
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str, **options: Any) -> jax.Array:
+        assert implementation == "cudnn"
+        asked.append(options)
+        return plain(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("packed", "cp", "dtype", "served"),
+    [
+        (False, 1, jnp.bfloat16, True),
+        (True, 1, jnp.bfloat16, False),
+        (False, 2, jnp.bfloat16, False),
+        (False, 1, jnp.float32, False),
+    ],
+)
+def test_on_a_gpu_cudnn_serves_rows_of_one_document_in_16_bits(
+    packed: bool, cp: int, dtype: Any, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+    asked = stand_in(monkeypatch)
+    config = Decoder(vocab_size=8, width=32, num_layers=1, num_heads=4, num_kv_heads=2, mlp_width=8, sliding_window=5)
+    layer = config.module(dtype, packed=packed).layers[0]
+    mesh = jax.sharding.AbstractMesh((cp,), ("cp",))
+    axes = Axes(cp=Axis("cp", cp))
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    carry = {"x": jax.ShapeDtypeStruct((2, 8, 32), dtype)}
+    run = jax.shard_map(
+        lambda w, x, batch: layer.apply(w, x, batch, axes), mesh=mesh, in_specs=(P(), P(None, "cp"), P(None, "cp")),
+        out_specs=P(None, "cp"),
+    )  # fmt: skip
+    params = jax.eval_shape(layer.init, jax.random.key(0))
+    jax.eval_shape(run, params, carry, {"positions": tokens, "segment_ids": tokens})
+    assert asked == ([dict(is_causal=True, local_window_size=(4, 0))] if served else [])
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "packed"), [(False, None, False), (True, None, True), (False, True, True)]
+)
+def test_the_decoder_is_told_whether_any_of_a_runs_data_are_packed(
+    train: bool, held_out: bool | None, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    module = Decoder.module
+
+    def recorded(self: Decoder, dtype: Any, **options: Any) -> Any:
+        told.append(options["packed"])
+        return module(self, dtype, **options)
+
+    monkeypatch.setattr(Decoder, "module", recorded)
+    data = [None if pack is None else DataConfig("a.json", 8, 1, pack=pack) for pack in (train, held_out)]
+    experiment.build_graph(experiment.Experiment(experiment.LanguageModel(DECODER), data[0], held_out=data[1]))
+    assert told == [packed]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_kernel_that_knows_no_segments_trains_unpacked_rows_the_same(
+    window: int | None, monkeypatch: pytest.MonkeyPatch, x64: None
+) -> None:
+    """Rows of one document and padding, one of padding alone: the loss and every gradient, to rounding."""
+    config = Decoder(
+        vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24, sliding_window=window
+    )
+    s = 12
+    rng = np.random.default_rng(0)
+    place, lengths = np.arange(s), np.array([[s], [7], [1], [0]])
+    batch = {
+        "tokens": rng.integers(0, 16, (4, s)) * (place < lengths),
+        "positions": place * (place < lengths),
+        "segment_ids": (place < lengths).astype(np.int32),
+        "targets": rng.integers(0, 16, (4, s)),
+        "weights": (place < lengths - 1).astype(np.float32),
+    }
+
+    def outcome(packed: bool) -> Any:
+        definition = config.module(jnp.float64, packed=packed)
+        params = random_params(definition)
+
+        def total(params: Any) -> jax.Array:
+            y = run(definition, params, {}, batch)
+            return token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=ONE_DEVICE)
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    expected = outcome(packed=True)
+    monkeypatch.setattr(attention, "_cudnn_serves", lambda q, sight: sight.ordered)
+    asked = stand_in(monkeypatch)
+    found = outcome(packed=False)
+    assert len(asked) > 0
+    close(tuple(jax.tree.leaves(found)), tuple(jax.tree.leaves(expected)), 1e-5)  # jax's softmax is float32

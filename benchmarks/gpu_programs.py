@@ -1,0 +1,101 @@
+"""A decoder stage's programs as XLA compiles them for an H100: which kernels, and how much memory. No GPU is needed.
+
+    python benchmarks/gpu_programs.py [--size 1b|7b] [--seq_len 4096 32768]
+
+Needs the extra `cuda12` or `cuda13`, whose plugin compiles for a GPU that is only described. Nothing runs: figures are
+of `memory_analysis`, of one row on one device (tp 2, rematerialised layers). "whole" is attention with all its weights
+in memory, which the language model's would be without the others.
+"""
+
+import argparse
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from unittest import mock
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from mfu import SIZES
+
+from hetjax.graph import Module, Remat, vlm
+from hetjax.layout import Layout
+from hetjax.optimizer import OptimizerConfig
+from hetjax.stage import Stage
+from hetjax.trainer import Trainer
+from models import attention
+
+# From the data sheet and `cudaGetDeviceProperties`.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  l2_cache_size: 52428800 device_memory_size: 84942979072 memory_bandwidth: 3352320000000
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+NEVER = 1 << 62
+CASES = {  # form of attention -> (packed, cp, BLOCKS of the GPU)
+    "cuDNN": (False, 1, attention.BLOCKS["gpu"]),
+    "blocks, packed": (True, 1, attention.BLOCKS["gpu"]),
+    "blocks, cp 2": (False, 2, attention.BLOCKS["gpu"]),
+    "whole, packed": (True, 1, (512, NEVER)),
+}
+
+
+def compiled(size: str, seq_len: int, *, packed: bool, cp: int) -> Stage:
+    """The language model as one stage on a described node of eight H100, forward and backward compiled."""
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8").devices
+    definition = SIZES[size].module(jnp.bfloat16, packed=packed)
+    row = {k: jax.ShapeDtypeStruct((1, seq_len), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
+    row["weights"] = jax.ShapeDtypeStruct((1, seq_len), jnp.float32)
+    trainer = Trainer(
+        vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
+        devices=devices,
+        batch=row,
+        groups=1,
+        num_microbatches=1,
+        config=OptimizerConfig(),
+    )
+    stage = trainer.pipeline.stages["llm", 0]
+    thunks = stage.thunks(evaluate=False)
+    for name in ("forward", "backward"):
+        thunks[name]()
+    return stage
+
+
+def kernels(text: str) -> Mapping[str, int]:
+    """How often a program calls each library kernel of attention, and how many loops and branches it has."""
+    calls = Counter(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
+    calls |= {name: len(re.findall(rf"\) {name}\(|\] {name}\(", text)) for name in ("while", "conditional")}
+    return {name: n for name, n in calls.items() if n}
+
+
+def main() -> None:
+    """Prints a line per form of attention and length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--seq_len", type=int, nargs="+", default=[4096, 32768])
+    flags = parser.parse_args()
+    print(f"{flags.size}; workspace in MiB per device")
+    print(f"{'tokens':>6}  {'attention':<16} {'forward':>9} {'backward':>9}  kernels of the backward")
+    for seq_len in flags.seq_len:
+        for name, (packed, cp, blocks) in CASES.items():
+            with mock.patch.dict(attention.BLOCKS, gpu=blocks):
+                stage = compiled(flags.size, seq_len, packed=packed, cp=cp)
+            memory = [stage.memory[p].temp_size_in_bytes / 2**20 for p in ("forward", "backward")]
+            found = ", ".join(f"{n} {k}" for k, n in kernels(stage.programs["backward"].as_text()).items())
+            print(f"{seq_len:>6}  {name:<16} {memory[0]:>9,.0f} {memory[1]:>9,.0f}  {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
