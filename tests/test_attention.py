@@ -180,6 +180,17 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square(remat: bool) -> 
 # -- the pick ----------------------------------------------------------------------------------------------------------
 
 
+def test_long_sequences_go_in_blocks_and_short_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr(attention, "blockwise", lambda q, k, v, sight, block: lengths.append(q.shape[1]) or q)
+    for s in (511, 512):
+        x = jax.ShapeDtypeStruct((1, s, 1, 8), jnp.float32)
+        jax.eval_shape(attend, x, x, x)
+    one, keys = jax.ShapeDtypeStruct((1, 1, 1, 8), jnp.float32), jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+    jax.eval_shape(attend, one, keys, keys)
+    assert lengths == [512]
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """jax's plain attention in place of cuDNN, which needs a GPU; what it was asked for."""
     asked: list[dict[str, Any]] = []

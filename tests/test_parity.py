@@ -7,6 +7,7 @@ gradient. The long runs of SGD and AdamW in float32 and float64 are marked slow.
 import dataclasses
 import functools
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import pytest
@@ -17,6 +18,7 @@ from hetjax.graph import Remat
 from hetjax.layout import Layout, like
 from hetjax.optimizer import OptimizerConfig
 from hetjax.reference import Reference
+from models import attention
 
 MOMENTUM = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=None)
 SGD = OptimizerConfig(name="sgd", learning_rate=0.3, warmup_steps=3, decay_steps=20, clip_norm=None)
@@ -33,6 +35,7 @@ class Case:
     shape: tiny.Shape = tiny.Shape()
     tied: bool = False
     feature_layer: int | tuple[int, ...] = -1
+    blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
     remat: Remat = Remat.FULL
     changes: tuple[tuple[str, Any], ...] = ()  # of the optimizer's settings
     text_only: tuple[int, ...] = ()  # microbatches without a picture
@@ -101,6 +104,15 @@ KINDS = {
     "one microbatch, gpipe": Case(
         Layout(pp=4, devices=LOW), Layout(dp=4), shape=tiny.Shape(microbatches=1), schedule="gpipe"
     ),
+    "cp 2, attention in blocks": Case(
+        Layout(cp=2, tp=2, devices=LOW), Layout(cp=2, dp=2, devices=HIGH), blocks=(3, 1), remat=Remat.FULL
+    ),
+    "cp 4, attention in blocks, nothing again": Case(
+        Layout(cp=4, devices=LOW), Layout(tp=2, devices=HIGH[:1] + "-5"), blocks=(3, 1), remat=Remat.NONE
+    ),
+    "pp 2, attention in blocks, products kept": Case(
+        Layout(pp=2, cp=2, devices=LOW), Layout(tp=2, pp=2, devices=HIGH), blocks=(5, 1), remat=Remat.DOTS
+    ),
     "uneven stages, tied": Case(Layout(pp=2, layers=(1, 3), dp=2, devices=LOW), Layout(tp=4, devices=HIGH), tied=True),
 }
 PAPER_CASES = {
@@ -109,9 +121,9 @@ PAPER_CASES = {
     for place in ("colocated", "disjoint")
 }
 DEFAULT = [
-    "encoder pp 2, features of three layers", "encoder cp 2", "llm cp 4 pp 2 tied", "copies 2", "fan-out 1 to 4",
-    "ratio 3 to 2", "overlapping", "two encoders", "frozen encoder", "projector only", "text-only microbatches",
-    "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
+    "encoder pp 2, features of three layers", "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2",
+    "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders", "frozen encoder", "projector only",
+    "text-only microbatches", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 
@@ -128,7 +140,8 @@ def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[com
     model = dict(tied=case.tied, feature_layer=case.feature_layer)
     graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, **model)
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
-    trainer = tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
+    with mock.patch.dict(attention.BLOCKS, cpu=case.blocks):  # the reference is traced later, and knows no blocks
+        trainer = tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
     data = lambda seed: tiny.microbatches(case.shape, tuple(case.encoders), seed=seed, text_only=case.text_only)
     judge = reference(tuple(case.encoders), dtype, **model).with_config(config)
     return list(compare.compare(trainer, map(data, range(steps)), judge))
