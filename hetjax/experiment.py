@@ -141,6 +141,8 @@ class Experiment:
     held_out: DataConfig | None = None  # evaluated at the end, and every `eval_every` steps
     eval_every: int = 0  # steps; 0: at the end only
     eval_microbatches: int = 0  # 0: the whole held-out file
+    eval_samples: int = 0  # held-out questions whose answers an evaluation shows
+    eval_sample_tokens: int = 32  # of an answer at most; each costs an evaluation of a microbatch
     save_every: int = 200  # steps
     keep: int = 2  # checkpoints
     log_every: int = 10  # steps
@@ -159,6 +161,8 @@ class Experiment:
             log_every=1,
             eval_every=0,
             eval_microbatches=0,
+            eval_samples=0,
+            eval_sample_tokens=1,
             emulated_devices=0,
         )
         for name, low in least.items():
@@ -171,8 +175,11 @@ class Experiment:
                 )
         check_choice("Experiment.schedule", self.schedule, ("1f1b", "gpipe"))
         check_choice("Experiment.param_dtype", self.param_dtype, ("float32", "float64"))
-        if self.eval_every and self.held_out is None:
-            raise ValueError(f"Experiment.eval_every={self.eval_every} without held-out data; set Experiment.held_out")
+        for name in ("eval_every", "eval_samples"):
+            if getattr(self, name) and self.held_out is None:
+                raise ValueError(
+                    f"Experiment.{name}={getattr(self, name)} without held-out data; set Experiment.held_out"
+                )
 
     @property
     def training(self) -> tuple[Phase, ...]:

@@ -12,21 +12,25 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-FILE = "metrics.jsonl"
+from hetjax.samples import Sample
+
+FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
 Values = Mapping[str, Any]  # numbers, or scalars of NumPy or jax
 
 
 class Writer(Protocol):
-    """Takes the values of a step; `close` says that no more will come."""
+    """Takes the values of a step, and samples of its answers; `close` says that no more will come."""
 
     def write(self, step: int, values: Values) -> None: ...
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -75,25 +79,38 @@ class _All:
         for writer in self.writers:
             writer.write(step, numbers)
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for writer in self.writers:
+            writer.show(step, samples)
+
     def close(self) -> None:
         """Nothing: `open_writers` closes them."""
 
 
 class JsonLines:
-    """Appends to DIR/metrics.jsonl. A value that is not finite is null, as JSON has no other word for it."""
+    """Appends to DIR/metrics.jsonl, and samples to DIR/samples.jsonl.
+
+    A value that is not finite is null, as JSON has no other word for it."""
 
     def __init__(self, directory: Path, resumed_step: int | None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / FILE
-        if path.exists():
-            kept = [] if resumed_step is None else [r for r in read_jsonl(path) if r["step"] <= resumed_step]
-            _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = path.open("a")
+        self.directory = directory
+        for path in (directory / FILE, directory / SAMPLES):
+            if path.exists():
+                kept = [] if resumed_step is None else [r for r in read_jsonl(path) if r["step"] <= resumed_step]
+                _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file = (directory / FILE).open("a")
 
     def write(self, step: int, values: Values) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
         self.file.flush()
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        with (self.directory / SAMPLES).open("a") as file:
+            for sample in samples:
+                texts = dict(id=sample.id, question=sample.question, answer=sample.answer, expected=sample.expected)
+                file.write(json.dumps({"step": step} | texts) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -127,6 +144,13 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for number, sample in enumerate(samples):
+            lines = (sample.question, f"**answer** {sample.answer}", f"**expected** {sample.expected}")
+            self.writer.add_text(f"sample/{number}", "\n\n".join(lines), step)
+            for place, picture in enumerate(sample.pictures):
+                self.writer.add_image(f"sample/{number}/{place}", picture, step, dataformats="HWC")
+
     def close(self) -> None:
         self.writer.close()
 
@@ -150,6 +174,15 @@ class Terminal:
             self.progress.update(self.task, completed=step, description=text)
         else:
             print(f"step {step}/{self.num_steps}  {text}", file=self.stream, flush=True)
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            texts = {"asked": sample.question, "answered": sample.answer, "expected": sample.expected}
+            line = "  ".join(f"{name} {' '.join(text.split())!r}" for name, text in texts.items())
+            if self.progress is not None:
+                self.progress.console.print(f"step {step}: {line}", markup=False, highlight=False)
+            else:
+                print(f"step {step}/{self.num_steps}  {line}", file=self.stream, flush=True)
 
     def close(self) -> None:
         if self.progress is not None:

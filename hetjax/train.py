@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetjax import command, config, evaluate, experiment, flops, memory, metrics
+from hetjax import command, config, evaluate, experiment, flops, memory, metrics, samples
 from hetjax.checkpoint import CheckpointError, Checkpoints
 from hetjax.data import Loader, blank
 from hetjax.data.items import count
@@ -90,6 +90,7 @@ def train(run: Experiment, workdir: Path) -> None:
                 evaluates = run.eval_every and state.step % run.eval_every == 0 and state.step < run.ends[-1]
                 if held_out is not None and evaluates:
                     writer.write(state.step, evaluate_on(trainer, state, held_out, run.eval_microbatches))
+                    _show(run, trainer, state, held_out, writer)
                     log.restart()
                 if state.step % run.save_every == 0:
                     checkpoints.save(trainer, state, loader.state())
@@ -102,6 +103,7 @@ def train(run: Experiment, workdir: Path) -> None:
                 f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True
             )
         elif held_out is not None and not _finished(workdir, state.step):
+            _show(run, trainer, state, held_out, writer)
             writer.write(state.step, _final(trainer, state, loader, held_out, run.eval_microbatches))
         _report_data(loader)
 
@@ -134,12 +136,20 @@ def _final(trainer: Trainer, state: State, loader: Loader, held_out: Loader, mic
     values = evaluate_on(trainer, state, held_out, microbatches)
     if held_out.items:
         unseen = ((blank(arrays, held_out.items), owner) for arrays, owner in _some(held_out, microbatches))
-        values["eval/accuracy_blank"] = evaluate.score(trainer, state, unseen).accuracy
+        found = evaluate.score(trainer, state, unseen)
+        values |= {"eval/loss_blank": found.loss, "eval/accuracy_blank": found.accuracy}
     asked = {int(i) for _, owner in _some(held_out, microbatches) for i in np.unique(owner[owner >= 0])}
     values["eval/accuracy_prior"] = evaluate.prior_accuracy(
         loader.samples.values(), [held_out.samples[i] for i in asked]
     )
     return values
+
+
+def _show(run: Experiment, trainer: Trainer, state: State, held_out: Loader, writer: metrics.Writer) -> None:
+    """Writes what the model answers to some held-out questions, if the run asks for it."""
+    if run.eval_samples:
+        found = samples.take(trainer, state, held_out, count=run.eval_samples, tokens=run.eval_sample_tokens)
+        writer.show(state.step, found)
 
 
 def _some(held_out: Loader, microbatches: int) -> Iterator[tuple[Any, np.ndarray]]:

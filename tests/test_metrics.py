@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetjax.metrics import FILE, Writer, open_writers, read_jsonl
+from hetjax.metrics import FILE, SAMPLES, Writer, open_writers, read_jsonl
+from hetjax.samples import Sample
 
 
 class Screen(io.StringIO):
@@ -106,6 +107,26 @@ def test_on_a_terminal_a_bar_shows_the_step_and_the_values(tmp_path: Path) -> No
         writers.write(50, {"loss": 2.5})
     shown = stream.getvalue()
     assert "40/100" in shown and "50/100" in shown and "loss 2.5" in shown and "\x1b[" in shown
+
+
+def test_samples_are_shown_everywhere_and_dropped_where_a_run_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    picture = np.zeros((4, 4, 3), np.uint8)
+    samples = [Sample("7", "what\nis it?", "a square", "a circle", (picture,)), Sample("8", "and?", "so", "no", ())]
+    stream = io.StringIO()
+    with open_writers(tmp_path, num_steps=9, tensorboard=True, stream=stream) as writers:
+        for step in (3, 6):
+            writers.show(step, samples)
+    line = "step 3/9  asked 'what is it?'  answered 'a square'  expected 'a circle'"
+    assert stream.getvalue().splitlines()[0] == line
+    texts = [{"id": s.id, "question": s.question, "answer": s.answer, "expected": s.expected} for s in samples]
+    written = [{"step": step} | text for step in (3, 6) for text in texts]
+    assert read_jsonl(tmp_path / SAMPLES) == written
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert content.count(b"\x89PNG") == 2 and content.count(b"a square") == 2 and b"a circle" in content
+    with open_writers(tmp_path, num_steps=9, resumed_step=4, stream=stream):
+        assert read_jsonl(tmp_path / SAMPLES) == written[:2]
 
 
 def test_tensorboard_has_the_same_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

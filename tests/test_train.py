@@ -14,11 +14,12 @@ import pytest
 import runs
 from conftest import Counter
 
-from hetjax import config, experiment, reference, train
+from hetjax import config, experiment, generate, reference, train
 from hetjax.checkpoint import Checkpoints, to_names
 from hetjax.experiment import Experiment
+from hetjax.generate.prompt import read_items
 from hetjax.graph import Graph
-from hetjax.metrics import FILE, read_jsonl
+from hetjax.metrics import FILE, SAMPLES, read_jsonl
 from hetjax.trainer import State, Trainer
 
 STEPS, MODULES = 30, ("vision", "llm")
@@ -34,6 +35,7 @@ def gin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(gin: Path) -> tuple[Path, runs.Changes]:
     """The directory of a run with everything switched on, and its settings."""
     changes = runs.settings(steps=STEPS, save_every=10, keep=2, eval_every=15, tensorboard=True) | runs.held_out(gin)
+    changes |= runs.settings(eval_samples=runs.HELD_OUT, eval_sample_tokens=4)
     workdir = gin.parent / "whole"
     runs.train(gin, workdir, changes)
     return workdir, changes
@@ -120,12 +122,43 @@ def test_the_evaluation_is_that_of_full_logits_on_one_device(whole: tuple[Path, 
         right += (np.where(asked, hits, True).all(1) & asked.any(1)).sum()
         blind += (np.where(asked, hits_blind, True).all(1) & asked.any(1)).sum()
     assert rows == runs.HELD_OUT and 0 < blind < right < rows, "the pictures matter"
-    last = {name: runs.records(workdir, f"eval/{name}") for name in ("loss", "accuracy", "accuracy_blank")}
-    assert [list(v) for v in last.values()] == [[15, STEPS], [15, STEPS], [STEPS]]
+    names = ("loss", "accuracy", "accuracy_blank", "loss_blank")
+    last = {name: runs.records(workdir, f"eval/{name}") for name in names}
+    assert [list(v) for v in last.values()] == [[15, STEPS], [15, STEPS], [STEPS], [STEPS]]
+    assert last["loss_blank"][STEPS] > last["loss"][STEPS]
     assert last["loss"][STEPS] == pytest.approx(total / tokens, rel=1e-5)
     assert last["accuracy"][STEPS] == right / rows and last["accuracy_blank"][STEPS] == blind / rows
+    shown = [r for r in read_jsonl(workdir / SAMPLES) if r["step"] == STEPS]
+    assert sum(r["answer"] == r["expected"] for r in shown) >= right, "greedy decoding, of the last turn alone"
     known = 4  # the first asker of each kind of question; of two equally common answers the first counts
     assert runs.records(workdir, "eval/accuracy_prior") == {STEPS: known / runs.HELD_OUT}
+
+
+def test_the_samples_of_an_evaluation_are_what_generate_answers(whole: tuple[Path, runs.Changes], gin: Path) -> None:
+    """The run's own programs, under cp=2 and tp=2 beside another mesh, against a cache on one device."""
+    workdir, changes = whole
+    shown = [r for r in read_jsonl(workdir / SAMPLES) if r["step"] == STEPS]
+    held_out = experiment.held_out_loader(runs.load(gin, changes))
+    assert held_out is not None
+    samples = held_out.samples
+    assert [(r["id"], r["question"], r["expected"]) for r in shown] == [
+        (s.id, s.turns[-2], s.turns[-1]) for s in samples.values()
+    ]
+    root = held_out.config.media_path
+    files = lambda sample: {"image": tuple(str(root / name) for name in sample.files["vision"])}
+    model = generate.load(workdir)
+    prompts = [generate.Prompt(s.turns[:-1], files(s)) for s in samples.values()]
+    assert [r["answer"] for r in shown] == [a.text for a in model(prompts, max_new_tokens=4)]
+    spelled = {tuple(model.chat.encode(p, read_items(p, model.chat.items)).tokens) for p in prompts}
+    batches = [batch for batch, _ in held_out.one_pass()]
+    rows = [row for b in batches for row in zip(b["tokens"], b["weights"] > 0, strict=True) if row[1].any()]
+    assert spelled == {tuple(before_the_last_answer(*row)) for row in rows}, "the ids of the training"
+
+
+def before_the_last_answer(tokens: np.ndarray, trained: np.ndarray) -> list[int]:
+    """The tokens of a row up to the one whose target is the first of its last answer."""
+    starts = np.flatnonzero(trained & ~np.roll(trained, 1))
+    return tokens[: starts[-1] + 1].tolist()
 
 
 def loss_and_hits(graph: Graph, params: Any, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:

@@ -6,10 +6,11 @@ following steps bit for bit.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,6 +122,19 @@ class Loader:
             for arrays, owner, _ in made:
                 yield arrays, owner
 
+    def questions(self, count: int) -> Iterator[tuple[Arrays, np.ndarray]]:
+        """(microbatch, owner) of the first `count` samples that can be read, one a row, each up to its last answer.
+
+        owner is int32 [samples, seq_len]: the ordinal of the sample at the last position of its row, else -1.
+        """
+        ready = (self._prepare(ordinal, tokens.ask) for ordinal in range(self.num_samples))
+        waiting = list(itertools.islice((s for s in ready if isinstance(s, Prepared)), count))
+        config = dataclasses.replace(self.config, pack=False)
+        while waiting:
+            filling = Filling(config, self.items)
+            waiting = [s for s in waiting if not filling.place(s)]
+            yield filling.arrays, filling.owner
+
     def fill(self) -> dict[str, float]:
         """How much of what was handed out by `next_step` is not padding: of the positions, and of each item's slots."""
         room = {"tokens": self.config.samples * self.config.seq_len}
@@ -211,7 +225,9 @@ class Loader:
             if left_out == self.num_samples:
                 raise self._nothing_left()
 
-    def _prepare(self, ordinal: int) -> Prepared | Problem | TooLong:
+    def _prepare(
+        self, ordinal: int, encode: Callable[..., tokens.Encoded] = tokens.encode
+    ) -> Prepared | Problem | TooLong:
         """The sample, tokenised and with its items. Runs in the workers' threads."""
         sample = self._entries[ordinal]
         if isinstance(sample, Problem):
@@ -219,7 +235,7 @@ class Loader:
         root = self.config.media_path
         try:
             items = {i.name: [i.read(root / f) for f in sample.files[i.name]] for i in self.items}
-            text = tokens.encode(sample, self.tokenizer, self.items, self.config, items)
+            text = encode(sample, self.tokenizer, self.items, self.config, items)
         except TooLong as error:
             return error
         except SampleError as error:

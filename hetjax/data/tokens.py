@@ -115,6 +115,27 @@ def encode(
     )
 
 
+def ask(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    items: Sequence[ItemSpec],
+    config: DataConfig,
+    found: Mapping[str, Sequence[Item]],
+) -> Encoded:
+    """The sample up to its last answer, with weight at the position behind which the answer starts.
+
+    Raises TooLong if nothing fits behind it.
+    """
+    tokens, _, starts = spell(sample.turns[:-1], tokenizer, items, config.template, found)
+    if not 0 < len(tokens) < config.seq_len:
+        raise TooLong(f"its question has {len(tokens)} positions of seq_len={config.seq_len}")
+    weights = np.zeros(len(tokens), np.float32)
+    weights[-1] = 1
+    empty = np.zeros(len(tokens), np.int32)
+    places = {name: tuple(first) for name, first in starts.items()}
+    return Encoded(np.asarray(tokens, np.int32), empty, weights, places, False)
+
+
 def _check_cut(
     count: int,
     answer: list[bool],
