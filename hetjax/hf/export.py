@@ -76,7 +76,10 @@ def to_hf(source: Source, out: str | Path, *, dtype: str | None = None, max_shar
         for name, path in beside.copied.items():
             shutil.copyfile(path, new / name)
         for name, value in beside.made.items():
-            write_json(new / name, value)
+            if isinstance(value, str):
+                (new / name).write_text(value)
+            else:
+                write_json(new / name, value)
 
 
 def to_torch(source: Source, out: str | Path, *, dtype: str | None = None) -> None:

@@ -1,20 +1,25 @@
-"""What lies beside a model's weights: tokenizer, picture processor, generation settings.
+"""What lies beside a model's weights: tokenizer, chat template, picture processor, generation settings.
 
-Files that came with the source go back as they were. A run that started from none gets them from its own settings, in
-the form that transformers 4.57 and 5 both read.
+Files that came with the source go back as they were. What a run says otherwise (its tokenizer, its template, how it
+reads pictures, where an answer ends) is written from its settings, in the form that transformers 4.57 and 5 both read.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
+
 from hetjax.data import Pictures
-from hetjax.hf import pictures
+from hetjax.experiment import Experiment
+from hetjax.hf import chat_template, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
 
+GENERATION, OLD_TEMPLATE = "generation_config.json", "chat_template.json"
 PICTURES = (pictures.FILE, pictures.NESTED)
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -26,7 +31,7 @@ class Beside(NamedTuple):
     """Files of the export: copied from paths, and made; and the token that stands for a picture's rows."""
 
     copied: Mapping[str, Path]
-    made: Mapping[str, Mapping[str, Any]]
+    made: Mapping[str, Mapping[str, Any] | str]  # JSON, or a text
     image_token: int | None
 
 
@@ -50,6 +55,9 @@ def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
     if parts.whole and image_token is None and placeholder:
         image_token = _add_token(tokenizer, placeholder, parts.llm.vocab_size)
         came.pop("tokenizer.json", None)
+    if parts.whole and Tokenizer.from_str(json.dumps(tokenizer)).num_special_tokens_to_add(False):
+        tokenizer["post_processor"] = None  # processors let it add tokens, which no prompt of the training had
+        came.pop("tokenizer.json", None)
     if "tokenizer.json" not in came:
         made["tokenizer.json"] = tokenizer
     if "tokenizer_config.json" not in came:
@@ -61,7 +69,18 @@ def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
     if parts.whole and not (all(name in came for name in PICTURES) and _reads_as(run.encoders[0].items.reader, came)):
         came = {n: p for n, p in came.items() if n not in PICTURES}
         made |= _pictures(source, parts)
-    return Beside(came, made, image_token)
+    made |= _answers(run, tokenizer, came)
+    return Beside({n: p for n, p in came.items() if n not in (*made, OLD_TEMPLATE)}, made, image_token)
+
+
+def _answers(run: Experiment, tokenizer: Mapping[str, Any], came: Mapping[str, Path]) -> dict[str, Any]:
+    """How prompts are written and where answers end, as in the training."""
+    settings = read_json(came[GENERATION]) if GENERATION in came else {}
+    end = _ids(tokenizer)[run.data.template.end_token]
+    return {
+        chat_template.FILE: chat_template.write(run.data.template, [encoder.items for encoder in run.encoders]),
+        GENERATION: {"pad_token_id": end} | settings | {"eos_token_id": end},
+    }
 
 
 def _image_token(extras: Mapping[str, Extras]) -> int | None:
@@ -76,12 +95,10 @@ def _image_token(extras: Mapping[str, Extras]) -> int | None:
 def _add_token(tokenizer: dict[str, Any], text: str, vocab_size: int) -> int:
     """The id of `text` in the tokenizer, which gets it as a new one if it has none."""
     added = tokenizer.setdefault("added_tokens", [])
-    vocab = tokenizer["model"]["vocab"]
-    ids: dict[str, int] = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
-    ids |= {t["content"]: t["id"] for t in added}
-    if text in ids:
+    ids = _ids(tokenizer)
+    if text in (token["content"] for token in added):
         return ids[text]
-    new = max(ids.values()) + 1
+    new = ids.get(text, max(ids.values()) + 1)
     if new >= vocab_size:
         raise ConvertError(
             f"Decoder.vocab_size={vocab_size}: all ids are taken by the tokenizer's {new} tokens, and {text} needs one "
@@ -90,6 +107,13 @@ def _add_token(tokenizer: dict[str, Any], text: str, vocab_size: int) -> int:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added.append({"id": new, "content": text, **flags, "special": True})
     return new
+
+
+def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Every token of a tokenizer.json."""
+    vocab = tokenizer["model"]["vocab"]
+    ids: dict[str, int] = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+    return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
 
 
 def _reads_as(reader: Any, files: Mapping[str, Path]) -> bool:
