@@ -11,6 +11,7 @@ from typing import Any
 import hf_folders
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import runs
@@ -29,6 +30,7 @@ from models.axes import ONE_DEVICE
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 LLAMA3 = dict(
@@ -348,3 +350,12 @@ def test_a_tower_alone_gives_the_features_of_transformers(kind: str, tmp_path: P
         inputs = torch.tensor(pixels.transpose(0, 3, 1, 2).copy())
         expected = model(inputs, output_hidden_states=True).hidden_states[-1]
     np.testing.assert_allclose(np.asarray(carry["x"]), expected.numpy(), atol=1e-5)
+
+
+def test_a_state_dict_for_torch_has_the_tensors_of_the_folder(tmp_path: Path) -> None:
+    folder = hf_folders.write(tmp_path / "folder", text("qwen2", **TIED), dtype=ml_dtypes.bfloat16)
+    assert convert.main(["to_torch", str(folder), "--out", str(tmp_path / "a.pt")]) == 0
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    expected = safetensors.load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[k].dtype == v.dtype and torch.equal(found[k], v) for k, v in expected.items())

@@ -12,19 +12,19 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
-from hetjax.hf import keys, processor, write_config
+from hetjax.hf import keys, processor, tensors, write_config
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.folder import DTYPES as STORED
 from hetjax.hf.folder import INDEX, SINGLE, open_file
 from hetjax.hf.keys import Parts
 from hetjax.hf.output import write_json, written
 from hetjax.hf.source import Extras, Source
 from hetjax.hf.stored import Workdir
+from hetjax.hf.tensors import CODES, Tensor
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -35,21 +35,6 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-METADATA = {"format": "pt"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor of the export; `read` gives its values."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size in the file."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 def parse_size(text: str) -> int:
@@ -64,14 +49,14 @@ def to_hf(source: Source, out: str | Path, *, dtype: str | None = None, max_shar
     """Writes the folder `out`. `dtype` None keeps that of the source. Raises ConvertError."""
     parts, named = parts_of(source)
     parts, extras, kept = _with_idle(parts, named, source, dtype)
-    tensors = find_tensors(source, dtype, parts, named) | kept
-    precision = next(name for name, d in DTYPES.items() if d == next(iter(tensors.values())).dtype)
+    found = find_tensors(source, dtype, parts, named) | kept
+    precision = next(name for name, d in DTYPES.items() if d == next(iter(found.values())).dtype)
     beside = processor.find(source, parts, extras)
     sources = {part: found.config for part, found in extras.items() if found.config is not None}
     config = write_config.write(parts, dtype=precision, image_token=beside.image_token, sources=sources)
     with written(out) as new:
         new.mkdir()
-        _write_shards(tensors, new, max_shard_bytes)
+        _write_shards(found, new, max_shard_bytes)
         write_json(new / "config.json", config)
         for name, path in beside.copied.items():
             shutil.copyfile(path, new / name)
@@ -87,22 +72,25 @@ def to_torch(source: Source, out: str | Path, *, dtype: str | None = None) -> No
     if Path(out).suffix not in (".safetensors", ".pt"):
         raise ConvertError(f"--out={out}: a state dict is a .safetensors or a .pt file")
     parts, named = parts_of(source)
-    arrays = {key: tensor.read() for key, tensor in find_tensors(source, dtype, parts, named).items()}
+    found = find_tensors(source, dtype, parts, named)
     if Path(out).suffix == ".safetensors":
         with written(out) as new:
-            save_file(arrays, new, METADATA)
+            tensors.write(new, found)
         return
     try:
         import torch  # type: ignore[import-not-found, unused-ignore]
-        from safetensors.torch import load
     except ImportError as error:
         raise ConvertError(
             f"--out={out} needs torch: pip install torch==2.13.0, or write .safetensors, which needs none"
         ) from error
-    from safetensors.numpy import save
+
+    def as_torch(values: np.ndarray) -> Any:  # shares the memory; numpy's bfloat16 is none of torch's
+        values = np.require(values, requirements="W")
+        bits = values.dtype == DTYPES["bfloat16"]
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if bits else torch.from_numpy(values)
 
     with written(out) as new:
-        torch.save(load(save(arrays, METADATA)), new)
+        torch.save({key: as_torch(tensor.read()) for key, tensor in found.items()}, new)
 
 
 def parts_of(source: Source) -> tuple[Parts, dict[str, str]]:
@@ -176,27 +164,27 @@ def _constant(array: np.ndarray) -> Tensor:
 
 def _kept(path: Path, key: str, cast: np.dtype | None) -> Tensor:
     values = open_file(path).get_slice(key)
-    dtype = cast or STORED[values.get_dtype()]
+    dtype = cast or CODES[values.get_dtype()]
     return Tensor(tuple(values.get_shape()), dtype, lambda: open_file(path).get_tensor(key).astype(dtype))
 
 
-def _write_shards(tensors: Mapping[str, Tensor], directory: Path, max_bytes: int) -> None:
-    """One file, or several with an index; each is in memory alone."""
-    shards = list(_shards(tensors, max_bytes))
+def _write_shards(found: Mapping[str, Tensor], directory: Path, max_bytes: int) -> None:
+    """One file, or several with an index."""
+    shards = list(_shards(found, max_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({key: tensors[key].read() for key in names}, directory / name, METADATA)
+        tensors.write(directory / name, {key: found[key] for key in names})
         weight_map |= dict.fromkeys(names, name)
     if len(shards) > 1:
-        total = sum(t.num_bytes for t in tensors.values())
+        total = sum(t.num_bytes for t in found.values())
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
+def _shards(found: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
-    for key, tensor in tensors.items():
+    for key, tensor in found.items():
         if names and size + tensor.num_bytes > max_bytes:
             yield names
             names, size = [], 0

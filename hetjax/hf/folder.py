@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,14 +16,9 @@ from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import BUFFERS, Place
 from hetjax.hf.pattern import Index
 from hetjax.hf.source import Array, Extras, Sliceable, read_json
+from hetjax.hf.tensors import CODES
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GIVEN_BACK = """
     generation_config.json preprocessor_config.json processor_config.json chat_template.jinja chat_template.json
@@ -116,12 +110,12 @@ class Folder:
     def _dtype(self, key: str) -> np.dtype:
         spelled = self._spelled[key]
         name = self._tensors.slice(spelled).get_dtype()
-        if name not in DTYPES:
+        if name not in CODES:
             raise ConvertError(
                 f"{self.path}: {spelled} is stored as {name}; 8-bit and quantised weights are not read, take the "
-                f"original model, or convert it to one of {', '.join(DTYPES)}"
+                f"original model, or convert it to one of {', '.join(CODES)}"
             )
-        return DTYPES[name]
+        return CODES[name]
 
     def _check(self, place: Place) -> Array:
         for spelled in (self._spelled[key] for key in place.keys):

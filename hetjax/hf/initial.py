@@ -1,16 +1,20 @@
 """Step 0 of a run whose modules start from stored parameters.
 
-Every device's shard is read by itself, from the range of the file that holds it, and the fresh values of a leaf are
-freed before its own are read: beside the parameters a process holds the leaf that is read, and for a moment the one
-before it. A leaf is a stage's layers of one kind of array.
+Every device's shard is read by itself, from the range of the file that holds it, layer by layer, and the fresh values
+of a leaf are freed before its own are read: beside the parameters a process holds the tensor that is read.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hetjax.data import Pictures
 from hetjax.data.items import Reader
@@ -137,25 +141,29 @@ def _read(names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, *, s
             raise ConvertError(
                 f"{source.path}: {name} {has}, the run's is {list(wanted)}; use the model's own settings"
             )
-    arrays = source.fetch(names)
+    if not stacked:
+        return _array(source.fetch(names)[names[0]], abstract)
+    where = NamedSharding(abstract.sharding.mesh, P(*abstract.sharding.spec[1:]))
+    layer = jax.ShapeDtypeStruct(abstract.shape[1:], abstract.dtype, sharding=where)
+    leaf = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
+    for row, name in enumerate(names):  # waits: else the host's copies of several layers would be alive at once
+        leaf = jax.block_until_ready(_set_row(leaf, _array(source.fetch([name])[name], layer), row))
+    return leaf
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(leaf: jax.Array, values: jax.Array, row: int) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(leaf, values, row, 0)
+
+
+def _array(stored: Sliceable, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas share what is read
 
     def shard(index: Index | None) -> np.ndarray:
         index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), abstract.shape, strict=True))
         key = tuple((i.start, i.stop) for i in index)
         if key not in shards:
-            shards[key] = _shard([arrays[name] for name in names], index, abstract.dtype, stacked=stacked)
+            shards[key] = np.ascontiguousarray(stored[index], abstract.dtype)
         return shards[key]
 
-    # waits: else the host's copies of several leaves would be alive at once
     return jax.block_until_ready(jax.make_array_from_callback(abstract.shape, abstract.sharding, shard))
-
-
-def _shard(arrays: list[Sliceable], index: Index, dtype: Any, *, stacked: bool) -> np.ndarray:
-    if not stacked:
-        return np.ascontiguousarray(arrays[0][index], dtype)
-    layers = range(index[0].start, index[0].stop)
-    found = np.empty([len(layers), *(i.stop - i.start for i in index[1:])], dtype)
-    for row, layer in enumerate(layers):
-        found[row] = arrays[layer][index[1:]]
-    return found
