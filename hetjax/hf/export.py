@@ -125,7 +125,7 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
             what = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(place.shape)}"
             raise ConvertError(f"{source.path}: {theirs} {what}; the checkpoint and its configuration do not agree")
         kind = DTYPES[dtype] if dtype else stored.dtype
-        read = lambda row, place=place, name=theirs, kind=kind: place.to_torch(fetch(name), row).astype(kind, copy=False)
+        read = lambda row, p=place, name=theirs, kind=kind: p.to_torch(fetch(name), row).astype(kind, copy=False)
         for row, key in enumerate(place.keys):
             found[key] = Tensor(place.torch_shape, kind, functools.partial(read, row))
     return found
