@@ -26,14 +26,18 @@ def main(argv: Sequence[str]) -> int:
             store.store(store.check_folder(source), flags.out)
         elif flags.command == "to_hf":
             size = export.parse_size(flags.max_shard_size)
-            export.to_hf(source, flags.out, dtype=flags.dtype, max_shard_bytes=size)
+            export.to_hf(source, flags.out, dtype=flags.dtype, max_shard_bytes=size, modules=_modules(flags.modules))
         else:
-            export.to_torch(source, flags.out, dtype=flags.dtype)
+            export.to_torch(source, flags.out, dtype=flags.dtype, modules=_modules(flags.modules))
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"wrote {flags.out}")
     return 0
+
+
+def _modules(text: str | None) -> list[str] | None:
+    return None if text is None else text.split(",")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", metavar="DIR", help="folder, checkpoint or workdir")
         command.add_argument("--out", required=True, metavar="PATH", help="must not be there yet")
         if name != "from_hf":
+            command.add_argument("--modules", metavar="A,B", help="those to export, such as llm,audio (default: all)")
             command.add_argument("--dtype", choices=list(export.DTYPES), help="of the tensors (default: as stored)")
         if name == "to_hf":
             command.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")

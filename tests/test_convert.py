@@ -151,7 +151,7 @@ def test_a_config_made_from_models_reads_back_as_them(family: str) -> None:
     parts = read_config.read(FAMILIES[family][0], "config.json")
     if parts.vision is not None and parts.llm is None and parts.vision.variant == "clip":
         assert parts.vision.rows == 5
-    assert read_config.read(write_config.write(parts, dtype="float32", image_token=47), "made") == parts
+    assert read_config.read(write_config.write(parts, dtype="float32", item_token=47), "made") == parts
 
 
 def test_rotary_settings_of_either_version_mean_the_same_and_are_written_for_both() -> None:
@@ -210,7 +210,7 @@ def test_experts_that_no_family_has_are_not_exported(experts: Experts, changes: 
 
 def test_a_tower_trained_here_is_exported_to_the_layer_that_is_read(tmp_path: Path) -> None:
     vit = ViT(8, 4, 16, 3, 2, 24, 32, "siglip", feature_layer=-2)
-    config = write_config.write(keys.Parts(Decoder(48, 32, 2, 4, 2, 40), vit), dtype="float32", image_token=47)
+    config = write_config.write(keys.Parts(Decoder(48, 32, 2, 4, 2, 40), vit), dtype="float32", item_token=47)
     assert config["vision_config"]["vision_use_head"] is False and config["text_config"]["model_type"] == "llama"
 
 

@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from hetjax.hf import keys, processor, tensors, write_config
+from hetjax.hf import audio, keys, processor, tensors, write_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import INDEX, SINGLE, open_file
 from hetjax.hf.keys import Parts
@@ -27,6 +27,7 @@ from hetjax.hf.stored import Workdir
 from hetjax.hf.tensors import CODES, Tensor
 from models.decoder import Decoder
 from models.vit import ViT
+from models.whisper import Whisper
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -45,15 +46,24 @@ def parse_size(text: str) -> int:
     return int(match[1]) * SIZES[match[2]]
 
 
-def to_hf(source: Source, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Writes the folder `out`. `dtype` None keeps that of the source. Raises ConvertError."""
-    parts, named = parts_of(source)
+def to_hf(
+    source: Source,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    modules: Collection[str] | None = None,
+) -> None:
+    """Writes the folder `out`. `dtype` None keeps that of the source, `modules` None takes all. Raises ConvertError."""
+    parts, named = parts_of(source, modules)
     parts, extras, kept = _with_idle(parts, named, source, dtype)
     found = find_tensors(source, dtype, parts, named) | kept
     precision = next(name for name, d in DTYPES.items() if d == next(iter(found.values())).dtype)
-    beside = processor.find(source, parts, extras)
+    beside = processor.find(source, parts, named, extras)
     sources = {part: found.config for part, found in extras.items() if found.config is not None}
-    config = write_config.write(parts, dtype=precision, image_token=beside.image_token, sources=sources)
+    config = write_config.write(parts, dtype=precision, item_token=beside.item_token, sources=sources)
+    if config["architectures"] == [audio.BARE_CLASS]:
+        found = {key.removeprefix("model."): tensor for key, tensor in found.items()}
     with written(out) as new:
         new.mkdir()
         _write_shards(found, new, max_shard_bytes)
@@ -67,11 +77,13 @@ def to_hf(source: Source, out: str | Path, *, dtype: str | None = None, max_shar
                 write_json(new / name, value)
 
 
-def to_torch(source: Source, out: str | Path, *, dtype: str | None = None) -> None:
+def to_torch(
+    source: Source, out: str | Path, *, dtype: str | None = None, modules: Collection[str] | None = None
+) -> None:
     """Writes one file, .safetensors or .pt, of the tensors by their keys in the hub's layout. Raises ConvertError."""
     if Path(out).suffix not in (".safetensors", ".pt"):
         raise ConvertError(f"--out={out}: a state dict is a .safetensors or a .pt file")
-    parts, named = parts_of(source)
+    parts, named = parts_of(source, modules)
     found = find_tensors(source, dtype, parts, named)
     if Path(out).suffix == ".safetensors":
         with written(out) as new:
@@ -93,18 +105,27 @@ def to_torch(source: Source, out: str | Path, *, dtype: str | None = None) -> No
         torch.save({key: as_torch(tensor.read()) for key, tensor in found.items()}, new)
 
 
-def parts_of(source: Source) -> tuple[Parts, dict[str, str]]:
-    """The models as a Hugging Face class holds them, and its module -> the source's. Raises ConvertError."""
+def parts_of(source: Source, modules: Collection[str] | None = None) -> tuple[Parts, dict[str, str]]:
+    """The models as a Hugging Face class holds them, and its module -> the source's: of `modules`, None of all.
+
+    Raises ConvertError if there is no such class."""
+    for name in modules or ():
+        if name not in source.models:
+            raise ConvertError(f"--modules names {name!r}; {source.path} holds {', '.join(source.models)}")
+    chosen = {name: model for name, model in source.models.items() if modules is None or name in modules}
     named: dict[str, str] = {}
-    for name, model in source.models.items():
-        part = {Decoder: "llm", ViT: "vision"}.get(type(model))
-        if part is None or part in named:
+    for name, model in chosen.items():
+        part = {Decoder: "llm", ViT: "vision", Whisper: "audio"}.get(type(model))
+        if part is None or part in named or {part, *named} >= {"vision", "audio"}:
             raise ConvertError(
                 f"{source.path}: {name}: no Hugging Face class holds a {type(model).__name__} beside "
-                f"{', '.join(named.values()) or 'nothing'}; at most one decoder and one vision tower can be exported"
+                f"{', '.join(named.values()) or 'nothing'}; a decoder, an encoder, or one of each can be exported: "
+                f"choose them with --modules (of {', '.join(source.models)})"
             )
         named[part] = name
     parts = Parts(**{part: source.models[name] for part, name in named.items()})
+    if parts.whole and parts.audio is not None:
+        audio.check_whole(parts.audio)
     if parts.whole and parts.vision is not None and parts.vision.hidden != parts.vision.output_width:
         raise ConvertError(
             f"ViT.projector_width={parts.vision.hidden}: LLaVA's projector is as wide as the language model inside; "
@@ -128,6 +149,9 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
         read = lambda row, p=place, name=theirs, kind=kind: p.to_torch(fetch(name), row).astype(kind, copy=False)
         for row, key in enumerate(place.keys):
             found[key] = Tensor(place.torch_shape, kind, functools.partial(read, row))
+    if parts.whole and parts.audio is not None and parts.llm is not None and parts.llm.tied:
+        # Qwen2-Audio's class in transformers 5 ties nothing: without its own copy the head would have random values
+        found[f"{keys.LLM}lm_head.weight"] = found[f"{keys.LLM}model.embed_tokens.weight"]
     return found
 
 
@@ -136,19 +160,22 @@ def _with_idle(
 ) -> tuple[Parts, dict[str, Extras], dict[str, Tensor]]:
     """(the parts as they are written, what came with each, tensors that no model of ours holds)."""
     extras = {part: source.extras.get(name, Extras()) for part, name in named.items()}
-    vit = parts.vision
-    if vit is None:
+    vit, tower = parts.vision, "audio" if parts.audio is not None else "vision"
+    if tower not in named or (vit is None and parts.whole):
         return parts, extras, {}
-    prefix = keys.TOWER if parts.whole else "vision_model."
-    stored = next(a.dtype for n, a in source.arrays.items() if n.startswith(f"{named['vision']}/"))
+    stored = next(a.dtype for n, a in source.arrays.items() if n.startswith(f"{named[tower]}/"))
     kind = DTYPES[dtype] if dtype else stored
-    came = extras["vision"].idle
+    came = extras[tower].idle
+    cast = kind if dtype or isinstance(source, Workdir) else None  # a run has its own precision for all
+    spelled = extras[tower].spelled
+    if vit is None:  # Whisper's decoder
+        decoder = came if parts.audio is not None and parts.audio.variant == "whisper" else {}
+        return parts, extras, {k: _kept(path, spelled.get(k, k), cast) for k, path in decoder.items()}
+    prefix = keys.TOWER if parts.whole else "vision_model."
     if parts.whole:  # a tower that came with another one leaves that behind
         came = {key: path for key, path in came.items() if not keys.PAIRED.fullmatch(key)}
     built = vit.num_built
     if came and all(any(f".{i}." in key for key in came) for i in range(built, vit.num_layers)):
-        cast = kind if dtype or isinstance(source, Workdir) else None  # a run has its own precision for all
-        spelled = extras["vision"].spelled
         inner = lambda key: key.removeprefix(keys.TOWER).removeprefix("vision_model.")
         strip = lambda key: key if keys.PAIRED.fullmatch(key) else prefix + inner(key)
         return parts, extras, {strip(k): _kept(path, spelled.get(k, k), cast) for k, path in came.items()}

@@ -21,7 +21,7 @@ from hetjax.data.items import Reader
 from hetjax.graph import Graph
 from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.keys import OF_PROJECTOR
+from hetjax.hf.keys import OF_DATA, OF_PROJECTOR
 from hetjax.hf.pattern import Index
 from hetjax.hf.source import Sliceable, Source
 from hetjax.hf.stored import module_of, open_source
@@ -30,6 +30,7 @@ from hetjax.stacks import LAYERS
 from hetjax.stage import Stage
 from hetjax.trainer import Path, State, Trainer, is_stacked
 from models.vit import ViT
+from models.whisper import Whisper
 
 PROJECTOR = "last/projector/"
 
@@ -75,7 +76,8 @@ def _check_same(name: str, model: Any, start: Start) -> None:
     theirs = start.source.models[start.module]
     whole = has_projector(start.source, start.module)
     for field in dataclasses.fields(model):
-        if isinstance(model, ViT) and not whole and field.name in OF_PROJECTOR:
+        alone = isinstance(model, ViT | Whisper) and not whole
+        if field.name in OF_DATA or (alone and field.name in OF_PROJECTOR):
             continue
         ours, their = (_value(m, field.name) for m in (model, theirs))
         if ours != their:

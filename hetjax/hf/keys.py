@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hetjax.hf import audio
 from hetjax.hf.pattern import Pattern, parse
 from hetjax.hf.source import Sliceable
 from models.decoder import Decoder
 from models.vit import ViT
+from models.whisper import Whisper
 
+Model = Decoder | ViT | Whisper
 LLM, TOWER, PROJECTOR = "language_model.", "vision_tower.vision_model.", "multi_modal_projector."
+HEARING, WHISPER = "audio_tower.", "model.encoder."  # of Qwen2-Audio; of Whisper
 VECTOR, LINEAR = "a -> a", "i o -> o i"
 
 DECODER = {
@@ -87,7 +91,9 @@ PROJECTION = {
     "last/projector/out_bias": ("linear_2.bias", VECTOR),
 }
 
-OF_PROJECTOR = ("output_width", "projector_width", "projector_bias", "feature_layer", "select")  # not of a tower alone
+# Settings that a tower alone leaves open, and of an audio encoder also how its rows are made and how long clips are.
+OF_PROJECTOR = ("output_width", "projector_width", "projector_bias", "feature_layer", "select", "projector", "variant")
+OF_DATA = ("max_frames",)  # settings that change no parameter
 
 # What a vision tower's file holds beside the table, and no vision-language model reads.
 IDLE = re.compile(r"(post_layernorm\.|head\.|encoder\.layers\.\d+\.).+")
@@ -122,23 +128,24 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The models that a folder holds, by module name: a vision-language model, a decoder or a vision tower alone.
+    """The models that a folder holds, by module name: a language model with an encoder, or either alone.
 
-    A tower alone has no projector: that of `vision` is not stored."""
+    An encoder alone has no projector: that of `vision` or `audio` is not stored."""
 
     llm: Decoder | None = None
     vision: ViT | None = None
+    audio: Whisper | None = None
 
     @property
     def whole(self) -> bool:
-        """Whether it is a vision-language model."""
-        return self.llm is not None and self.vision is not None
+        """Whether it is a language model with an encoder."""
+        return self.llm is not None and len(self.models) > 1
 
     @property
-    def models(self) -> dict[str, Decoder | ViT]:
+    def models(self) -> dict[str, Model]:
         """Module name -> model."""
-        both = {"llm": self.llm, "vision": self.vision}
-        return {name: model for name, model in both.items() if model is not None}
+        all_of = {"llm": self.llm, "vision": self.vision, "audio": self.audio}
+        return {name: model for name, model in all_of.items() if model is not None}
 
 
 def places(parts: Parts) -> dict[str, Place]:
@@ -160,10 +167,14 @@ def places(parts: Parts) -> dict[str, Place]:
     return found
 
 
-def _tables(model: Decoder | ViT, whole: bool) -> dict[str, tuple[str, str]]:
+def _tables(model: Model, whole: bool) -> dict[str, tuple[str, str]]:
     if isinstance(model, Decoder):
         experts = QWEN3_MOE if model.qk_norm else MIXTRAL
         return _prefixed(DECODER | experts, LLM if whole else "")
+    if isinstance(model, Whisper):
+        own = WHISPER if model.variant == "whisper" else ""
+        encoder = _prefixed(audio.TABLE, HEARING if whole else own)
+        return encoder | _prefixed(audio.PROJECTION, PROJECTOR) if whole else encoder
     tower = _prefixed(VISION, TOWER if whole else "vision_model.")
     return tower | _prefixed(PROJECTION, PROJECTOR) if whole else tower
 
@@ -172,7 +183,7 @@ def _prefixed(table: Mapping[str, tuple[str, str]], prefix: str) -> dict[str, tu
     return {name: (prefix + key, pattern) for name, (key, pattern) in table.items()}
 
 
-def shapes(model: Decoder | ViT) -> dict[str, tuple[int, ...]]:
+def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Shape of every array that the model stores, by name: its layers one by one, a tied head not at all."""
     import jax  # here: the tables are read without it
 
@@ -205,6 +216,8 @@ def canonical(key: str, parts: Parts) -> str:
         bare = "vision_tower."
     elif parts.vision is not None:
         bare = ""
+    elif parts.audio is not None and parts.audio.variant == "whisper":
+        return key if key.startswith(("model.", "proj_out.")) else f"model.{key}"  # WhisperModel's are bare
     else:
         return key
     inside = key.removeprefix(bare)
@@ -212,7 +225,9 @@ def canonical(key: str, parts: Parts) -> str:
 
 
 def idle(keys: Iterable[str], parts: Parts) -> list[str]:
-    """Those of `keys` (layout A) that belong to the folder's tower, or to a tower beside it, and not to the model."""
+    """Those of `keys` (layout A) that belong to the folder's tower, or to what is beside it, and not to the model."""
+    if parts.audio is not None and not parts.whole:
+        return [key for key in keys if key.startswith(("model.decoder.", "proj_out."))]
     if parts.vision is None:
         return []
     prefix = TOWER if parts.whole else "vision_model."

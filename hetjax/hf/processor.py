@@ -1,26 +1,31 @@
-"""What lies beside a model's weights: tokenizer, chat template, picture processor, generation settings.
+"""What lies beside a model's weights: tokenizer, chat template, picture or sound processor, generation settings.
 
 Files that came with the source go back as they were. What a run says otherwise (its tokenizer, its template, how it
 reads pictures, where an answer ends) is written from its settings, in the form that transformers 4.57 and 5 both read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from hetjax.data import Pictures
-from hetjax.experiment import Experiment
-from hetjax.hf import chat_template, pictures
+from hetjax.data import Pictures, Sounds
+from hetjax.data.items import ItemSpec, Reader
+from hetjax.experiment import Encoder, Experiment
+from hetjax.hf import audio, chat_template, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
 
 GENERATION, OLD_TEMPLATE = "generation_config.json", "chat_template.json"
-PICTURES = (pictures.FILE, pictures.NESTED)
+PROCESSORS = (pictures.FILE, pictures.NESTED)
+TOKENS = {
+    "vision": ("image_token_index", "image_token_id"),
+    "audio": ("audio_token_index", "audio_token_id"),
+}  # fields of a config.json
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
@@ -28,22 +33,25 @@ TOKENIZER = (
 
 
 class Beside(NamedTuple):
-    """Files of the export: copied from paths, and made; and the token that stands for a picture's rows."""
+    """Files of the export: copied from paths, and made; and the token that stands for a picture's or clip's rows."""
 
     copied: Mapping[str, Path]
     made: Mapping[str, Mapping[str, Any] | str]  # JSON, or a text
-    image_token: int | None
+    item_token: int | None
 
 
-def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
-    """All that goes beside the weights of `parts`. Raises ConvertError if no id is left for the picture token."""
+def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping[str, Extras]) -> Beside:
+    """All that goes beside the weights of `parts`, which the source names as `named` says.
+
+    Raises ConvertError if no id is left for the token of pictures or clips."""
     came: dict[str, Path] = {}
-    for part in ("vision", "llm"):  # the language model's tokenizer wins
+    for part in ("vision", "audio", "llm"):  # the language model's tokenizer wins
         files = extras[part].files if part in extras else {}
-        came |= {n: p for n, p in files.items() if part == "llm" or parts.llm is None or n in PICTURES}
-    image_token = _image_token(extras)
+        came |= {n: p for n, p in files.items() if part == "llm" or parts.llm is None or n in PROCESSORS}
+    tower = "vision" if parts.audio is None else "audio"
+    item_token = _item_token(extras, TOKENS[tower])
     if not isinstance(source, Workdir) or parts.llm is None:
-        return Beside(came, {}, image_token)
+        return Beside(came, {}, item_token)
     made: dict[str, Any] = {}
     run = source.run
     tokenizer = read_json(run.data.tokenizer_path)
@@ -51,9 +59,9 @@ def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
         "tokenizer.json" in came and read_json(came["tokenizer.json"]) != tokenizer
     ):  # the one it was trained with counts
         came = {name: path for name, path in came.items() if name not in TOKENIZER}
-    placeholder = run.encoders[0].placeholder if run.encoders else None
-    if parts.whole and image_token is None and placeholder:
-        image_token = _add_token(tokenizer, placeholder, parts.llm.vocab_size)
+    encoder = next((e for e in run.encoders if e.name == named.get(tower)), None)
+    if encoder is not None and item_token is None:
+        item_token = _add_token(tokenizer, encoder.placeholder, parts.llm.vocab_size)
         came.pop("tokenizer.json", None)
     if parts.whole and Tokenizer.from_str(json.dumps(tokenizer)).num_special_tokens_to_add(False):
         tokenizer["post_processor"] = None  # processors let it add tokens, which no prompt of the training had
@@ -66,26 +74,28 @@ def find(source: Source, parts: Parts, extras: Mapping[str, Extras]) -> Beside:
             "eos_token": run.data.template.end_token,
             "clean_up_tokenization_spaces": False,
         }
-    if parts.whole and not (all(name in came for name in PICTURES) and _reads_as(run.encoders[0].items.reader, came)):
-        came = {n: p for n, p in came.items() if n not in PICTURES}
-        made |= _pictures(source, parts)
-    made |= _answers(run, tokenizer, came)
-    return Beside({n: p for n, p in came.items() if n not in (*made, OLD_TEMPLATE)}, made, image_token)
+    if encoder is not None and not _serves(encoder.items.reader, came):
+        came = {n: p for n, p in came.items() if n not in PROCESSORS}
+        made |= _processor(encoder)
+    made |= _answers(run, [] if encoder is None else [encoder.items], tokenizer, came)
+    return Beside({n: p for n, p in came.items() if n not in (*made, OLD_TEMPLATE)}, made, item_token)
 
 
-def _answers(run: Experiment, tokenizer: Mapping[str, Any], came: Mapping[str, Path]) -> dict[str, Any]:
+def _answers(
+    run: Experiment, items: Sequence[ItemSpec], tokenizer: Mapping[str, Any], came: Mapping[str, Path]
+) -> dict[str, Any]:
     """How prompts are written and where answers end, as in the training."""
     settings = read_json(came[GENERATION]) if GENERATION in came else {}
     end = _ids(tokenizer)[run.data.template.end_token]
     return {
-        chat_template.FILE: chat_template.write(run.data.template, [encoder.items for encoder in run.encoders]),
+        chat_template.FILE: chat_template.write(run.data.template, items),
         GENERATION: {"pad_token_id": end} | settings | {"eos_token_id": end},
     }
 
 
-def _image_token(extras: Mapping[str, Extras]) -> int | None:
+def _item_token(extras: Mapping[str, Extras], fields: Sequence[str]) -> int | None:
     for found in extras.values():
-        for field in ("image_token_index", "image_token_id"):
+        for field in fields:
             value = (found.config or {}).get(field)
             if isinstance(value, int):
                 return value
@@ -116,25 +126,32 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
 
 
-def _reads_as(reader: Any, files: Mapping[str, Path]) -> bool:
+def _serves(reader: Reader, files: Mapping[str, Path]) -> bool:
+    """Whether the processor's files that came along do what the run's loader did."""
+    if isinstance(reader, Sounds):
+        return pictures.FILE in files and read_json(files[pictures.FILE]).get("processor_class") == audio.PROCESSOR
     try:
-        return pictures.read(files) == reader
+        return all(name in files for name in PROCESSORS) and pictures.read(files) == reader
     except ConvertError:
         return False
 
 
-def _pictures(source: Workdir, parts: Parts) -> dict[str, Any]:
-    """Picture and prompt processing as the loader does it."""
-    encoder, vit = source.run.encoders[0], parts.vision
-    reader = encoder.items.reader
-    assert vit is not None and isinstance(reader, Pictures)
+def _processor(encoder: Encoder) -> dict[str, Any]:
+    """Item and prompt processing as the loader does it."""
+    reader, model = encoder.items.reader, encoder.model
+    if isinstance(reader, Sounds):
+        return {
+            pictures.FILE: audio.features(reader, model),
+            pictures.NESTED: audio.processor(encoder.placeholder),
+        }
+    assert isinstance(reader, Pictures)
     return {
         pictures.FILE: pictures.write(reader),
         pictures.NESTED: {
             "processor_class": "LlavaProcessor",
             "image_token": encoder.placeholder,
-            "patch_size": vit.patch_size,
-            "vision_feature_select_strategy": vit.select,
-            "num_additional_image_tokens": int(vit.has_class_token),
+            "patch_size": model.patch_size,
+            "vision_feature_select_strategy": model.select,
+            "num_additional_image_tokens": int(model.has_class_token),
         },
     }

@@ -4,10 +4,10 @@ refused by name; the others (initial values, token ids, length limits) are kept 
 A field that is absent has the default of its family: files leave out what equals it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
-from hetjax.hf import experts
+from hetjax.hf import audio, experts
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import Parts
 from models.attention import RopeScaling
@@ -26,7 +26,7 @@ TEXT_CLASSES = {
 VISION_CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 LLAVA_CLASS = "LlavaForConditionalGeneration"
 PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # of a vision and a text tower
-KINDS = {"llava", *TEXT_CLASSES, *VISION_CLASSES, *PAIRS}
+KINDS = {"llava", audio.WHOLE, *TEXT_CLASSES, *VISION_CLASSES, *PAIRS, *audio.KINDS}
 
 TEXT_DEFAULTS: dict[str, Any] = dict(
     hidden_size=4096,
@@ -91,6 +91,10 @@ def read(config: Config, where: str) -> Parts:
     try:
         if kind == "llava":
             return _llava(config, where)
+        if kind == audio.WHOLE:
+            return _qwen2_audio(config, where)
+        if kind in audio.KINDS:
+            return Parts(audio=audio.read(config, where))
         if kind in TEXT_CLASSES:
             return Parts(llm=decoder(config, where))
         return Parts(vision=tower(vision_config(config), where))
@@ -212,18 +216,9 @@ def tower(config: Config, where: str, **changes: Any) -> ViT:
 
 def _llava(config: Config, where: str) -> Parts:
     c = FAMILY_DEFAULTS["llava"] | {k: v for k, v in config.items() if v is not None}
-    text = dict(c.get("text_config") or {"model_type": "llama"})
-    vision = dict(vision_config(config))
-    for field, inner, classes in (
-        ("text_config", text, TEXT_CLASSES),
-        ("vision_config", vision, VISION_CLASSES),
-    ):
-        inner.setdefault("model_type", "llama" if field == "text_config" else "clip_vision_model")
-        if inner["model_type"] not in classes:
-            name = f"{field}.model_type"
-            refuse(where, name, inner["model_type"], f"not supported; these are: {', '.join(classes)}")
-        if inner.get("quantization_config"):
-            refuse(where, f"{field}.quantization_config", "...", "quantised weights are not read")
+    text = {"model_type": "llama"} | dict(c.get("text_config") or {})
+    vision = {"model_type": "clip_vision_model"} | dict(vision_config(config))
+    _check_inner(where, text_config=(text, TEXT_CLASSES), vision_config=(vision, VISION_CLASSES))
     text.setdefault("tie_word_embeddings", c.get("tie_word_embeddings", False))
     if c["projector_hidden_act"] != "gelu":
         refuse(where, "projector_hidden_act", c["projector_hidden_act"], "only the exact 'gelu' is computed")
@@ -234,3 +229,21 @@ def _llava(config: Config, where: str) -> Parts:
         projector_bias=c["multimodal_projector_bias"],
     )
     return Parts(llm, tower(vision, f"{where}: vision_config", output_width=llm.width, **choices))
+
+
+def _qwen2_audio(config: Config, where: str) -> Parts:
+    text = {"model_type": "qwen2"} | dict(config.get("text_config") or {})
+    tower = audio.inner(config)
+    _check_inner(where, text_config=(text, TEXT_CLASSES), audio_config=(tower, ("qwen2_audio_encoder",)))
+    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    llm = decoder(text, f"{where}: text_config")
+    return Parts(llm, audio=audio.read(tower, f"{where}: audio_config", output_width=llm.width))
+
+
+def _check_inner(where: str, **configs: tuple[Config, Collection[str]]) -> None:
+    """Raises ConvertError unless each config inside is of one of the kinds beside it, in plain numbers."""
+    for field, (config, kinds) in configs.items():
+        if config["model_type"] not in kinds:
+            refuse(where, f"{field}.model_type", config["model_type"], f"not supported; these are: {', '.join(kinds)}")
+        if config.get("quantization_config"):
+            refuse(where, f"{field}.quantization_config", "...", "quantised weights are not read")

@@ -5,10 +5,11 @@ Rotary settings are written as rope_theta and rope_scaling: 4.57 given only vers
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hetjax.hf import experts, read_config
+from hetjax.hf import audio, experts, read_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import OF_PROJECTOR, Parts
 from models.attention import RopeScaling
@@ -20,30 +21,44 @@ MAX_POSITIONS = 32768  # written where no source tells; a bound for generation, 
 
 
 def write(
-    parts: Parts, *, dtype: str, image_token: int | None = None, sources: Mapping[str, Config] | None = None
+    parts: Parts, *, dtype: str, item_token: int | None = None, sources: Mapping[str, Config] | None = None
 ) -> Config:
-    """config.json of the models. `sources`: those that "llm" and "vision" came with, kept where they say the same."""
+    """config.json of the models. `item_token` stands for a picture's or clip's rows.
+
+    `sources`: those that "llm", "vision" and "audio" came with, kept where they say the same."""
     sources = dict(sources or {})
     found = [sources.get(part) for part in parts.models]
     if found[0] is not None and all(source == found[0] for source in found) and _same(found[0], parts):
         return _modernised(copy.deepcopy(found[0]), dtype)
+    if parts.llm is None and parts.audio is not None:
+        return audio.alone(parts.audio, sources.get("audio")) | _dtype(dtype)
     if parts.llm is None:
         assert parts.vision is not None
         config = _tower(parts.vision, sources)
         return config | {"architectures": [read_config.VISION_CLASSES[config["model_type"]]]} | _dtype(dtype)
     text = _decoder(parts.llm, sources)
-    if parts.vision is None:
+    if not parts.whole:
         return text | {"architectures": [read_config.TEXT_CLASSES[text["model_type"]]]} | _dtype(dtype)
-    vit = parts.vision
-    if image_token is None:
+    if item_token is None:
         raise ConvertError(
-            "image_token_index: nothing tells which token stands for a picture; export the run's workdir, or a "
-            "checkpoint made of a LLaVA folder"
+            "image_token_index or audio_token_index: nothing tells which token stands for a picture or clip; export "
+            "the run's workdir, or a checkpoint made of a LLaVA or Qwen2-Audio folder"
         )
+    if parts.audio is not None:
+        return {
+            "architectures": [audio.WHOLE_CLASS],
+            "model_type": audio.WHOLE,
+            "audio_token_index": item_token,
+            "tie_word_embeddings": parts.llm.tied,
+            "text_config": text | _dtype(dtype),
+            "audio_config": audio.write(parts.audio) | _dtype(dtype),
+        } | _dtype(dtype)
+    vit = parts.vision
+    assert vit is not None
     return {
         "architectures": [read_config.LLAVA_CLASS],
         "model_type": "llava",
-        "image_token_index": image_token,
+        "image_token_index": item_token,
         "image_seq_length": vit.rows,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": vit.projector_bias,
@@ -164,6 +179,8 @@ def _reads(read: Callable[..., Any], source: Config, **changes: Any) -> Any:
 
 
 def _same(source: Config, parts: Parts) -> bool:
+    if parts.audio is not None:  # how long its clips are is no part of a folder
+        parts = dataclasses.replace(parts, audio=dataclasses.replace(parts.audio, max_frames=None))
     try:
         return read_config.read(source, "config.json") == parts
     except ConvertError:
