@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 Shapes = dict[str, tuple[int, ...]]
-VOCAB, IMAGE_TOKEN = 48, 47
+VOCAB, IMAGE_TOKEN, AUDIO_TOKEN = 48, 47, 46
 TEXT_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 TEXT_CLASSES |= {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
 VISION_CLASSES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -58,6 +58,51 @@ def vision(kind: str, **changes: Any) -> dict[str, Any]:
         num_attention_heads=2,
         image_size=8,
         patch_size=4,
+    )
+    return sizes | changes
+
+
+def whisper(**changes: Any) -> dict[str, Any]:
+    """The config of a Whisper: 16 frames of 5 bins."""
+    sizes = dict(
+        architectures=["WhisperForConditionalGeneration"],
+        model_type="whisper",
+        vocab_size=VOCAB,
+        num_mel_bins=5,
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=20,
+        max_source_positions=8,
+        max_target_positions=6,
+        activation_function="gelu",
+        pad_token_id=1,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    return sizes | changes
+
+
+def hearing(**changes: Any) -> dict[str, Any]:
+    """The config of Qwen2-Audio's encoder alone."""
+    theirs = ("num_mel_bins", "d_model", "max_source_positions")
+    sizes = {k: v for k, v in whisper().items() if k.startswith("encoder_") or k in theirs}
+    return sizes | dict(architectures=["Qwen2AudioEncoder"], model_type="qwen2_audio_encoder") | changes
+
+
+def qwen2_audio(language: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The config of an audio-language model with this decoder."""
+    sizes = dict(
+        architectures=["Qwen2AudioForConditionalGeneration"],
+        model_type="qwen2_audio",
+        audio_token_index=AUDIO_TOKEN,
+        tie_word_embeddings=language["tie_word_embeddings"],
+        text_config=language,
+        audio_config=hearing(),
     )
     return sizes | changes
 
@@ -145,8 +190,44 @@ def vision_shapes(config: Mapping[str, Any], prefix: str = "vision_model.") -> S
     return {prefix + key: shape for key, shape in found.items()}
 
 
+def hearing_shapes(config: Mapping[str, Any], prefix: str = "", side: str = "encoder") -> Shapes:
+    """Key -> shape of an audio encoder's tensors, or of Whisper's decoder's."""
+    d, m, f = config["d_model"], config.get("num_mel_bins"), config[f"{side}_ffn_dim"]
+    positions = config["max_source_positions" if side == "encoder" else "max_target_positions"]
+    norm = lambda name: {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+    linear = lambda name, o, i: {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
+
+    def attention(name: str) -> Shapes:
+        found: Shapes = {f"{name}.k_proj.weight": (d, d), **norm(f"{name}_layer_norm")}
+        for x in ("q", "v", "out"):
+            found |= linear(f"{name}.{x}_proj", d, d)
+        return found
+
+    found: Shapes = {"embed_positions.weight": (positions, d), **norm("layer_norm")}
+    if side == "encoder":
+        found |= {"conv1.weight": (d, m, 3), "conv1.bias": (d,), "conv2.weight": (d, d, 3), "conv2.bias": (d,)}
+    else:
+        found["embed_tokens.weight"] = (config["vocab_size"], d)
+    for i in range(config[f"{side}_layers"]):
+        layer = attention("self_attn") | norm("final_layer_norm") | linear("fc1", f, d) | linear("fc2", d, f)
+        layer |= attention("encoder_attn") if side == "decoder" else {}
+        found |= {f"layers.{i}.{key}": shape for key, shape in layer.items()}
+    return {prefix + key: shape for key, shape in found.items()}
+
+
 def shapes(config: Mapping[str, Any]) -> Shapes:
     """Key -> shape of all that a folder of this config holds."""
+    if config["model_type"] == "whisper":
+        model = "" if config["architectures"] == ["WhisperModel"] else "model."
+        return hearing_shapes(config, f"{model}encoder.") | hearing_shapes(config, f"{model}decoder.", "decoder")
+    if config["model_type"] == "qwen2_audio_encoder":
+        return hearing_shapes(config)
+    if config["model_type"] == "qwen2_audio":
+        language, encoder = config["text_config"], config["audio_config"]
+        d = language["hidden_size"]
+        found = text_shapes(language, "language_model.") | hearing_shapes(encoder, "audio_tower.")
+        projector: Shapes = {"linear.weight": (d, encoder["d_model"]), "linear.bias": (d,)}
+        return found | {f"multi_modal_projector.{key}": shape for key, shape in projector.items()}
     if config["model_type"] != "llava":
         return text_shapes(config) if "vocab_size" in config else vision_shapes(config)
     language, tower = config["text_config"], config["vision_config"]
