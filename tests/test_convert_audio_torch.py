@@ -73,7 +73,10 @@ def graph(models: dict[str, Any]) -> Graph:
     return vlm((tower,), Module("llm", models["llm"].module(jnp.float32, encoders=("audio",)), Layout()))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen2, tied", "llama, tied"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2, tied")]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama, tied", *SLOW])
 def test_qwen2_audio_s_logits_loss_and_every_gradient_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     kind, *tied = name.split(", ")
     folder = hf_folders.write(tmp_path / "folder", qwen2_audio(text(kind, **(TIED if tied else {}))))
