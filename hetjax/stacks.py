@@ -7,6 +7,7 @@ layer holds, and with one kind of layer each leaf holds them all.
 The layers run in runs: consecutive layers of one kind, which are scanned.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ LAYERS = "layers"  # the key of a module's parameters under which the layers are
 def runs(layers: Sequence[Part]) -> list[tuple[int, int]]:
     """The ranges of consecutive layers of the same part."""
     starts = [i for i in range(len(layers)) if i == 0 or layers[i] is not layers[i - 1]]
-    return list(zip(starts, [*starts[1:], len(layers)], strict=True))
+    return list(itertools.pairwise([*starts, len(layers)]))
 
 
 def holders(definition: ModuleDef, path: Sequence[str], lo: int, hi: int) -> list[int]:

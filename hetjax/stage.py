@@ -26,13 +26,16 @@ from hetjax.graph import Module, Remat
 from hetjax.layout import AXES, DATA_AXES, StagePlan, sharding, spec
 from hetjax.parameters import Parameters, shardings, spec_tree
 from hetjax.stacks import LAYERS
+from models import moe
 from models.axes import vary, varying_axes
 from models.contract import Params, Part
 
 Tree = Any
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 POLICIES = {
-    Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, moe.is_grouped_product
+    ),
     Remat.FULL: jax.checkpoint_policies.nothing_saveable,
 }
 

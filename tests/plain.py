@@ -7,6 +7,7 @@ import numpy as np
 
 from models.attention import RopeScaling
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 from models.whisper import Whisper
 
@@ -16,6 +17,29 @@ Tree = Any
 def layer_of(params: Tree, i: int) -> Tree:
     """Layer `i` of stacked layers."""
     return {k: layer_of(v, i) if isinstance(v, dict) else np.asarray(v)[i] for k, v in params.items()}
+
+
+def kind_of(params: Tree, config: Decoder, i: int) -> Tree:
+    """Layer `i` of a decoder whose layers differ: what all have, and its MLP or experts."""
+    kind = config.kinds[i]
+    shared = {k: v for k, v in params.items() if k not in ("mlp", "moe")}
+    return layer_of(shared, i) | {kind: layer_of(params[kind], config.kinds[:i].count(kind))}
+
+
+def gated(y: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    g = y @ gate
+    return (g / (1 + np.exp(-g)) * (y @ up)) @ down
+
+
+def mixture(config: Experts, w: Tree, y: np.ndarray) -> np.ndarray:
+    """Token by token: the experts of the largest probabilities, one after the other."""
+    out = np.zeros_like(y)
+    for i, p in enumerate(softmax(y @ w["router"])):
+        best = sorted(range(config.count), key=lambda e, p=p: -p[e])[: config.per_token]
+        total = sum(p[e] for e in best) if config.renormalise else 1.0
+        for e in best:
+            out[i] += p[e] / total * gated(y[i], w["gate"][e], w["up"][e], w["down"][e])
+    return out
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -64,7 +88,7 @@ def decoder_row(config: Decoder, params: Tree, x: np.ndarray) -> np.ndarray:
         return np.concatenate([z.real, z.imag], -1)
 
     for i in range(config.num_layers):
-        w = layer_of(params["layers"], i)
+        w = kind_of(params["layers"], config, i)
         a, y = w["attention"], rms_norm(x, w["attention_norm"], config.norm_eps)
         out = np.zeros_like(x)
         for head in range(h):
@@ -80,9 +104,8 @@ def decoder_row(config: Decoder, params: Tree, x: np.ndarray) -> np.ndarray:
                         logits[i_q, i_k] = -np.inf
             out += softmax(logits) @ v @ a["o"][head]
         x = x + out
-        y, m = rms_norm(x, w["mlp_norm"], config.norm_eps), w["mlp"]
-        gate = y @ m["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ m["up"])) @ m["down"]
+        y = rms_norm(x, w["mlp_norm"], config.norm_eps)
+        x = x + (mixture(config.experts, w["moe"], y) if "moe" in w else gated(y, **w["mlp"]))
     return rms_norm(x, np.asarray(params["last"]["norm"]), config.norm_eps)
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -127,3 +128,25 @@ def test_a_damaged_checkpoint_says_what_to_do(saved: tuple, tmp_path: Path) -> N
         checkpoints.restore(build(COLOCATED))
     del checkpoints
     gc.collect()  # Orbax leaves the tasks of a failed read behind, each with an exception that no one retrieved
+
+
+def test_layers_of_two_kinds_restore_under_another_cut_by_their_number_in_the_model(tmp_path: Path) -> None:
+    def fresh(llm: Layout, seed: int) -> Trainer:
+        graph = tiny.graph(llm, {"vision": Layout(devices="7")}, np.float32, experts=tiny.EXPERTS)
+        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.microbatches(SHAPE)[0].items()}
+        sizes = dict(groups=SHAPE.groups, num_microbatches=SHAPE.microbatches)
+        return Trainer(graph, devices=jax.devices(), batch=batch, config=ADAMW, seed=seed, **sizes)
+
+    one, other = fresh(Layout(), 3), fresh(Layout(pp=2, tp=2, layers=(3, 1), devices="0-3"), 4)
+    state = one.init()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(one, state, {})
+        checkpoints.wait()
+        restored = values(other, checkpoints.restore(other)[0])
+    saved = values(one, state)
+    assert restored.keys() == saved.keys()
+    for name, array in saved.items():
+        np.testing.assert_array_equal(restored[name], array, err_msg=name)
+    layers = lambda leaf: [i for i in range(4) if f"params/llm/layers/{i:04d}/{leaf}" in saved]
+    assert layers("attention/q") == [0, 1, 2, 3] and layers("moe/gate") == [0, 2, 3] and layers("mlp/gate") == [1]
+    assert saved["params/llm/layers/0002/moe/gate"].shape == (6, tiny.WIDTH, 12)

@@ -182,7 +182,11 @@ def stored(name: str, value: np.ndarray, source: Any) -> Iterator[tuple[str, np.
         yield key.replace(".mlp.", ".block_sparse_moe.") if mixtral else key, value
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+SLOW = {"mixtral, one kv head, a window, tied", "qwen3_moe", "qwen3_moe, dense layers", "clip + mixtral"}
+MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+
+
+@pytest.fixture(scope="module", params=MARKED)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf_folders.write(tmp_path_factory.mktemp("hf") / "folder", CASES[request.param])
 

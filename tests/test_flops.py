@@ -13,6 +13,7 @@ from hetjax.flops import Flops
 from hetjax.reference import apply_module
 from models.contract import ModuleDef, Params
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 
 SEQ, ROWS, PICTURES = 64, 2, 2
@@ -101,6 +102,18 @@ def test_llama_3_8b_by_hand() -> None:
     assert got.attention == 3 * 4 * 8192 * 4096 * 32
     assert got.causal_attention == got.attention / 2
     assert got.total == got.matmul + got.attention / 2 and got.total_non_causal == got.matmul + got.attention
+
+
+def test_mixtral_8x7b_by_hand() -> None:
+    config = Decoder(
+        vocab_size=32000, width=4096, num_layers=32, num_heads=32, num_kv_heads=8, mlp_width=14336,
+        experts=Experts(8, 2, 14336),
+    )  # fmt: skip
+    active = 12_879_925_248  # parameters that a token meets; published as 12.9 billion
+    assert flops.decoder_forward(config, 4096).matmul == 2 * (active - 32000 * 4096 - 65 * 4096)  # embedding, norms
+    sparse = dataclasses.replace(config, experts=Experts(8, 2, 1024, dense_layers=(0, 1)))
+    less = 30 * 2 * 2 * 3 * 4096 * (14336 - 1024) + 2 * 2 * (4096 * 8 + 3 * 4096 * 14336)
+    assert flops.decoder_forward(config, 4096).matmul - flops.decoder_forward(sparse, 4096).matmul == less
 
 
 def test_clip_large_336_by_hand() -> None:

@@ -3,19 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer
+from models.moe import Experts
 
 
-def test_values_at_step_0_are_those_of_one_device_whatever_the_layouts() -> None:
+@pytest.mark.parametrize("experts", [None, tiny.EXPERTS], ids=["one kind of layer", "two kinds"])
+def test_values_at_step_0_are_those_of_one_device_whatever_the_layouts(experts: Experts | None) -> None:
     shape = tiny.Shape()
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.microbatches(shape)[0].items()}
 
     def initial(llm: Layout, vision: Layout) -> dict:
-        graph = tiny.graph(llm, {"vision": vision}, jnp.float32, tied=True)
+        graph = tiny.graph(llm, {"vision": vision}, jnp.float32, tied=True, experts=experts)
         options = dict(devices=jax.devices(), batch=batch, groups=shape.groups, num_microbatches=shape.microbatches)
         trainer = Trainer(graph, config=OptimizerConfig(), **options)
         return trainer.flat(trainer.init().params)

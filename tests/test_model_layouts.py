@@ -16,6 +16,7 @@ from hetjax.layout import DATA_AXES, Layout, param_specs, plan_stages, spec
 from models.axes import ONE_DEVICE, Axes, vary, vary_like
 from models.contract import ModuleDef
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 from models.whisper import Whisper
 
@@ -34,6 +35,7 @@ RICH = dataclasses.replace(
 CONFIGS = {
     "rich": RICH,
     "tied": dataclasses.replace(DECODER, tied=True),
+    "experts": dataclasses.replace(RICH, num_layers=3, experts=Experts(6, 2, 8, dense_layers=(1,))),
     "siglip": VIT,
     "audio": dataclasses.replace(WHISPER, variant="qwen2_audio", projector="mlp"),
     "clip": dataclasses.replace(VIT, variant="clip", select="default", feature_layer=-2),
@@ -120,6 +122,7 @@ def zigzag(cp: int) -> np.ndarray:
         ("rich", Layout(cp=2, tp=4)),
         ("rich", Layout(dp=2, cp=4)),
         ("tied", Layout(dp=2, tp=2)),
+        ("experts", Layout(dp=2, tp=4)),
         ("siglip", Layout(cp=2, tp=4)),
         ("siglip", Layout(dp=2, cp=4)),
         ("several layers", Layout(dp=2, cp=2, tp=2)),
@@ -145,6 +148,7 @@ def test_a_layout_changes_neither_outputs_nor_gradients(name: str, layout: Layou
     ("name", "layout", "message"),
     [
         ("tied", Layout(tp=4), "tp=4 does not divide kv_heads=2; use tp of 1, 2"),
+        ("experts", Layout(tp=3), "tp=3 does not divide heads=8"),
         ("siglip", Layout(cp=8), "cp=8 does not divide tokens=4; use cp of 1, 2, 4"),
         ("clip", Layout(cp=2), "cp=2, but the model's code does not handle cp .*; set cp=1"),
     ],

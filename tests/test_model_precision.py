@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from test_models import DECODER, RICH, SEQ, VIT, close, compiled, documents, random_params, rows_of, run
 
+from hetjax.graph import Remat
+from hetjax.stage import POLICIES
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.layers import dot
+from models.moe import Experts, grouped_dot
 from models.vit import ViT
 
 Tree = Any
+EXPERTS = dataclasses.replace(DECODER, experts=Experts(5, 2, 12))
 
 
 def jaxprs(jaxpr: Any) -> Iterator[Any]:
@@ -30,7 +34,7 @@ def jaxprs(jaxpr: Any) -> Iterator[Any]:
 
 
 def test_in_float64_nothing_is_rounded_to_less(x64: None) -> None:
-    for config in (RICH, VIT, dataclasses.replace(VIT, variant="clip")):
+    for config in (RICH, EXPERTS, VIT, dataclasses.replace(VIT, variant="clip")):
         definition = config.module(jnp.float64)
         batch = rows_of(documents(4)) | {"vision.pixels": np.zeros((1, 8, 8, 3), np.float32)}
         loss = lambda p, d=definition, b=batch: run(d, p, {}, b)["x"].sum()
@@ -40,7 +44,7 @@ def test_in_float64_nothing_is_rounded_to_less(x64: None) -> None:
         assert not [a for a in made if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype != jnp.float64]
 
 
-@pytest.mark.parametrize("config", [RICH, VIT], ids=["decoder", "vit"])
+@pytest.mark.parametrize("config", [RICH, EXPERTS, VIT], ids=["decoder", "experts", "vit"])
 def test_in_bfloat16_outputs_are_narrow_and_gradients_are_not(config: Decoder | ViT) -> None:
     rng = np.random.default_rng(0)
     batch = rows_of(documents(9, 5), documents(12))
@@ -75,6 +79,21 @@ def test_weight_gradients_of_bfloat16_products_accumulate_in_float32() -> None:
     assert error(lambda x, w: jnp.tensordot(x, w.astype(x.dtype), 1)) > 1e-3  # what autodiff gives
 
 
+def test_weight_gradients_of_bfloat16_experts_accumulate_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(16, 32, 24)), jnp.bfloat16)  # 16 microbatches
+    g = jnp.asarray(rng.normal(size=(16, 32, 6)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(3, 24, 6)), jnp.float32)
+    sizes, total = jnp.array([20, 0, 12], jnp.int32), jnp.zeros_like(w)
+    for x_m, g_m in zip(x, g, strict=True):
+        y, pull = jax.vjp(lambda w, x_m=x_m: grouped_dot(x_m, w, sizes), w)
+        assert y.dtype == jnp.bfloat16 and pull(g_m)[0].dtype == jnp.float32
+        total = total + pull(g_m)[0]
+    a, b = np.asarray(x, np.float64), np.asarray(g, np.float64)
+    exact = np.stack([np.einsum("mna,mnb->ab", a[:, r], b[:, r]) for r in (slice(20), slice(0), slice(20, 32))])
+    assert np.sqrt(np.mean(np.square(total - exact))) < 1e-6 * np.sqrt(np.mean(np.square(exact)))
+
+
 def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> None:
     rng = np.random.default_rng(0)
     x, w, g = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(4, 5, 6)), rng.normal(size=(2, 3, 6))
@@ -85,15 +104,20 @@ def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> Non
 
 def test_a_checkpoint_policy_sees_the_products() -> None:
     """One that keeps them keeps the hidden features [b, s, 24]; one that keeps nothing does not."""
-    layer = DECODER.module(jnp.float32).layers[0]
-    params, batch = layer.init(jax.random.key(0)), rows_of(documents(5))
+    batch = rows_of(documents(5))
 
-    def kept(policy: Any) -> list[tuple[int, ...]]:
+    def kept(policy: Any, config: Decoder = DECODER) -> list[tuple[int, ...]]:
+        layer = config.module(jnp.float32).layers[0]
+        params = layer.init(jax.random.key(0))
         run_layer = jax.checkpoint(lambda w, c: layer.apply(w, c, batch, ONE_DEVICE)["x"], policy=policy)
         return [
             a.shape for a in jax.tree.leaves(jax.vjp(run_layer, params, {"x": jnp.ones((1, SEQ, DECODER.width))})[1])
         ]
 
     hidden = (1, SEQ, DECODER.mlp_width)
-    assert kept(jax.checkpoint_policies.dots_with_no_batch_dims_saveable).count(hidden) == 2
-    assert hidden not in kept(jax.checkpoint_policies.nothing_saveable)
+    assert kept(POLICIES[Remat.DOTS]).count(hidden) == 2
+    assert hidden not in kept(POLICIES[Remat.FULL])
+    assert EXPERTS.experts is not None
+    routed = (SEQ * EXPERTS.experts.per_token, EXPERTS.experts.width)
+    assert kept(POLICIES[Remat.DOTS], EXPERTS).count(routed) == 2
+    assert routed not in kept(POLICIES[Remat.FULL], EXPERTS)

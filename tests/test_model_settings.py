@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 from test_models import DECODER, LLAMA3, VIT
 
+from models.moe import Experts
+
+EXPERTS = Experts(4, 2, 8)
+
 
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
@@ -24,6 +28,10 @@ from test_models import DECODER, LLAMA3, VIT
         (DECODER, {"sliding_window": 0}, "Decoder.sliding_window=0; it must be a whole number of at least 1"),
         (DECODER, {"rope_theta": 0.0}, "Decoder.rope_theta=0.0; it must be positive"),
         (DECODER, {"norm_eps": -1.0}, "Decoder.norm_eps=-1.0; it must be positive"),
+        (DECODER, {"experts": Experts(4, 2, 8, dense_layers=(2,))}, "Experts.dense_layers names layer 2; .* 0 to 1"),
+        (DECODER, {"experts": Experts(4, 2, 8, dense_layers=(0, 1))}, "Experts.dense_layers names all 2 layers, so"),
+        (EXPERTS, {"per_token": 5}, "Experts.per_token=5 is more than count=4; a token goes to an expert once"),
+        (EXPERTS, {"width": 0}, "Experts.width=0; it must be a whole number of at least 1"),
         (VIT, {"image_size": 10}, "ViT.image_size=10 is not a multiple of patch_size=4; 8 is"),
         (VIT, {"patch_size": 9}, "ViT.image_size=8 is not a multiple of patch_size=9; 9 is"),
         (VIT, {"num_heads": 3}, "ViT.width=16 is not a multiple of num_heads=3; change either"),

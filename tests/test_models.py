@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
+from flax import nnx
 
 from hetjax import stacks
 from models.attention import RopeScaling, attend
@@ -17,6 +18,7 @@ from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 from models.decoder import Decoder
 from models.layers import exact_gelu
+from models.moe import Experts, Mixture, route
 from models.sight import Sight
 from models.vit import ViT
 from models.whisper import Whisper
@@ -111,6 +113,8 @@ def close(a: Tree, b: Tree) -> None:
         {"sliding_window": 3},
         {"rope_scaling": LLAMA3, "head_dim": 8},
         {"rope_scaling": RopeScaling("linear", 4.0)},
+        {"experts": Experts(5, 2, 12)},
+        {"experts": Experts(6, 3, 10, renormalise=False, dense_layers=(1, 2)), "num_layers": 4},
     ],
     ids=str,
 )
@@ -173,6 +177,33 @@ def test_a_shorter_context_gives_a_clip_the_same_rows(x64: None) -> None:
     for i, n in enumerate(frames):
         rows = short.rows_of(int(n))
         close(got[i, :rows], wanted[i, :rows])
+
+
+def test_experts_have_the_gradients_of_all_experts_weighted_by_one_hot_choices(x64: None) -> None:
+    """Also where an expert gets no token, and where all go to one."""
+    config = Experts(5, 2, 12)
+    layer = dataclasses.replace(DECODER, experts=config).module(jnp.float64).layers[0]
+    w = random_params(dataclasses.replace(DECODER, experts=config).module(jnp.float64))["layers"]["moe"]
+    w = {name: jnp.asarray(a[0]) for name, a in w.items()}
+    w["router"] = w["router"].at[:, 3].set(-10.0).at[:, 1].set(10.0)
+    assert layer.logical["moe"]["gate"] == ("experts", None, "mlp")
+    x = jnp.abs(jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16))))
+    block = nnx.split(nnx.eval_shape(lambda: Mixture(config, 16, rngs=nnx.Rngs(0))))[0]
+
+    def mine(x: jax.Array, w: Tree) -> jax.Array:
+        return nnx.merge(block, nnx.State({k: nnx.Param(v) for k, v in w.items()}))(x, ONE_DEVICE)
+
+    def dense(x: jax.Array, w: Tree) -> jax.Array:
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(x @ w["router"]), config.per_token)
+        weights = (jax.nn.one_hot(chosen, config.count) * (weights / weights.sum(-1, keepdims=True))[..., None]).sum(-2)
+        hidden = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, w["gate"])) * jnp.einsum("bsd,edf->bsef", x, w["up"])
+        return jnp.einsum("bsef,efd,bse->bsd", hidden, w["down"], weights)
+
+    chosen = route(x.reshape(-1, 16), w["router"], config)[1]
+    assert (chosen == 1).any(1).all() and not (chosen == 3).any()
+    (y, pull), (expected, pull_expected) = (jax.vjp(f, x, w) for f in (mine, dense))
+    close(y, expected)
+    close(pull(jnp.cos(y)), pull_expected(jnp.cos(y)))
 
 
 def test_a_tied_head_is_the_embedding(x64: None) -> None:

@@ -19,6 +19,7 @@ from hetjax.layout import Layout, like
 from hetjax.optimizer import OptimizerConfig
 from hetjax.reference import Reference
 from models import attention
+from models.moe import Experts
 
 MOMENTUM = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=None)
 SGD = OptimizerConfig(name="sgd", learning_rate=0.3, warmup_steps=3, decay_steps=20, clip_norm=None)
@@ -36,6 +37,7 @@ class Case:
     tied: bool = False
     feature_layer: int | tuple[int, ...] = -1
     blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
+    experts: Experts | None = None
     remat: Remat = Remat.FULL
     changes: tuple[tuple[str, Any], ...] = ()  # of the optimizer's settings
     text_only: tuple[int, ...] = ()  # microbatches without a picture
@@ -62,6 +64,7 @@ PAPER = [
 FROZEN_LLM = (("frozen", ("llm/*",)),)
 FROZEN_VISION = (("frozen", ("vision/*",)),)
 PROJECTOR = (("frozen", ("*",)), ("trainable", ("vision/last/projector/*",)))
+ROUTERS = (("frozen", ("llm/*",)), ("trainable", ("llm/layers/moe/router", "llm/layers/mlp/up")))
 CLIP = (("clip_norm", 0.05),)
 LOW, HIGH = "0-3", "4-7"
 
@@ -101,6 +104,23 @@ KINDS = {
     "frozen llm": Case(Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), changes=FROZEN_LLM),
     "projector only": Case(Layout(dp=2, pp=2, devices=LOW), Layout(dp=2, pp=2, devices=HIGH), changes=PROJECTOR),
     "text-only microbatches": Case(Layout(dp=2, devices="0-1"), Layout(dp=2, devices="2-3"), text_only=(0, 2)),
+    "experts, llm tp 2 cp 2 pp 2": Case(Layout(tp=2, cp=2, pp=2), Layout(dp=4), experts=tiny.EXPERTS),
+    "experts, uneven stages, dp 2, no remat": Case(
+        Layout(dp=2, pp=2, layers=(3, 1), devices=LOW),
+        Layout(tp=2, devices="4-5"),
+        experts=tiny.EXPERTS,
+        remat=Remat.NONE,
+    ),
+    "experts not renormalised, copies 2, tied, remat of all but products": Case(
+        Layout(copies=2, tp=4),
+        Layout(dp=2, devices=HIGH[:1] + "-5"),
+        experts=dataclasses.replace(tiny.EXPERTS, renormalise=False, dense_layers=(0, 2)),
+        tied=True,
+        remat=Remat.DOTS,
+    ),
+    "experts, frozen but for routers and one MLP": Case(
+        Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), experts=tiny.EXPERTS, changes=ROUTERS
+    ),
     "one microbatch, gpipe": Case(
         Layout(pp=4, devices=LOW), Layout(dp=4), shape=tiny.Shape(microbatches=1), schedule="gpipe"
     ),
@@ -124,20 +144,21 @@ DEFAULT = [
     "encoder pp 2, features of three layers", "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2",
     "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders", "frozen encoder", "projector only",
     "text-only microbatches", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
+    "experts, llm tp 2 cp 2 pp 2",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 
 
 @functools.cache
-def reference(encoders: tuple[str, ...], dtype: Any, tied: bool, feature_layer: Any) -> Reference:
+def reference(encoders: tuple[str, ...], dtype: Any, **model: Any) -> Reference:
     """One compiled reference serves every layout and optimizer of a model."""
     layouts = dict.fromkeys(encoders, Layout())
-    return Reference(tiny.graph(Layout(), layouts, dtype, tied=tied, feature_layer=feature_layer), MOMENTUM)
+    return Reference(tiny.graph(Layout(), layouts, dtype, **model), MOMENTUM)
 
 
 def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
     config = dataclasses.replace(config, **dict(case.changes))
-    model = dict(tied=case.tied, feature_layer=case.feature_layer)
+    model = dict(tied=case.tied, feature_layer=case.feature_layer, experts=case.experts)
     graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, **model)
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
     with mock.patch.dict(attention.BLOCKS, cpu=case.blocks):  # the reference is traced later, and knows no blocks

@@ -12,10 +12,12 @@ from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 from models.whisper import Whisper
 
 VOCAB, SEQ, WIDTH = 64, 16, 16
+EXPERTS = Experts(count=6, per_token=2, width=12, dense_layers=(1,))  # of the decoder's four layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +66,12 @@ def graph(
     tied: bool = False,
     remat: Remat = Remat.FULL,
     feature_layer: int | tuple[int, ...] = -1,
+    experts: Experts | None = None,
 ) -> Graph:
     """The tiny model under these layouts. An encoder called audio hears, all others see."""
     models = {name: whisper() if name == "audio" else vit(feature_layer=feature_layer) for name in encoders}
     towers = tuple(Module(n, models[n].module(dtype, name=n), layout, remat) for n, layout in encoders.items())
-    language = Module("llm", decoder(tied=tied).module(dtype, encoders=tuple(encoders)), llm, remat)
+    language = Module("llm", decoder(tied=tied, experts=experts).module(dtype, encoders=tuple(encoders)), llm, remat)
     return vlm(towers, language)
 
 
