@@ -1,6 +1,6 @@
 """Each patch in tests/mutants is a bug that runs without complaint and trains wrongly: `hetjax.verify` must say so.
 
-A patch's first line tells what it breaks, its directory under which layouts (mutants/disjoint.gin, colocated.gin). To
+A patch's first line tells what it breaks, its directory under which layouts (mutants/disjoint.gin, colocated.gin, experts.gin). To
 renew one that no longer applies, make the change again and keep the first line: `git diff -U1 >> FILE`.
 """
 
@@ -19,7 +19,7 @@ from hetjax.data import ItemSpec, Pictures
 
 MUTANTS = runs.ROOT / "tests" / "mutants"
 PATCHES = {f"{path.parent.name}/{path.stem}": path for path in sorted(MUTANTS.glob("*/*.patch"))}
-LAYOUTS = ("disjoint", "colocated")
+LAYOUTS = ("disjoint", "colocated", "experts")
 # Each takes seconds, all of them minutes.
 DEFAULT = {"disjoint/boundary_gradient_scaled", "disjoint/reduce_without_cp", "colocated/tied_gradient_lost"}
 ITEM = ItemSpec("vision", 4, Pictures(height=8, width=8), slots_per_group=2)
