@@ -1,4 +1,4 @@
-"""Exact-match accuracy on held-out conversations: with their pictures, with blank ones, and of the text alone."""
+"""What a model scores on held-out conversations: with their pictures and clips, with blank ones, and text alone."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -17,6 +17,7 @@ class Score(NamedTuple):
 
     loss: float  # mean over target tokens
     accuracy: float  # of samples: every target token was the most likely one, so greedy decoding gives the answer
+    token_accuracy: float  # of target tokens that were the most likely ones, given those before them
     samples: int
 
 
@@ -33,7 +34,8 @@ def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.nda
         targets.update(owner[scored].tolist())
         hits.update(owner[scored & (likeliest == microbatch["targets"])].tolist())
     right = sum(hits[sample] == count for sample, count in targets.items())
-    return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), len(targets))
+    token_accuracy = hits.total() / max(targets.total(), 1)
+    return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), token_accuracy, len(targets))
 
 
 def prior_accuracy(train: Iterable[Sample], held_out: Iterable[Sample]) -> float:

@@ -5,7 +5,7 @@ import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ import pytest
 import runs
 from conftest import Counter
 
-from hetjax import config, experiment, generate, reference, train
+from hetjax import config, evaluate, experiment, generate, reference, train
 from hetjax.checkpoint import Checkpoints, to_names
+from hetjax.data import ItemSpec, Pictures
 from hetjax.experiment import Experiment
 from hetjax.generate.prompt import read_items
 from hetjax.graph import Graph
@@ -110,7 +111,7 @@ def test_the_evaluation_is_that_of_full_logits_on_one_device(whole: tuple[Path, 
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         params = jax.tree.map(jnp.asarray, trainer.whole(checkpoints.restore(trainer)[0].params))
     evaluated = jax.jit(lambda batch: loss_and_hits(trainer.graph, params, batch))
-    total = tokens = rows = right = blind = 0.0
+    total = tokens = rows = right = blind = found = 0.0
     held_out = experiment.held_out_loader(run)
     assert held_out is not None
     for batch, _ in held_out.one_pass():
@@ -118,6 +119,7 @@ def test_the_evaluation_is_that_of_full_logits_on_one_device(whole: tuple[Path, 
         _, hits_blind = evaluated(batch | {"vision.pixels": np.zeros_like(batch["vision.pixels"])})
         asked = batch["weights"] > 0
         total, tokens = total + float(loss) * asked.sum(), tokens + asked.sum()
+        found += (hits & asked).sum()
         rows += asked.any(1).sum()
         right += (np.where(asked, hits, True).all(1) & asked.any(1)).sum()
         blind += (np.where(asked, hits_blind, True).all(1) & asked.any(1)).sum()
@@ -127,6 +129,7 @@ def test_the_evaluation_is_that_of_full_logits_on_one_device(whole: tuple[Path, 
     assert [list(v) for v in last.values()] == [[15, STEPS], [15, STEPS], [STEPS], [STEPS]]
     assert last["loss_blank"][STEPS] > last["loss"][STEPS]
     assert last["loss"][STEPS] == pytest.approx(total / tokens, rel=1e-5)
+    assert runs.records(workdir, "eval/token_accuracy")[STEPS] == found / tokens
     assert last["accuracy"][STEPS] == right / rows and last["accuracy_blank"][STEPS] == blind / rows
     shown = [r for r in read_jsonl(workdir / SAMPLES) if r["step"] == STEPS]
     assert sum(r["answer"] == r["expected"] for r in shown) >= right, "greedy decoding, of the last turn alone"
@@ -159,6 +162,31 @@ def before_the_last_answer(tokens: np.ndarray, trained: np.ndarray) -> list[int]
     """The tokens of a row up to the one whose target is the first of its last answer."""
     starts = np.flatnonzero(trained & ~np.roll(trained, 1))
     return tokens[: starts[-1] + 1].tolist()
+
+
+def test_with_several_encoders_each_is_blank_alone_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [ItemSpec("vision", 4, Pictures(8, 8)), ItemSpec("chart", 4, Pictures(8, 8), field="chart")]
+    batch = {f"{item.name}.pixels": np.ones((1, 8, 8, 3), np.float32) for item in items}
+
+    class HeldOut:
+        samples: ClassVar = {}
+
+        def __init__(self) -> None:
+            self.items = items
+
+        def one_pass(self) -> list:
+            return [(batch, np.full((1, 4), -1))]
+
+    def score(trainer: Any, state: Any, batches: Any) -> evaluate.Score:
+        ((arrays, _),) = batches
+        seen = sum(10**n * float(arrays[f"{item.name}.pixels"].any()) for n, item in enumerate(items))
+        return evaluate.Score(seen, 0.0, 0.0, 1)
+
+    monkeypatch.setattr(evaluate, "score", score)
+    values = train._final(None, None, HeldOut(), HeldOut(), 0)
+    losses = {name: value for name, value in values.items() if "loss" in name}
+    chart_alone, vision_alone = "eval/loss_blank_vision", "eval/loss_blank_chart"
+    assert losses == {"eval/loss": 11, "eval/loss_blank": 0, chart_alone: 10, vision_alone: 1}
 
 
 def loss_and_hits(graph: Graph, params: Any, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
