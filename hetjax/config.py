@@ -10,8 +10,9 @@ A file imports the modules that it names and binds fields of the dataclasses in 
 
 Only gin's parser is used. Bindings are looked up here, and as gin does: `@scope/name()` enters that scope, `@name()`
 stays in the scope it is used in, an inner scope wins over an outer one. But every name, field and type is checked, a
-binding that reaches no value is an error (gin takes a misspelt scope in silence), and there is no global state. Errors
-name the file, the line and the nearest valid name.
+binding that reaches no value is an error (gin takes a misspelt scope in silence), and there is no global state. The
+command line may stand before a file's binding, and its text needs no quotes. Errors name the file, the line and the
+nearest valid name.
 """
 
 import dataclasses
@@ -19,10 +20,10 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from hetjax.ginfile import Binding, ConfigError, Key, Name, Reader, nearest, resolve, scoped
+from hetjax.ginfile import Bare, Binding, ConfigError, Key, Name, Reader, nearest, resolve, scoped
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ def load(gin_files: Iterable[str], bindings: Iterable[str], root: Callable[..., 
         reader.read_file(path)
     for text in bindings:
         reader.read_binding(text)
-    builder = _Builder(reader.bindings, reader.macros)
+    builder = _Builder(reader)
     try:
         result = builder.build(root, "", "", f"{root.__module__.rpartition('.')[2]}.{root.__qualname__}")
     except RecursionError as error:
@@ -46,17 +47,18 @@ def load(gin_files: Iterable[str], bindings: Iterable[str], root: Callable[..., 
 class _Builder:
     """Calls what the bindings bind, and remembers which of them it used."""
 
-    def __init__(self, bindings: Mapping[Key, Binding], macros: Mapping[str, Binding]) -> None:
-        self.bindings, self.macros = bindings, macros
+    def __init__(self, reader: Reader) -> None:
+        self.bindings, self.macros = reader.bindings, reader.macros
         self.used: set[Any] = set()
         self.calls: list[tuple[Any, str]] = []  # (target, scope)
+        for binding in reader.replaced:
+            self._use_macros(binding.value)
 
     def build(self, target: Callable[..., T], scope: str, where: str, name: str) -> T:
         """`target(**fields)` with the fields that are bound in `scope` or around it."""
         self.calls.append((target, scope))
-        keys: dict[str, Key] = {}
-        for outer in _around(scope):
-            keys |= {key.field: key for key in self.bindings if key.scope == outer and key.target is target}
+        keys = self._bound(target, scope, self.bindings)
+        in_files = self._bound(target, scope, (k for k, binding in self.bindings.items() if binding.in_file))
         parameters = inspect.signature(target).parameters
         required = (p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
         for field in required:
@@ -64,6 +66,9 @@ class _Builder:
                 raise ConfigError(f"{where}{name} needs a value for {field}: bind {scoped(scope, name)}.{field}")
         hints = typing.get_type_hints(target)
         self.used |= set(keys.values())
+        for key in in_files.values():  # what the command line alone stands before was not written in vain
+            self.used.add(key)
+            self._use_macros(self.bindings[key].value)
         fields = {f: self._value(self.bindings[key], scope, hints.get(f, Any)) for f, key in keys.items()}
         try:
             return target(**fields)
@@ -71,13 +76,32 @@ class _Builder:
             places = [self.bindings[key].where for f, key in keys.items() if re.search(rf"\b{f}\b", str(error))]
             raise ConfigError(f"{places[0] if places else where}{error}") from error
 
+    def _bound(self, target: Any, scope: str, keys: Iterable[Key]) -> dict[str, Key]:
+        """Field -> which of `keys` sets it for `target` in `scope`."""
+        mine = [key for key in keys if key.target is target]
+        return {key.field: key for outer in _around(scope) for key in mine if key.scope == outer}
+
+    def _use_macros(self, value: Any) -> None:
+        def use(leaf: Any) -> None:
+            name = leaf.text[1:] if isinstance(leaf, Name) and leaf.text.startswith("%") else None
+            if name in self.macros and name not in self.used:
+                self.used.add(name)
+                self._use_macros(self.macros[name].value)
+
+        _map(use, value)
+
     def _value(self, binding: Binding, scope: str, hint: Any) -> Any:
         value = _map(lambda leaf: self._evaluate(leaf, scope, binding.where), binding.value)
+        if isinstance(value, Bare):
+            if hint is Any:
+                raise ConfigError(value.why)
+            value = value.text
         try:
             return _fit(value, hint)
         except TypeError as error:
             wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-            raise ConfigError(f"{binding.where}{binding.name} = {binding.value!r}, but it must be {wanted}") from error
+            shown = value if isinstance(binding.value, Bare) else binding.value
+            raise ConfigError(f"{binding.where}{binding.name} = {shown!r}, but it must be {wanted}") from error
 
     def _evaluate(self, leaf: Any, scope: str, where: str) -> Any:
         if not isinstance(leaf, Name):

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from gin import config_parser
 
+PLAIN_TEXT = r"[^@%'\"#\\()\[\]{}]+"  # has nothing that looks like a reference, a quoted string or a container
+
 
 class ConfigError(ValueError):
     """What a user can fix in a gin file or on the command line."""
@@ -54,19 +56,31 @@ class Key(NamedTuple):
     field: str
 
 
+class Bare(NamedTuple):
+    """A value of the command line that gin cannot read (`why`): text without quotes, where the field takes text."""
+
+    text: str
+    why: str
+
+
 class Binding(NamedTuple):
-    """A value, where it was set (the prefix of an error) and the name that stood there."""
+    """A value, where it was set (the prefix of an error), the name that stood there, and whether by a file."""
 
     value: Any
     where: str
     name: str
+    in_file: bool
 
 
 class Reader:
-    """Reads files and bindings in order, follows includes and imports; later bindings win."""
+    """Reads files and bindings in order, follows includes and imports; later bindings win.
+
+    `replaced`: what stood in a file before the command line set the same.
+    """
 
     def __init__(self) -> None:
         self.bindings: dict[Key, Binding] = {}
+        self.replaced: list[Binding] = []
         self.macros: dict[str, Binding] = {}
         self.symbols: dict[str, Any] = {}  # name -> module, of all files
 
@@ -89,25 +103,37 @@ class Reader:
             if isinstance(statement, config_parser.IncludeStatement):
                 self.read_file(os.path.join(os.path.dirname(path), statement.filename), where)
             elif isinstance(statement, config_parser.BindingStatement):
-                self._bind(statement, symbols, where)
+                self._bind(statement, symbols, where, in_file=True)
         self.symbols |= symbols
 
     def read_binding(self, text: str) -> None:
         """One binding of the command line; it may use what any of the files imports."""
-        for statement in _statements(text, self.symbols, ""):
-            self._bind(statement, self.symbols, _place(text))
+        try:
+            statements = list(_statements(text, self.symbols, ""))
+        except ConfigError as error:
+            name, _, value = text.partition(" = ")
+            if not re.fullmatch(PLAIN_TEXT, value):
+                raise
+            statements = [s._replace(value=Bare(value, str(error))) for s in _statements(f"{name} = 0", {}, "")]
+        for statement in statements:
+            self._bind(statement, self.symbols, _place(text), in_file=False)
 
-    def _bind(self, statement: config_parser.BindingStatement, symbols: Mapping[str, Any], where: str) -> None:
+    def _bind(
+        self, statement: config_parser.BindingStatement, symbols: Mapping[str, Any], where: str, *, in_file: bool
+    ) -> None:
         scope, selector, field, value, _ = statement
         if not field:
             name = scoped(scope, selector)
-            self.macros[name] = Binding(value, where, name)
+            self.macros[name] = Binding(value, where, name, in_file)
             return
         target = resolve(selector, symbols, where)
         parameters = inspect.signature(target).parameters
         if field not in parameters:
             raise ConfigError(f"{where}{selector} has no field {field}{nearest(field, parameters)}")
-        self.bindings[Key(scope, target, field)] = Binding(value, where, scoped(scope, f"{selector}.{field}"))
+        key, name = Key(scope, target, field), scoped(scope, f"{selector}.{field}")
+        if not in_file and key in self.bindings:
+            self.replaced.append(self.bindings[key])
+        self.bindings[key] = Binding(value, where, name, in_file)
 
 
 def _statements(text: str, symbols: Mapping[str, Any], path: str) -> Iterator[Any]:

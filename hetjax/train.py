@@ -8,7 +8,6 @@ Called again with the same --workdir it continues from the newest checkpoint. SI
 import contextlib
 import itertools
 import math
-import os
 import resource
 import signal
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetjax import command, config, evaluate, experiment, flops, memory, metrics, samples
+from hetjax import command, config, evaluate, experiment, flops, memory, metrics, record, samples
 from hetjax.checkpoint import CheckpointError, Checkpoints
 from hetjax.data import Loader, blank
 from hetjax.data.items import count
@@ -37,19 +36,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = command.parse_arguments(argv)
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
-        workdir = Path(arguments.workdir)
         files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
         asked = "\n".join([*files, "# command line", *arguments.bindings, ""])
-        _save(workdir, {"config.gin": asked, "operative_config.gin": config.operative(run)})
-        train(run, workdir)
+        train(run, Path(arguments.workdir), {"config.gin": asked, "operative_config.gin": config.operative(run)})
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def train(run: Experiment, workdir: Path) -> None:
-    """Trains `run` to its last step, or to SIGTERM, with everything that is written in `workdir`."""
+def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None) -> None:
+    """Trains `run` to its last step, or to SIGTERM, with everything that is written in `workdir`.
+
+    `asked`: file name -> text, what the run was asked for; written there once nothing speaks against the run."""
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     print(trainers[0].picture(), flush=True)
@@ -61,6 +60,7 @@ def train(run: Experiment, workdir: Path) -> None:
         held_out = experiment.held_out_loader(run)
         if held_out is not None:
             stack.enter_context(held_out)
+        record.make(workdir)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=run.keep))
         resumed = checkpoints.latest
         first = run.phase_of(resumed or 0)
@@ -76,6 +76,7 @@ def train(run: Experiment, workdir: Path) -> None:
         else:
             state, _ = checkpoints.restore(trainers[first], resumed)
             print(f"resumed from {checkpoints.directory} at step {resumed}", flush=True)
+        record.write(workdir, asked or {}, resumed)
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
         )
@@ -279,17 +280,6 @@ def _finished(workdir: Path, step: int) -> bool:
     """Whether an earlier call wrote the last evaluation."""
     records = metrics.read_jsonl(workdir / metrics.FILE)
     return any(r["step"] == step and "eval/accuracy_prior" in r for r in records)
-
-
-def _save(workdir: Path, files: Mapping[str, str]) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            new = workdir / f"{name}.new"
-            new.write_text(text)
-            os.replace(new, workdir / name)
-    except OSError as error:
-        raise ValueError(f"--workdir={workdir}: {error.strerror}; name a directory that can be written") from error
 
 
 if __name__ == "__main__":

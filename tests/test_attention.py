@@ -221,7 +221,7 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_in_16_bits(
     asked = stand_in(monkeypatch)
     config = Decoder(vocab_size=8, width=32, num_layers=1, num_heads=4, num_kv_heads=2, mlp_width=8, sliding_window=5)
     layer = config.module(dtype, packed=packed).layers[0]
-    mesh = jax.sharding.AbstractMesh((cp,), ("cp",))
+    mesh = jax.sharding.AbstractMesh((cp,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
     axes = Axes(cp=Axis("cp", cp))
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     carry = {"x": jax.ShapeDtypeStruct((2, 8, 32), dtype)}

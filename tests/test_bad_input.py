@@ -175,6 +175,7 @@ DATA = [
         model(vocab_size=28),
         "llm: vocab_size=28, but the tokenizer DIR/train/tokenizer.json has 30 tokens; set vocab_size to",
     ),
+    (data(path="DIR/none/gone.json"), "DataConfig.path='DIR/none/gone.json': No such file or directory; name a file"),
     (data(path="DIR/odd/gone.json"), "DataConfig.path='DIR/odd/gone.json': No such file or directory; name a file"),
     (data(path="DIR/train"), "DataConfig.path='DIR/train'; it must name a .json or .jsonl file of conversations"),
     (data(path="DIR/odd/empty.json"), "DIR/odd/empty.json holds no conversation; a run needs at least one"),
@@ -231,6 +232,18 @@ def test_a_wrong_setting_is_refused(refusal: Any, gin: Path, changes: runs.Chang
 @pytest.mark.parametrize(("changes", "message"), CHECKPOINT, ids=str)
 def test_a_run_that_does_not_fit_its_checkpoint_is_refused(refusal: Any, changes: runs.Changes, message: str) -> None:
     assert message in refusal(changes, "saved")
+
+
+def test_a_refused_run_writes_no_record(refusal: Any, gin: Path) -> None:
+    """Neither of itself in a new directory, nor over that of the run which is there."""
+    refusal(settings(steps=0), "fresh")
+    assert not (gin.parent / "fresh").exists()
+    saved = gin.parent / "saved" / "config.gin"
+    saved.write_text("of the first run")
+    for changes in (settings(steps=0), layouts(llm=dict(tp=3)), model(mlp_width=64), data(seed=1)):
+        refusal(changes, "saved")
+    assert saved.read_text() == "of the first run"
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["checkpoints", "config.gin"]
 
 
 def test_a_work_directory_that_cannot_be_written_is_refused(refusal: Any, gin: Path) -> None:

@@ -105,6 +105,20 @@ def test_settings_of_the_command_line_win_and_the_last_of_them(tmp_path: Path) -
     assert got.encoders[0] == Encoder(ViT(16), Layout(4, 2)) and got.encoders[1].model == ViT(32)
 
 
+@pytest.mark.parametrize("text", ["tower", "0-3", "0-3,6", "data/a.json", "/a/b c", "<image>", "1e-3x"])
+def test_text_of_the_command_line_needs_no_quotes(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, BASE, f"vision/test_config.Encoder.name = {text}").encoders[0].name == text
+
+
+def test_the_command_line_may_stand_before_all_uses_of_a_files_binding(tmp_path: Path) -> None:
+    base = BASE.replace("vision/test_config.Layout.dp = 4", "test_config.Layout.dp = 4")
+    assert same(load(tmp_path, base, "vision/test_config.Layout.dp = 4", "test_config.Experiment.rate = 0.1"))
+    widths = ["test_config.ViT.width = 8", "llm/axes.Axis.size = 64"]  # nothing is %WIDTH now
+    assert load(tmp_path, BASE, *widths).encoders[0].model == ViT(8)
+    scoped = ["vision/test_config.ViT.width = 8", "llm/axes.Axis.size = 64"]  # nor here
+    assert load(tmp_path, BASE, *scoped).encoders[0].model == ViT(8)
+
+
 def test_an_include_is_found_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.gin").write_text(BASE)
@@ -284,9 +298,17 @@ def test_a_mistake_names_its_line_and_what_was_meant(tmp_path: Path, line: str, 
     ("binding", "message"),
     [
         (
-            "test_config.Experiment.schedule = gpipe",
-            r"--gin.test_config.Experiment.schedule=gpipe: gpipe is not a value; a",
+            "test_config.Experiment.steps = ten",
+            r"--gin.test_config.Experiment.steps=ten: .*steps = 'ten', but it .* int",
         ),
+        ("test_config.Experiment.schedule = 2f2b", r"--gin.test_config.Experiment.schedule=2f2b: .*'gpipe'"),
+        (
+            "llm/test_config.Encoder.model = ViT",
+            r"--gin.llm/test_config.Encoder.model=ViT: ViT is not a value; a string",
+        ),
+        ("llm/test_config.Encoder.name = @tower", r"tower is not imported"),
+        ("llm/test_config.Encoder.name = 'tower", r"--gin.llm/test_config.Encoder.name='tower: "),
+        ("WIDTH = wide", r"Axis.size = %WIDTH, but it must be int"),
         (
             "test_config.Experiment.stps = 1",
             r"--gin.test_config.Experiment.stps=1: .* no field stps; did you mean steps\?",

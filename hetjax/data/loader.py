@@ -52,8 +52,8 @@ class Loader:
     def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = ()) -> None:
         self.config, self.items = config, tuple(items)
         check_items(config, self.items)
-        self.tokenizer = tokens.load_tokenizer(config)
         self._entries, self._digest = conversations.read(config.path, self.items)
+        self.tokenizer = tokens.load_tokenizer(config)
         self.bad: list[Problem] = []
         self.truncated: set[int] = set()
         self.too_long: set[int] = set()
