@@ -1,7 +1,8 @@
 """Each patch in tests/mutants is a bug that runs without complaint and trains wrongly: `hetjax.verify` must say so.
 
-A patch's first line tells what it breaks, its directory under which layouts (mutants/disjoint.gin, colocated.gin, experts.gin). To
-renew one that no longer applies, make the change again and keep the first line: `git diff -U1 >> FILE`.
+A patch's first line tells what it breaks, its directory under which settings (mutants/disjoint.gin, colocated.gin,
+experts.gin). To renew one that no longer applies, make the change again and keep the first line:
+`git diff -U1 >> FILE`.
 """
 
 import os
