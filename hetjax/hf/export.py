@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import INDEX, SINGLE, open_file
 from hetjax.hf.keys import Parts
 from hetjax.hf.output import write_json, written
-from hetjax.hf.source import Extras, Source
+from hetjax.hf.source import Extras, Sliceable, Source
 from hetjax.hf.stored import Workdir
 from hetjax.hf.tensors import CODES, Tensor
 from models.decoder import Decoder
@@ -137,7 +137,8 @@ def parts_of(source: Source, modules: Collection[str] | None = None) -> tuple[Pa
 def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping[str, str]) -> dict[str, Tensor]:
     """Key in the hub's layout -> tensor, for all that the models hold."""
     found = {}
-    fetch = functools.lru_cache(maxsize=1)(lambda name: source.fetch([name])[name])  # rows of an array come in turn
+    fetch_once = lambda name: source.fetch([name])[name]
+    fetch_rows = functools.lru_cache(maxsize=1)(fetch_once)  # the rows of an array come in turn
     for name, place in keys.places(parts).items():
         part, _, rest = name.partition("/")
         theirs = f"{named[part]}/{rest}"
@@ -146,13 +147,18 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
             what = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(place.shape)}"
             raise ConvertError(f"{source.path}: {theirs} {what}; the checkpoint and its configuration do not agree")
         kind = DTYPES[dtype] if dtype else stored.dtype
-        read = lambda row, p=place, name=theirs, kind=kind: p.to_torch(fetch(name), row).astype(kind, copy=False)
+        fetch = fetch_rows if len(place.keys) > 1 else fetch_once
         for row, key in enumerate(place.keys):
-            found[key] = Tensor(place.torch_shape, kind, functools.partial(read, row))
+            read = functools.partial(_values, fetch, theirs, place, row, kind)
+            found[key] = Tensor(place.torch_shape, kind, read)
     if parts.whole and parts.audio is not None and parts.llm is not None and parts.llm.tied:
         # Qwen2-Audio's class in transformers 5 ties nothing: without its own copy the head would have random values
         found[f"{keys.LLM}lm_head.weight"] = found[f"{keys.LLM}model.embed_tokens.weight"]
     return found
+
+
+def _values(fetch: Callable[[str], Sliceable], name: str, place: keys.Place, row: int, dtype: np.dtype) -> np.ndarray:
+    return place.to_torch(fetch(name), row).astype(dtype, copy=False)
 
 
 def _with_idle(

@@ -52,6 +52,10 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in ordered:
-            values = tensors[key].read()
-            assert (values.shape, values.dtype) == (tensors[key].shape, tensors[key].dtype), key
-            file.write(values.reshape(-1).view(np.uint8).data)
+            file.write(_bytes(tensors[key]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    values = tensor.read()
+    assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype)
+    return values.reshape(-1).view(np.uint8).data
