@@ -1,8 +1,12 @@
 """What cannot be converted is refused by field, key or file, with the way out; and nothing is written."""
 
+import copy
 import json
+import pickle
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from safetensors.numpy import save_file
 
 from hetjax import convert
 from hetjax.hf import read_config
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.stored import open_source
 
 CLIP_LLAMA = llava(text("llama"), vision("clip"))
 TIED = dict(tie_word_embeddings=True)
@@ -88,6 +94,36 @@ def indexed(mapping: dict[str, str]) -> Callable[[Path], None]:
     return apply
 
 
+def disguised(folder: Path) -> None:
+    """A pickle that would write a file if it were loaded, with another name."""
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap(str(folder.parent / "new" / "loaded"))))
+
+
+class Trap:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def two_shards(folder: Path) -> None:
+    """The index is right about every key, but the second shard has one of the first's too."""
+    tensors = hf_folders.read(folder)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "a.safetensors")
+    save_file({NORM: tensors[NORM]}, folder / "b.safetensors")
+    mapping = dict.fromkeys(tensors, "a.safetensors") | {NORM: "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+
+
+def quantised(folder: Path) -> None:
+    """As bitsandbytes stores it: other shapes, and keys of scales."""
+    tensors = hf_folders.read(folder)
+    tensors |= {HEAD: np.zeros((7, 1), np.uint8), f"{HEAD}.absmax": np.zeros(3, np.float32)}
+    save_file(tensors, folder / "model.safetensors")
+
+
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (cut_short, r"model.safetensors cannot be read .*cut short; download it again"),
@@ -106,6 +142,28 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "int8": (
         weights(lambda t: t.update({HEAD: t[HEAD].astype(np.int8)})),
         r"lm_head.weight is stored as I8.*quantised",
+    ),
+    "quantised": (quantised, r"lm_head.weight is stored as U8; 8-bit and quantised weights are not read"),
+    "pickle, disguised": (disguised, r"model.safetensors is a pickle.*never read here"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), r"cannot be read .*cut short; download it"),
+    "empty header": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}"),
+        r"is missing \(\d+ of",
+    ),
+    "one key in two shards": (two_shards, rf"{NORM} is in a.safetensors and in b.safetensors; the shards are of two"),
+    "index of numbers": (indexed({NORM: 1}), "has no weight_map of keys and file names"),  # type: ignore[dict-item]
+    "index of a list": (lambda f: indexed({})(f), "has no weight_map of keys and file names"),
+    "index cut": (
+        lambda f: [indexed({})(f), (f / "model.safetensors.index.json").write_text('{"weight_map": {')],
+        r"model.safetensors.index.json is not JSON",
+    ),
+    "index with an absolute path": (indexed({NORM: "/etc/hostname"}), r"names /etc/hostname, which is not there"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config.json holds a list, not a JSON object"),
+    "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), r"config.json is not JSON"),
+    "config empty": (lambda f: (f / "config.json").write_text(""), r"config.json is not JSON"),
+    "one array twice": (
+        weights(lambda t: t.update({"lm_head.weight_": t[HEAD]})),
+        r"lm_head.weight_ has no place in the model",
     ),
     "pickle": (pickled, r"pytorch_model.bin is a pickle.*never read here.*safe_serialization"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"neither model.safetensors nor"),
@@ -142,14 +200,89 @@ def test_broken_folders_are_refused_and_nothing_is_written(
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_one_array_under_two_spellings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = hf_folders.write(tmp_path / "folder", CLIP_LLAMA)
+    key = "vision_tower.vision_model.embeddings.class_embedding"
+    weights(lambda t: t.update({key.replace("vision_model.", ""): t[key] + 1}))(folder)
+    assert run("from_hf", folder, "--out", tmp_path / "out") == 2
+    assert "are the same array; remove one of them" in capsys.readouterr().err
+
+
+VALUES = [None, "x", -1, 0, 1.5, [], {}, True, [1], {"a": 1}, float("nan"), "1", [[]]]
+
+
+def nodes(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in config.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from nodes(value, (*path, key))
+
+
+def test_whatever_a_config_holds_it_is_read_or_refused_by_its_path() -> None:
+    scaled = text("llama", rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0))
+    refused = 0
+    for config in (scaled, text("qwen3"), CLIP_LLAMA, vision("siglip")):
+        for *parents, last in nodes(config):
+            for value in VALUES:
+                broken = copy.deepcopy(config)
+                node = broken
+                for parent in parents:
+                    node = node[parent]
+                node[last] = value
+                try:
+                    read_config.read(broken, "a/config.json")
+                except ConvertError as error:
+                    refused += 1
+                    assert str(error).startswith("a/config.json: ")
+    assert refused > 500
+
+
+def test_a_damaged_header_is_refused_whatever_the_damage(tmp_path: Path) -> None:
+    folder = hf_folders.write(tmp_path / "folder", text("llama"))
+    path = folder / "model.safetensors"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, header, rng.integers(1, 4)):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            open_source(folder)
+        except ConvertError as error:
+            refused += 1
+            assert str(folder) in str(error)
+    assert refused > 90
+
+
+@pytest.mark.slow  # starts a process
+@pytest.mark.parametrize("command", ["from_hf", "to_hf"])
+def test_a_conversion_that_is_killed_leaves_nothing_and_may_run_again(command: str, tmp_path: Path) -> None:
+    folder = hf_folders.write(tmp_path / "folder", text("llama", num_hidden_layers=200))
+    new = tmp_path / "new"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hetjax.convert", command, str(folder), "--out", str(new / "out")]
+    )
+    while not new.exists():  # it writes
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not (new / "out").exists()
+    assert run(command, folder, "--out", new / "out") == 0
+
+
 def test_what_is_there_is_never_overwritten_and_a_failed_write_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = hf_folders.write(tmp_path / "folder", text("llama"))
     (tmp_path / "there").mkdir()
-    assert run("to_hf", folder, "--out", tmp_path / "there") == 2
-    assert "is there already; name another" in capsys.readouterr().err
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    for command, out in (("to_hf", "there"), ("from_hf", "there"), ("to_torch", "there.safetensors")):
+        assert run(command, folder, "--out", tmp_path / out) == 2
+        assert "is there already; name another" in capsys.readouterr().err
+    assert (tmp_path / "there.safetensors").read_bytes() == b"mine" and not list((tmp_path / "there").iterdir())
     monkeypatch.setattr("hetjax.hf.export.write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     assert run("to_hf", folder, "--out", tmp_path / "out") == 2
     assert "no space left; is the disk full?" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "there"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "there", "there.safetensors"]

@@ -50,6 +50,8 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
+        if _begins_as_pickle(path):
+            raise _pickle(path) from error
         raise ConvertError(
             f"{path} cannot be read ({error}): the file is damaged or cut short; download it again"
         ) from error
@@ -65,14 +67,20 @@ class Folder:
         self.models: Mapping[str, Any] = self.parts.models
         self._places = keys.places(self.parts)
         files = _files(path)
-        spelled = {keys.canonical(key, self.parts): key for key in files}
+        spelled: dict[str, str] = {}
+        for key in files:
+            name = keys.canonical(key, self.parts)
+            if name in spelled:
+                raise ConvertError(f"{path}: {key} and {spelled[name]} are the same array; remove one of them")
+            spelled[name] = key
         self._tensors, self._spelled = Tensors(files), spelled
+        for key in spelled:
+            if not BUFFERS.fullmatch(key):
+                self._dtype(key)
         wanted = {key for place in self._places.values() for key in place.keys}
         idle = [key for key in keys.idle(spelled, self.parts) if key not in wanted]
         self._check_keys(wanted, set(spelled) - set(idle))
         self.arrays = {name: self._check(place) for name, place in self._places.items()}
-        for key in idle:
-            self._dtype(key)
         beside = {name: path / name for name in GIVEN_BACK if (path / name).is_file()}
         mine = {key: files[spelled[key]] for key in idle}
         extras = Extras(config, beside, mine, {key: spelled[key] for key in idle})
@@ -163,20 +171,39 @@ def _files(path: Path) -> dict[str, Path]:
     if not (path / INDEX).is_file():
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
         if pickles:
-            raise ConvertError(
-                f"{path / pickles[0]} is a pickle, which runs code when it is loaded, and is never read here; load it "
-                "with transformers where you trust it, and save_pretrained(..., safe_serialization=True)"
-            )
+            raise _pickle(path / pickles[0])
         raise ConvertError(f"{path}: neither {SINGLE} nor {INDEX}; name a folder that holds the weights")
     mapping = read_json(path / INDEX).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise ConvertError(f"{path / INDEX} has no weight_map; get the file again")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise ConvertError(f"{path / INDEX} has no weight_map of keys and file names; get the file again")
     found: dict[str, Path] = {}
     for name in sorted(set(mapping.values())):
         if Path(name).name != name or not (path / name).is_file():
             raise ConvertError(f"{path / INDEX} names {name}, which is not there; get all shards of the model")
-        found |= dict.fromkeys(open_file(path / name).keys(), path / name)
-    for key in sorted(mapping.keys() ^ found.keys()):
-        side = f"is not in {mapping[key]}" if key in mapping else f"is in {found[key].name} alone"
-        raise ConvertError(f"{path / INDEX}: {key} {side}; index and shards belong to different models")
+        keys_there = open_file(path / name).keys()
+        for key in keys_there:
+            if key in found:
+                raise ConvertError(f"{path}: {key} is in {found[key].name} and in {name}; the shards are of two models")
+            found[key] = path / name
+    for key in sorted(mapping.keys() | found.keys()):
+        if key not in mapping or key not in found or found[key].name != mapping[key]:
+            side = f"is not in {mapping[key]}" if key in mapping else f"is in {found[key].name} alone"
+            raise ConvertError(f"{path / INDEX}: {key} {side}; index and shards belong to different models")
     return found
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    """Whether the file is one of pickle or torch.save, whatever its name says."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError:
+        return False
+    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+
+
+def _pickle(path: Path) -> ConvertError:
+    return ConvertError(
+        f"{path} is a pickle, which runs code when it is loaded, and is never read here; load it with transformers "
+        "where you trust it, and save_pretrained(..., safe_serialization=True)"
+    )

@@ -81,7 +81,7 @@ VISION_ONLY: dict[str, Any] = dict(num_channels=3, attention_dropout=0)
 def read(config: Config, where: str) -> Parts:
     """The models of config.json, which `where` names in messages. Raises ConvertError."""
     kind = config.get("model_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(sorted(KINDS))
         refuse(where, "model_type", kind, f"this architecture is not supported; supported are {known}")
     for name in ("quantization_config", "compression_config"):
@@ -100,8 +100,12 @@ def read(config: Config, where: str) -> Parts:
         return Parts(vision=tower(vision_config(config), where))
     except ConvertError:
         raise
-    except (ValueError, TypeError, KeyError) as error:  # sizes that contradict each other
+    except ValueError as error:  # sizes that contradict each other
         raise ConvertError(f"{where}: {error}") from error
+    except KeyError as error:
+        raise ConvertError(f"{where}: {error} is missing; get the file again") from error
+    except (TypeError, AttributeError) as error:
+        raise ConvertError(f"{where}: a field has another type than it must ({error}); get the file again") from error
 
 
 def vision_config(config: Config) -> Config:

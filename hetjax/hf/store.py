@@ -25,6 +25,8 @@ from hetjax.hf.source import Array, Sliceable
 from hetjax.hf.stored import FILES, MODEL, PARAMS, UNUSED, nested
 from hetjax.hf.tensors import CODES, Tensor
 
+AT_ONCE = 2**24  # bytes that are written together, at least: each write leaves a version of the index
+
 
 def store(folder: Folder, out: str | Path) -> None:
     """Writes the folder as a checkpoint at `out`, in the precision that it has. Raises ConvertError."""
@@ -57,17 +59,14 @@ class _Later:
 
 
 class _InTurn(type_handlers.NumpyHandler):
-    """Writes arrays as Orbax writes those of numpy: as many at once as the largest has bytes, then the next.
-
-    Not one by one, since the store keeps a version of its index for each write.
-    """
+    """Writes arrays as Orbax writes those of numpy: as many at once as the largest has bytes, then the next."""
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list:
         args = args or [ocp.SaveArgs()] * len(values)
-        largest, start = max(value.num_bytes for value in values), 0
+        most, start = max(AT_ONCE, *(value.num_bytes for value in values)), 0
         while start < len(values):
             stop, size = start + 1, values[start].num_bytes
-            while stop < len(values) and size + values[stop].num_bytes <= largest:
+            while stop < len(values) and size + values[stop].num_bytes <= most:
                 size, stop = size + values[stop].num_bytes, stop + 1
             some = slice(start, stop)
             for writing in await super().serialize([v.read() for v in values[some]], infos[some], args[some]):
