@@ -206,14 +206,48 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(folder: Path) 
 
     np.testing.assert_allclose(np.asarray(y["x"] @ y["head"]), expected_logits.detach().numpy(), atol=1e-5)
     assert abs(float(loss) - expected.item()) <= 1e-5
-    found = [(n, p.grad.numpy()) for n, p in model.named_parameters() if p.grad is not None]
-    wanted = {key: g for name, grad in found for key, g in stored(name, grad, source)}
+    wanted = gradients(model, source)
     got = dict(by_key(source, grads))
     assert got.keys() == {k for k in wanted if not (source.parts.llm.tied and k.endswith("lm_head.weight"))}
     norm = np.sqrt(sum(float((g**2).sum()) for g in wanted.values()))
     for key, g in got.items():
         scale = max(float(np.linalg.norm(wanted[key])), 0.01 * norm)
         assert np.linalg.norm(g - wanted[key]) / scale <= 1e-4, key
+
+
+def gradients(model: Any, source: Any) -> dict[str, np.ndarray]:
+    """Key in the hub's layout -> gradient of a model of transformers."""
+    found = [(n, p.grad.float().numpy()) for n, p in model.named_parameters() if p.grad is not None]
+    return {key: g for name, grad in found for key, g in stored(name, grad, source)}
+
+
+@pytest.mark.parametrize("case", ["clip + llama", pytest.param("siglip + qwen2, tied", marks=pytest.mark.slow)])
+def test_in_bfloat16_logits_and_gradients_are_off_by_the_rounding_that_transformers_has(
+    case: str, tmp_path: Path
+) -> None:
+    folder = hf_folders.write(tmp_path / "folder", CASES[case], dtype=ml_dtypes.bfloat16)
+    source, exact, rounded = open_source(folder), load(folder), load(folder).to(torch.bfloat16)
+    microbatch = batch(source.models["vision"].rows)
+    both = [torch_loss(model, microbatch) for model in (exact, rounded)]
+    for loss, _ in both:
+        loss.backward()
+    expected, theirs = (logits.detach().float().numpy() for _, logits in both)
+
+    net, params = (
+        graph(dict(source.models), {}, jnp.bfloat16),
+        jax.tree.map(lambda a: a.astype("float32"), whole(source)),
+    )
+    arrays = {k: jnp.asarray(v) for k, v in microbatch.items()}
+    edges = {e.name: apply_module(e.definition, params[e.name], {}, arrays)["x"] for e in net.encoders}
+    y = apply_module(net.sink.definition, params["llm"], edges, arrays)
+    assert y["x"].dtype == jnp.bfloat16
+    ours = np.asarray(y["x"].astype("float32") @ y["head"].astype("float32"))
+    assert np.linalg.norm(ours - expected) <= 1.5 * np.linalg.norm(theirs - expected)
+
+    got = dict(by_key(source, jax.grad(lambda p: mean_loss(net, p, arrays))(params)))
+    wanted, rough = gradients(exact, source), gradients(rounded, source)
+    off = lambda found: np.sqrt(sum(float(((found[k] - wanted[k]) ** 2).sum()) for k in got))
+    assert off(got) <= 1.5 * off(rough)
 
 
 ROWS = 4
