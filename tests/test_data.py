@@ -201,9 +201,10 @@ def test_an_item_takes_as_many_positions_as_it_needs(tmp_path: Path) -> None:
 
 
 def test_template_surrounds_turns_and_trains_on_answers_and_end_tokens_only(tmp_path: Path) -> None:
-    tokenizer = corpus.write_tokenizer(tmp_path, 2)
+    corpus.write_tokenizer(tmp_path, 2)
     template = Template(start="is", human_prefix="so ", human_suffix=" ,", answer_suffix=" , ")
     config = DataConfig(str(tmp_path / "x.json"), seq_len=32, samples_per_group=1, template=template)
+    tokenizer = tokens.load_tokenizer(config, [VISION])
     sample = Sample(0, "x", ("<image> q0", "a0", "q1", "a1"), {"vision": ("a",)})
     made = tokens.encode(sample, tokenizer, [VISION], config, {"vision": [Item({}, rows=4)]})
     words = [tokenizer.id_to_token(t) for t in [*made.tokens, made.targets[-1]]]

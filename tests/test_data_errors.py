@@ -121,6 +121,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b'["\xff"]')
     with pytest.raises(DataError, match=r"data\.json is not UTF-8 text.*save it as UTF-8"):
         Loader(DataConfig(str(path), **SHAPE))
+    path.write_text(json.dumps([GOOD]))
     with pytest.raises(DataError, match=r"no tokenizer at .*gone; set DataConfig\.tokenizer"):
         Loader(DataConfig(str(path), **SHAPE, tokenizer=str(tmp_path / "gone")))
     with pytest.raises(DataError, match=r"data\.json is not a Hugging Face tokenizer\.json"):

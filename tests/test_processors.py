@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from hetjax.data import Pictures
+from hetjax.data import DataConfig, ItemSpec, Pictures, Template, tokens
+from hetjax.data.items import Item
 from hetjax.hf import pictures
 
 transformers = pytest.importorskip("transformers")
@@ -112,3 +114,69 @@ def test_transformers_5_s_own_files_are_read(tmp_path: Path) -> None:
     assert pictures.read({pictures.NESTED: tmp_path / pictures.NESTED}) == READERS["siglip"]
     (tmp_path / pictures.NESTED).write_text(json.dumps({"image_token": "<image>"}))
     assert pictures.read({pictures.NESTED: tmp_path / pictures.NESTED}) is None and pictures.read({}) is None
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+TEXTS = ["what is it ?", "a red  circle,\nand a blue one .", "is it so ? yes .", "whatsoever it isn't, naïve café"]
+SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def pieces(prepend: str) -> Tokenizer:
+    """As Llama's: a space is a mark, and stands before the first piece alone, or before each."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    return tokenizer
+
+
+def llama() -> Tokenizer:
+    """As Llama's first form, whose normaliser prepends the mark."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "byte level": byte_level,
+    "marks before the first piece": lambda: pieces("first"),
+    "marks before each piece": lambda: pieces("always"),
+    "marks by a normaliser": llama,
+}
+VISION = ItemSpec("vision", 3, Pictures(8, 8))
+TURNS = ("<image>\nwhat is it ?<|im_start|> it", "a circle .")
+TEMPLATE = Template(start="<s>", human_prefix="USER: ", human_suffix=" ASSISTANT:", end_token="</s>")
+
+
+@pytest.mark.parametrize("placeholder", ["has a token", "gets a token"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ids_are_those_of_transformers_for_texts_special_tokens_and_prompts(
+    kind: str, placeholder: str, tmp_path: Path
+) -> None:
+    tokenizer = KINDS[kind]()
+    specials = [*SPECIALS, "<image>"] if placeholder == "has a token" else SPECIALS
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    path = str(tmp_path / "tokenizer.json")
+    config = DataConfig("a.json", seq_len=64, samples_per_group=1, tokenizer=path, template=TEMPLATE)
+    ours = tokens.load_tokenizer(config, [VISION])
+    for text in [*TEXTS, "<s> it is</s> so", "<|im_start|>user\nis it<|im_end|>\n"]:
+        assert ours.encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False)["input_ids"]
+
+    spelled = tokens.spell(TURNS[:1], ours, [VISION], TEMPLATE, {"vision": [Item({}, rows=3)]})
+    prompt = TEMPLATE.start + TEMPLATE.human_prefix + TURNS[0] + TEMPLATE.human_suffix
+    expected = theirs(prompt.replace("<image>", "<image>" * 3), add_special_tokens=False)["input_ids"]
+    image = theirs.convert_tokens_to_ids("<image>")
+    assert spelled.tokens == [tokens.NO_TEXT if token == image else token for token in expected]
+    assert spelled.starts == {"vision": [expected.index(image)]} and expected.count(image) == 3
+    assert tokens.vocab_size(ours, [VISION]) == 1 + max(id for t, id in theirs.get_vocab().items() if t != "<image>")

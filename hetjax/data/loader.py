@@ -53,7 +53,7 @@ class Loader:
         self.config, self.items = config, tuple(items)
         check_items(config, self.items)
         self._entries, self._digest = conversations.read(config.path, self.items)
-        self.tokenizer = tokens.load_tokenizer(config)
+        self.tokenizer = tokens.load_tokenizer(config, self.items)
         self.bad: list[Problem] = []
         self.truncated: set[int] = set()
         self.too_long: set[int] = set()
@@ -84,7 +84,7 @@ class Loader:
     @property
     def vocab_size(self) -> int:
         """The least vocabulary that the language model needs."""
-        return tokens.vocab_size(self.tokenizer)
+        return tokens.vocab_size(self.tokenizer, self.items)
 
     @property
     def seconds_waited(self) -> float:

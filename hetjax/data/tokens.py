@@ -6,8 +6,6 @@ targets 0 0 0 5    7   8  9 12  2         the next token; 0 where an item's posi
 weights 0 0 0 0    0   0  0 1   1         1 where the target belongs to an answer
 """
 
-import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,8 +33,9 @@ class TooLong(Exception):
     """The sample has more than seq_len positions, and may or can not be cut."""
 
 
-def load_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer of the run. Raises DataError if it cannot be read or has no end token."""
+def load_tokenizer(config: DataConfig, items: Sequence[ItemSpec]) -> Tokenizer:
+    """The tokenizer of the run, in which each placeholder is one token. Raises DataError if it cannot be read or has no
+    end token."""
     path, end = config.tokenizer_path, config.template.end_token
     if not path.is_file():
         raise DataError(f"no tokenizer at {path}; set DataConfig.tokenizer to a Hugging Face tokenizer.json")
@@ -48,12 +47,15 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
         raise DataError(f"Template.end_token={end!r} is no token of {path}; name the one that ends an answer there")
     tokenizer.no_truncation()  # a tokenizer.json may carry either, and both would change samples in silence
     tokenizer.no_padding()
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([item.placeholder for item in items if item.placeholder not in known])
     return tokenizer
 
 
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """The least vocabulary that holds every id the tokenizer gives, added tokens included."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def vocab_size(tokenizer: Tokenizer, items: Sequence[ItemSpec]) -> int:
+    """The least vocabulary that holds every id in a row: all of the tokenizer but those of placeholders."""
+    never = {item.placeholder for item in items}
+    return 1 + max(id for token, id in tokenizer.get_vocab(with_added_tokens=True).items() if token not in never)
 
 
 class Spelled(NamedTuple):
@@ -73,18 +75,21 @@ def spell(
 ) -> Spelled:
     """The positions of question, answer, question, ... with as many for each item as `found` says.
 
+    A prompt is tokenised in one go, placeholders and all: so its ids are those that transformers' processors make.
     Behind a last question the answer would follow: that is a prompt.
     """
     spelled = Spelled([], [], {item.name: [] for item in items})
-    for trained, piece in _pieces(turns, template, tuple(items)):
-        if isinstance(piece, ItemSpec):
-            place = spelled.starts[piece.name]
-            ids = [NO_TEXT] * found[piece.name][len(place)].rows
-            place.append(len(spelled.tokens))
-        else:
-            ids = tokenizer.encode(piece, add_special_tokens=False).ids
-        spelled.tokens.extend(ids)
-        spelled.answer.extend([trained] * len(ids))
+    shown = {tokenizer.token_to_id(item.placeholder): item for item in items}
+    assert None not in shown  # `load_tokenizer` saw to it
+    for trained, text in _texts(turns, template):
+        for token in tokenizer.encode(text, add_special_tokens=False).ids:
+            ids = [token]
+            if token in shown:
+                name = shown[token].name
+                ids = [NO_TEXT] * found[name][len(spelled.starts[name])].rows
+                spelled.starts[name].append(len(spelled.tokens))
+            spelled.tokens.extend(ids)
+            spelled.answer.extend([trained] * len(ids))
     return spelled
 
 
@@ -153,23 +158,11 @@ def _check_cut(
         raise TooLong(f"{needs}, and truncation would leave no answer")
 
 
-def _pieces(
-    turns: Sequence[str], template: Template, items: tuple[ItemSpec, ...]
-) -> Iterator[tuple[bool, str | ItemSpec]]:
-    """(trained on, text or item), in order. Prompts and answers are tokenised apart, as in generation."""
-    pattern, of = _splitter(items)
+def _texts(turns: Sequence[str], template: Template) -> Iterator[tuple[bool, str]]:
+    """(trained on, text), in order. Prompts and answers are tokenised apart, as in generation."""
     for number, turn in enumerate(turns):
         if number % 2:
-            pieces = [turn, template.end_token]
+            yield from ((True, turn), (True, template.end_token))
         else:
             opening = template.answer_suffix if number else template.start
-            prompt = opening + template.human_prefix + turn + template.human_suffix
-            pieces = pattern.split(prompt) if items else [prompt]
-        for text in pieces:
-            if text:
-                yield bool(number % 2), text if number % 2 else of.get(text, text)
-
-
-@functools.cache
-def _splitter(items: tuple[ItemSpec, ...]) -> tuple[re.Pattern[str], dict[str, ItemSpec]]:
-    return re.compile("(" + "|".join(re.escape(i.placeholder) for i in items) + ")"), {i.placeholder: i for i in items}
+            yield False, opening + template.human_prefix + turn + template.human_suffix

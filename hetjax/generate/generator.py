@@ -201,8 +201,8 @@ def _chat(source: Source, llm: str) -> tuple[Chat, list[int], int | None]:
     """(chat, ids that end an answer, longest conversation)."""
     if isinstance(source, Workdir):
         data = source.run.data
-        tokenizer = load_tokenizer(data)
         items = [encoder.items for encoder in source.run.encoders]
+        tokenizer = load_tokenizer(data, items)
         end = tokenizer.token_to_id(data.template.end_token)
         assert end is not None  # `load_tokenizer` looked for it
         return RunChat(tokenizer, data.template, items), [end], None
