@@ -1,5 +1,6 @@
 """Models of a folder as settings of a run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,14 +12,15 @@ import runs
 from hf_folders import llava, text, vision
 
 from hetjax import config, experiment
+from hetjax.data import Pictures
 from hetjax.experiment import Experiment
-from hetjax.hf import pretrained
+from hetjax.hf import initial, pictures, pretrained
 from hetjax.hf.stored import open_source
 
 GIN = """
 from hetjax import experiment
 from hetjax.data import settings
-from hetjax.hf import pretrained
+from hetjax.hf import initial, pictures, pretrained
 
 experiment.Experiment.llm = @llm/experiment.LanguageModel()
 experiment.Experiment.encoders = [@vision/experiment.Encoder()]
@@ -54,6 +56,23 @@ def test_a_gin_file_takes_models_from_folders_and_the_operative_config_has_their
     assert "pretrained" not in operative and "Decoder.vocab_size = 48" in operative
     path.write_text(operative)
     assert config.load([str(path)], [], Experiment) == run
+
+
+def test_an_encoder_sees_pictures_as_the_folder_s_processor_says(folders: Path) -> None:
+    path = folders / "run.gin"
+    names = ("mean", "std", "shortest_edge")
+    more = "".join(f"experiment.Encoder.{n} = @pretrained.{n}()\npretrained.{n}.path = 'DIR/siglip'\n" for n in names)
+    path.write_text((GIN + more).replace("DIR", str(folders)))
+    with pytest.raises(ValueError, match=r"siglip has no preprocessor_config\.json, which says how pictures are read"):
+        config.load([str(path)], [], Experiment)
+    reader = Pictures(8, 8, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3), shortest_edge=9)
+    (folders / "siglip" / pictures.FILE).write_text(json.dumps(pictures.write(reader)))
+    run = config.load([str(path)], [], Experiment)
+    assert run.encoders[0].items.reader == reader
+    starts = initial.open_starts(
+        experiment.build_graph(run), {"vision": str(folders / "siglip")}, {"vision": run.encoders[0].items.reader}
+    )
+    assert set(starts) == {"vision"}
 
 
 def test_settings_from_a_folder_leave_the_number_of_devices_open(folders: Path) -> None:

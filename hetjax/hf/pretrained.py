@@ -6,7 +6,11 @@
     pretrained.encoder.path = "models/siglip"
     pretrained.encoder.settings = {"output_width": 576}
 
-A path is whatever `init_from` takes. Only sizes come from it; `Experiment.init_from` brings the parameters.
+    vision/experiment.Encoder.mean = @pretrained.mean()
+    pretrained.mean.path = "models/siglip"
+
+and so std and shortest_edge. A path is whatever `init_from` takes. Only settings come from it; `Experiment.init_from`
+brings the parameters.
 """
 
 import dataclasses
@@ -14,7 +18,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from hetjax.data import Pictures
 from hetjax.ginfile import nearest
+from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.initial import has_projector
 from hetjax.hf.stored import open_source
@@ -49,3 +55,26 @@ def encoder(path: str, settings: Mapping[str, Any] = MappingProxyType({})) -> An
             "language model's width"
         )
     return dataclasses.replace(model, **settings)
+
+
+def mean(path: str) -> tuple[float, float, float]:
+    """What the picture processor at `path` takes off. Raises ConvertError if it has none, or one that is not read."""
+    return _pictures(path).mean
+
+
+def std(path: str) -> tuple[float, float, float]:
+    """What the picture processor at `path` divides by. Raises as `mean`."""
+    return _pictures(path).std
+
+
+def shortest_edge(path: str) -> int | None:
+    """The shorter side of which the picture processor at `path` cuts the middle, if it does. Raises as `mean`."""
+    return _pictures(path).shortest_edge
+
+
+def _pictures(path: str) -> Pictures:
+    for extras in open_source(path).extras.values():
+        reader = pictures.read(extras.files)
+        if reader is not None:
+            return reader
+    raise ConvertError(f"{path} has no {pictures.FILE}, which says how pictures are read; set mean and std yourself")
