@@ -22,7 +22,7 @@ from hetjax.pipeline import StageKey
 from hetjax.stacks import LAYERS
 from hetjax.stage import Stage
 from hetjax.trainer import Path as KeyPath
-from hetjax.trainer import State, Trainer, is_stacked
+from hetjax.trainer import State, Thunks, Trainer, is_stacked
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
@@ -130,12 +130,28 @@ class Checkpoints:
         self._manager.close()
 
 
+def programs(trainer: Trainer) -> Thunks:
+    """What a save runs, to be compiled with the rest; without it the first save compiles."""
+    return [
+        (f"{module}/{index} copy", functools.partial(_compile_copy, stage))
+        for (module, index), stage in trainer.pipeline.stages.items()
+    ]
+
+
+def _compile_copy(stage: Stage) -> None:
+    leaves = tuple(jax.tree.leaves((stage.parameters.owned(stage.parameters.params), stage.parameters.state)))
+    compiled = _copies.lower(leaves, cuts=_cuts(stage)).compile()
+    stage.memory["copy"] = compiled.memory_analysis()
+    stage.programs["copy"] = compiled
+
+
 def to_names(trainer: Trainer, state: State) -> Names:
     """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
         trees = (stage.parameters.owned(state.params[key]), state.optimizer[key])
-        copies = _copies(tuple(jax.tree.leaves(trees)), _cuts(stage))
+        copy = stage.programs.get("copy") or functools.partial(_copies, cuts=_cuts(stage))
+        copies = copy(tuple(jax.tree.leaves(trees)))
         names |= dict(zip(_names_of(key, stage), copies, strict=True))
     return names
 
@@ -208,7 +224,7 @@ def _one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnames="cuts")
 def _copies(leaves: tuple[jax.Array, ...], cuts: tuple[int, ...]) -> list[jax.Array]:
     found = []
     for leaf, count in zip(leaves, cuts, strict=True):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetjax.reference import Reference
+from hetjax.reference import Reference, initial_params
 from hetjax.stacks import LAYERS, holders
 from hetjax.trainer import Path, State, Trainer, is_stacked
 from models.contract import ModuleDef
@@ -26,23 +26,25 @@ class Worst(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """One step, compared: the losses, and the worst leaf of each module's gradients and optimizer state."""
+    """One step, compared: the losses, and the worst leaf of each module's gradients, optimizer state and parameters."""
 
     step: int
     loss: float
     reference_loss: float
     gradients: dict[str, Worst]
     state: dict[str, Worst]
+    params: dict[str, Worst]
 
     @property
     def loss_error(self) -> float:
         """Relative difference of the losses."""
         return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-30)
 
-    def within(self, *, loss: float, leaves: float) -> bool:
-        """Whether the loss and every leaf are within tolerance (a NaN is not)."""
-        worst = [w.error for w in (*self.gradients.values(), *self.state.values())]
-        return self.loss_error <= loss and all(e <= leaves for e in worst)
+    def within(self, *, loss: float, leaves: float, params: float | None = None) -> bool:
+        """Whether the loss and every leaf are within tolerance (a NaN is not); parameters within `params`, if given."""
+        bounds = ((self.gradients, leaves), (self.state, leaves), (self.params, leaves if params is None else params))
+        good = [w.error <= bound for found, bound in bounds for w in found.values()]
+        return self.loss_error <= loss and all(good)
 
 
 def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarray], definition: ModuleDef) -> Worst:
@@ -92,14 +94,22 @@ def compare(
         state, outcome = trainer.update(state, done)
         result = reference.step(params, reference_state, microbatches, n)
         params, reference_state = result.params, result.state
-        states = trainer.flat(state.optimizer)
+        states, moved = trainer.flat(state.optimizer), trainer.flat(state.params)
         yield StepReport(
             n,
             float(outcome.loss),
             float(result.loss),
             {m: worst_leaf(got[m], _leaves(result.grads[m]), definitions[m]) for m in got},
             {m: worst_leaf(states[m], _leaves(reference_state[m]), definitions[m]) for m in states if states[m]},
+            {m: worst_leaf(moved[m], _leaves(params[m]), definitions[m]) for m in moved},
         )
+
+
+def compare_initial(trainer: Trainer) -> dict[str, Worst]:
+    """The worst leaf of each module's parameters before the first step, against those made on one device."""
+    got = trainer.flat(trainer.init().params)
+    expected = initial_params(trainer.graph, trainer.seed, trainer.param_dtype)
+    return {m.name: worst_leaf(got[m.name], _leaves(expected[m.name]), m.definition) for m in trainer.graph.modules}
 
 
 def _leaves(tree: Any) -> dict[Path, np.ndarray]:

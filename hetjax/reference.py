@@ -6,6 +6,7 @@ sharding, no microbatches (the step is one batch), layers in a Python loop, full
 
 import copy
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,6 +62,30 @@ def layer_params(definition: ModuleDef, stacked: Tree, i: int) -> Tree:
         return {name: own(value, inside[name]) for name, value in stacked.items() if inside[name][i] is not None}
 
     return own(stacked, [layer.logical for layer in definition.layers])
+
+
+def initial_params(graph: Graph, seed: int, dtype: Any) -> dict[str, Tree]:
+    """What the parts' own `init` give, one layer after the other: keys are of the seed, the module's name, and a
+    layer's index, or 2**20 for the first and 2**20 + 1 for the last part."""
+    modules = {}
+    for module in graph.modules:
+        definition = module.definition
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(module.name.encode()) & 0x7FFFFFFF)
+        first = definition.first.init(jax.random.fold_in(key, 2**20))
+        layers = [layer.init(jax.random.fold_in(key, i)) for i, layer in enumerate(definition.layers)]
+        last = definition.last.init(jax.random.fold_in(key, 2**20 + 1))
+        last = {name: leaf for name, leaf in last.items() if name not in definition.tied}
+        parts = {"first": first, "layers": _stacked(layers), "last": last}
+        modules[module.name] = jax.tree.map(lambda a: a.astype(dtype), {k: v for k, v in parts.items() if v})
+    return modules
+
+
+def _stacked(layers: list[Tree]) -> Tree:
+    """One tree of many: a leaf is stacked over the layers that have it."""
+    if not isinstance(layers[0], Mapping):
+        return jnp.stack(layers)
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {name: _stacked([layer[name] for layer in layers if name in layer]) for name in names}
 
 
 def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetjax import command, config, evaluate, experiment, flops, memory, metrics, record, samples
+from hetjax import checkpoint, command, config, evaluate, experiment, flops, memory, metrics, record, samples
 from hetjax.checkpoint import CheckpointError, Checkpoints
 from hetjax.data import Loader, blank
 from hetjax.data.items import count
@@ -118,7 +118,7 @@ def _compile(trainer: Trainer, *, evaluates: bool) -> None:
         if live:
             print(f"\r\033[Kcompiled {done}/{total} programs: {name}", end="", flush=True)
 
-    trainer.compile(report, evaluate=evaluates)
+    trainer.compile(report, evaluate=evaluates, others=checkpoint.programs(trainer))
     clear = "\r\033[K" if live else ""
     print(f"{clear}compiled every program in {time.perf_counter() - start:.1f} s", flush=True)
     needed = memory.estimate(trainer)

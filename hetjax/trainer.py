@@ -19,6 +19,7 @@ from hetjax.stage import Abstract
 
 Tree = Any
 Path = tuple[Any, ...]  # key path of a leaf, as jax.tree_util gives it
+Thunks = Sequence[tuple[str, Callable[[], object]]]  # (name of a program, function that compiles it)
 Microbatches = Sequence[Mapping[str, np.ndarray]]
 
 
@@ -64,7 +65,7 @@ class Trainer:
         seed: int = 0,
         param_dtype: Any = jnp.float32,
     ) -> None:
-        self.graph, self.config, self.param_dtype = graph, config, param_dtype
+        self.graph, self.config, self.seed, self.param_dtype = graph, config, seed, param_dtype
         self.first_step = first_step
         for module in graph.modules:
             sizes = dict(items=num_items(module.definition, batch), seq=batch["tokens"].shape[1], groups=groups)
@@ -97,10 +98,14 @@ class Trainer:
         return picture(plans, 1 + max(i for plan in plans for i in plan.device_ids))
 
     def compile(
-        self, report: Callable[[str, int, int], None] = lambda name, done, total: None, *, evaluate: bool = False
+        self,
+        report: Callable[[str, int, int], None] = lambda name, done, total: None,
+        *,
+        evaluate: bool = False,
+        others: Thunks = (),
     ) -> None:
-        """Compiles every program, in parallel threads; `report(name, done, total)` after each."""
-        thunks = self.pipeline.thunks(evaluate=evaluate) + self.finish.thunks()
+        """Compiles every program, and `others`, in parallel threads; `report(name, done, total)` after each."""
+        thunks = [*self.pipeline.thunks(evaluate=evaluate), *self.finish.thunks(), *others]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             names = {pool.submit(thunk): name for name, thunk in thunks}
             for done, future in enumerate(concurrent.futures.as_completed(names), 1):

@@ -7,11 +7,11 @@ Exit status 0: every step's loss and every leaf are within tolerance; 1: one is 
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from hetjax import command, config, experiment
-from hetjax.compare import StepReport, compare
+from hetjax.compare import StepReport, Worst, compare, compare_initial
 from hetjax.experiment import Experiment
 from hetjax.reference import Reference
 from hetjax.shrink import shrunk
@@ -25,9 +25,11 @@ class Tolerance(NamedTuple):
     loss: float
     first: float
     later: float
+    params: float  # after the update, in which AdamW divides gradients that are nothing but rounding by their own size
 
 
-TOLERANCES = {"float64": Tolerance(1e-9, 1e-11, 1e-8), "float32": Tolerance(1e-5, 1e-5, 1e-3)}
+TOLERANCES = {"float64": Tolerance(1e-9, 1e-11, 1e-8, 1e-8), "float32": Tolerance(1e-5, 1e-5, 1e-3, 1e-3)}
+INITIAL = 1e-6  # of the values at step 0, which are drawn in float32
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
         print(f"{trainers[0].picture()}\n", flush=True)
         reference, failed = Reference(trainers[0].graph, trainers[0].config), 0
+        failed += _print_initial(compare_initial(trainers[0]))
         with experiment.train_loader(run) as loader:
             for phase, trainer in enumerate(trainers, 1):
                 print(f"phase {phase} of {len(trainers)}", flush=True)
@@ -61,12 +64,19 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def _print_initial(found: Mapping[str, Worst]) -> int:
+    """The number of modules whose parameters do not start as one device makes them."""
+    for name, worst in found.items():
+        print(f"  {name:<10} initial    {worst.error:.1e} (at most {INITIAL:.0e})  worst: {worst.leaf}", flush=True)
+    return sum(not worst.error <= INITIAL for worst in found.values())
+
+
 def _print_reports(reports: Iterable[StepReport], tolerance: Tolerance) -> int:
     """The number of steps beyond tolerance."""
     failed = 0
     for report in reports:
         leaves = tolerance.later if report.step else tolerance.first
-        good = report.within(loss=tolerance.loss, leaves=leaves)
+        good = report.within(loss=tolerance.loss, leaves=leaves, params=tolerance.params)
         failed += not good
         verdict = "within" if good else "BEYOND"
         print(
@@ -74,9 +84,10 @@ def _print_reports(reports: Iterable[StepReport], tolerance: Tolerance) -> int:
             f"difference {report.loss_error:.1e} (at most {tolerance.loss:.0e}): {verdict} tolerance"
         )
         for name in report.gradients:
-            for kind, found in (("gradients", report.gradients), ("optimizer", report.state)):
+            kinds = (("gradients", report.gradients, leaves), ("optimizer", report.state, leaves))
+            for kind, found, bound in (*kinds, ("parameters", report.params, tolerance.params)):
                 if name in found:
-                    worst = f"{found[name].error:.1e} (at most {leaves:.0e})  worst: {found[name].leaf}"
+                    worst = f"{found[name].error:.1e} (at most {bound:.0e})  worst: {found[name].leaf}"
                     print(f"  {name:<10} {kind:<10} {worst}", flush=True)
     return failed
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from conftest import Counter
 
-from hetjax.checkpoint import CheckpointError, Checkpoints, to_names
+from hetjax.checkpoint import CheckpointError, Checkpoints, programs, to_names
 from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import State, Trainer
@@ -74,6 +75,17 @@ def test_names_are_those_of_the_model_layer_by_layer(saved: tuple) -> None:
     assert "params/llm/layers/0003/attention/q" in arrays and "optimizer/llm/0/mu/layers/0003/attention/q" in arrays
     assert "params/llm/first/embed" in arrays and "params/llm/last/head" not in arrays
     assert len({name for name in arrays if re.search(r"optimizer/\w+/\d+/count", name)}) == 2
+
+
+def test_the_copies_of_a_save_are_compiled_with_the_rest(compilations: Counter) -> None:
+    trainer = build(DISJOINT)
+    for _, compile in programs(trainer):
+        compile()
+    state = trainer.init()
+    jax.block_until_ready(state.params)
+    compilations.reset()
+    names = to_names(trainer, state)
+    assert compilations.count == 0 and len(names) > 50
 
 
 def test_only_the_last_ones_are_kept_and_a_second_save_of_a_step_is_none(tmp_path: Path) -> None:

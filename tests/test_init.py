@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from hetjax import compare
 from hetjax.layout import Layout
 from hetjax.optimizer import OptimizerConfig
 from hetjax.trainer import Trainer
@@ -17,14 +18,18 @@ def test_values_at_step_0_are_those_of_one_device_whatever_the_layouts(experts: 
     shape = tiny.Shape()
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.microbatches(shape)[0].items()}
 
-    def initial(llm: Layout, vision: Layout) -> dict:
+    def initial(llm: Layout, vision: Layout) -> Trainer:
         graph = tiny.graph(llm, {"vision": vision}, jnp.float32, tied=True, experts=experts)
         options = dict(devices=jax.devices(), batch=batch, groups=shape.groups, num_microbatches=shape.microbatches)
-        trainer = Trainer(graph, config=OptimizerConfig(), **options)
-        return trainer.flat(trainer.init().params)
+        return Trainer(graph, config=OptimizerConfig(), seed=5, **options)
 
-    plain, cut = initial(Layout(), Layout()), initial(Layout(pp=2, tp=2), Layout(dp=2, pp=2, devices="4-7"))
+    trainers = initial(Layout(), Layout()), initial(Layout(pp=2, tp=2), Layout(dp=2, pp=2, devices="4-7"))
+    plain, cut = (trainer.flat(trainer.init().params) for trainer in trainers)
     for module, leaves in plain.items():
         assert cut[module].keys() == leaves.keys()
         for path, value in leaves.items():
             np.testing.assert_array_equal(cut[module][path], value, err_msg=str(path))
+    for trainer in trainers:
+        assert all(worst.error < 1e-6 for worst in compare.compare_initial(trainer).values())
+    trainers[1].seed = 6
+    assert all(worst.error > 0.1 for worst in compare.compare_initial(trainers[1]).values())

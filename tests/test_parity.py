@@ -188,5 +188,5 @@ def test_losses_of_20_steps_of_sgd_equal_the_reference_in_float64(name: str) -> 
 @pytest.mark.parametrize("name", ALL)
 def test_float32_runs_equal_the_reference(name: str, config: OptimizerConfig, loss: float) -> None:
     reports = run(ALL[name], config, jnp.float32, 20)
-    assert reports[0].within(loss=1e-5, leaves=1e-5), reports[0]
+    assert reports[0].within(loss=1e-5, leaves=1e-5, params=1e-5 if config is SGD else 1e-3), reports[0]
     assert max(r.loss_error for r in reports) <= loss, [r.loss_error for r in reports]
