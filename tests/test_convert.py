@@ -1,8 +1,11 @@
 """Hugging Face folders come in and go out with the same bytes; under any layout; what is broken is refused by name."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -248,14 +251,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": folder, "checkpoint": directory / "ckpt"}
 
 
-@pytest.mark.parametrize("kind", ["folder", "checkpoint"])
-@pytest.mark.parametrize("layouts", list(LAYOUTS))
-def test_import_under_layouts_is_the_unsharded_import_bit_for_bit(
-    sources: dict[str, Path], layouts: str, kind: str
-) -> None:
-    source = open_source(sources["folder"])
-    built = trainer(source, LAYOUTS[layouts])
-    starts = initial.open_starts(built.graph, dict.fromkeys(("llm", "vision"), str(sources[kind])))
+def check_import(folder: Path, start: Path, layouts: dict[str, Layout]) -> None:
+    """The parameters that a trainer under `layouts` starts from are those of the folder, on every device."""
+    source = open_source(folder)
+    built = trainer(source, layouts)
+    starts = initial.open_starts(built.graph, dict.fromkeys(("llm", "vision"), str(start)))
     state = initial.state(built, starts)
     seen = set()
     for key, stage in built.pipeline.stages.items():
@@ -271,6 +271,32 @@ def test_import_under_layouts_is_the_unsharded_import_bit_for_bit(
                 np.testing.assert_array_equal(shard.data, np.asarray(leaf)[shard.index])
             seen |= {f"{key[0]}/{name}" for name in names}
     assert seen == set(source.arrays)
+
+
+@pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+@pytest.mark.parametrize("layouts", list(LAYOUTS))
+def test_import_under_layouts_is_the_unsharded_import_bit_for_bit(
+    sources: dict[str, Path], layouts: str, kind: str
+) -> None:
+    check_import(sources["folder"], sources[kind], LAYOUTS[layouts])
+
+
+@pytest.mark.slow
+def test_import_under_tp_2_pp_2_dp_2_for_each_of_two_disjoint_modules_is_the_unsharded_import(
+    sources: dict[str, Path],
+) -> None:
+    code = """
+import sys
+from pathlib import Path
+import jax
+from test_convert import Layout, check_import
+jax.config.update("jax_num_cpu_devices", 16)  # in place of those of the tests
+layouts = {name: Layout(tp=2, pp=2, dp=2, devices=d) for name, d in (("llm", "0-7"), ("vision", "8-15"))}
+for start in sys.argv[1:]:
+    check_import(Path(sys.argv[1]), Path(start), layouts)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", code, *map(str, sources.values())], check=True, env=environment)
 
 
 @pytest.mark.slow  # what the process holds depends on when jax frees it, so on what else runs
