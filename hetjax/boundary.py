@@ -155,20 +155,36 @@ def _stops(leaf: Leaf) -> tuple[NamedSharding, ...]:
     """The shardings in which an array is whole once per mesh, between which XLA needs no copy of it per device.
 
     Told the two ends alone, XLA gathers the whole array on every device (`Involuntary full rematerialization`) where
-    both the grid and the replicas change: dp=8 to dp=2, cp=2, tp=2 is an exchange and an all-gather this way.
+    both the grid and the replicas change: dp=8 to dp=2, cp=2, tp=2 is an exchange and an all-gather this way. Where one
+    end is whole on every device there is nothing to exchange.
     """
+    if leaf.source.is_fully_replicated or leaf.destination.is_fully_replicated:
+        return ()
     back = landing(leaf.mirror, wire.plan(leaf.wanted, leaf.held))
     there = landing(leaf, wire.plan(leaf.held, leaf.wanted))
     return tuple(stop.sharding for stop in (back, there) if stop.shape == leaf.shape)
 
 
 def _grids_nest(leaf: Leaf) -> bool:
-    """Whether XLA reshards between the grids by exchanges: per dim, one block size is a multiple of the other."""
+    """Whether XLA reshards between the grids by exchanges: per dim, one block size is a multiple of the other.
+
+    And where one dim gets coarser and another finer, all counts of blocks are powers of two: from 3 x 2 to 6 x 1 the
+    compiler of jax 0.12 aborts the process (`Could not slice dimension`).
+    """
     ends = (leaf.source, *_stops(leaf), leaf.destination)
-    shapes = [sharding.shard_shape(leaf.shape) for sharding in ends]
-    return all(
-        max(a, b) % min(a, b) == 0 for one, two in itertools.pairwise(shapes) for a, b in zip(one, two, strict=True)
-    )
+    counts = [
+        [whole // part for whole, part in zip(leaf.shape, sharding.shard_shape(leaf.shape), strict=True)]
+        for sharding in ends
+    ]
+    return all(_exchangeable(one, two) for one, two in itertools.pairwise(counts))
+
+
+def _exchangeable(one: list[int], two: list[int]) -> bool:
+    """Whether XLA exchanges between two grids, given the number of blocks along each dim."""
+    pairs = list(zip(one, two, strict=True))
+    opposed = any(a < b for a, b in pairs) and any(a > b for a, b in pairs)
+    even = all(n.bit_count() == 1 for n in (*one, *two))
+    return all(max(pair) % min(pair) == 0 for pair in pairs) and (even or not opposed)
 
 
 def _abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:

@@ -76,6 +76,7 @@ CHOSEN = [
     (side(2, 4), side(0, 2, tp=2)),  # overlapping
     (side(0, 6), side(2, 2, cp=3)),
     (side(0, 3, tp=2), side(0, 2, tp=3)),  # same devices, grids that do not nest
+    (side(0, 1, cp=2, tp=3, split="batch"), side(0, 6)),  # on the way 3 x 2 to 6 x 1, which jax 0.12 cannot compile
     (Side((3, 1, 0, 2), (4, 1, 1, 1)), Side((0, 1, 2, 3), (2, 1, 2, 1))),  # same devices, other order
     (Side((1, 0), (2, 1, 1, 1)), Side((0, 1), (2, 1, 1, 1))),
 ]
