@@ -130,6 +130,18 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         Loader(DataConfig(str(path), **SHAPE, template=Template(end_token="</s>")))
 
 
+def test_a_token_that_hides_a_placeholder_is_named(tmp_path: Path) -> None:
+    tokenizer = corpus.write_tokenizer(tmp_path, 1)
+    tokenizer.add_special_tokens(["<image>s"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    hidden = entry({"from": "human", "value": "<image>s q0"}, GPT, image="a.png")
+    (tmp_path / "data.json").write_text(json.dumps([GOOD, hidden]))
+    with Loader(DataConfig(str(tmp_path / "data.json"), **SHAPE), [VISION]) as loader:
+        assert len(list(loader.one_pass())) == 1
+        assert "the tokenizer sees 0 of its 1 <image>: a longer token holds the others" in str(loader.bad[0])
+
+
 def test_a_sample_that_no_group_can_hold_is_an_error_at_once(tmp_path: Path) -> None:
     sample = entry({"from": "human", "value": "<image>" * 5}, GPT, image=["vision-0-0.png"] * 5)
     with pytest.raises(DataError, match=r"'odd' .* has 5 pictures for vision, but slots_per_group=4.*raise .* to 5"):

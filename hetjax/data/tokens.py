@@ -76,7 +76,8 @@ def spell(
     """The positions of question, answer, question, ... with as many for each item as `found` says.
 
     A prompt is tokenised in one go, placeholders and all: so its ids are those that transformers' processors make.
-    Behind a last question the answer would follow: that is a prompt.
+    Behind a last question the answer would follow: that is a prompt. Raises SampleError if a token of the tokenizer
+    hides a placeholder.
     """
     spelled = Spelled([], [], {item.name: [] for item in items})
     shown = {tokenizer.token_to_id(item.placeholder): item for item in items}
@@ -90,6 +91,10 @@ def spell(
                 spelled.starts[name].append(len(spelled.tokens))
             spelled.tokens.extend(ids)
             spelled.answer.extend([trained] * len(ids))
+    for item in items:
+        if len(spelled.starts[item.name]) != len(found[item.name]):
+            seen = f"{len(spelled.starts[item.name])} of its {len(found[item.name])} {item.placeholder}"
+            raise SampleError("", f"the tokenizer sees {seen}: a longer token holds the others; put spaces around them")
     return spelled
 
 
