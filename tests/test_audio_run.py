@@ -12,7 +12,7 @@ import soundfile
 import test_sounds
 from runs import Reference
 
-from hetjax import convert, flops, train
+from hetjax import convert, flops, generate, train
 from hetjax.experiment import Experiment
 from hetjax.hf.stored import open_source
 from hetjax.reference import apply_module
@@ -117,3 +117,17 @@ def test_transformers_hears_the_same_from_the_file_to_the_logits(workdir: Path, 
     with torch.no_grad():
         expected = model(**made).logits
     np.testing.assert_allclose(np.asarray(y["x"] @ y["head"]), expected.numpy(), atol=1e-5)
+
+    question = {"role": "user", "content": [{"type": "text", "text": text}]}
+    asked = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+    made = processor(text=[asked], audio=heard, return_tensors="pt", sampling_rate=16000)
+    with torch.no_grad():
+        said = model.generate(**made, max_new_tokens=8, do_sample=False)[0, made["input_ids"].shape[1] :]
+    for place in (out, workdir):  # the folder's chat template and processor, and the run's own
+        ours = generate.load(place)
+        prompt = generate.ask(text, audio=[str(f) for f in files])
+        (answer,) = ours([prompt], max_new_tokens=8)
+        if place == out:
+            found = generate.prompt.read_items(prompt, ours.chat.items)
+            assert ours.chat.encode(prompt, found).tokens == made["input_ids"][0].tolist()
+        assert answer.tokens == said.tolist()

@@ -7,11 +7,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from hetjax.data import ItemSpec, Pictures
+from hetjax.data.items import Reader
 from hetjax.generate.chat import FolderChat
-from hetjax.hf import pictures
+from hetjax.hf import audio, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.source import Extras, Source, read_json
 from models.vit import ViT
+from models.whisper import Whisper
 
 SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -84,13 +86,18 @@ def _template(extras: Extras, settings: Mapping[str, Any]) -> str | None:
 
 def _item(source: Source, extras: Extras, name: str, model: Any, tokenizer: Tokenizer) -> ItemSpec:
     """What an encoder of the folder reads, as its processor does."""
-    if not isinstance(model, ViT):
+    reader: Reader
+    if isinstance(model, ViT):
+        field, reader = "image", _pictures(source, extras, model)
+    elif isinstance(model, Whisper):
+        field, reader = "audio", audio.reader(_json(extras, pictures.FILE), model, f"{source.path}: {pictures.FILE}")
+    else:
         raise ConvertError(f"{source.path}: prompts for a {type(model).__name__} are not supported")
-    token = _token_id(extras.config or {}, ("image_token_index", "image_token_id"))
+    token = _token_id(extras.config or {}, (f"{field}_token_index", f"{field}_token_id"))
     placeholder = None if token is None else tokenizer.id_to_token(token)
     if placeholder is None:
-        raise ConvertError(f"{source.path}: image_token_index={token} is no token of tokenizer.json; get both again")
-    return ItemSpec(name, rows=model.rows, reader=_pictures(source, extras, model), placeholder=placeholder)
+        raise ConvertError(f"{source.path}: {field}_token_index={token} is no token of tokenizer.json; get both again")
+    return ItemSpec(name, rows=model.rows, reader=reader, field=field, placeholder=placeholder)
 
 
 def _token_id(config: Mapping[str, Any], fields: Iterable[str]) -> int | None:

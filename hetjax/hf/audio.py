@@ -48,6 +48,8 @@ TABLE = {
 }
 PROJECTION = {"last/projector/weight": ("linear.weight", LINEAR), "last/projector/bias": ("linear.bias", VECTOR)}
 
+FEATURES: dict[str, Any] = dict(sampling_rate=RATE, n_fft=WINDOW, hop_length=HOP, padding_value=0.0)
+
 DEFAULTS: dict[str, dict[str, Any]] = {
     "whisper": dict(num_mel_bins=80, d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536),
     "qwen2_audio_encoder": dict(
@@ -142,6 +144,15 @@ def check_whole(model: Whisper) -> None:
             )
 
 
+def reader(settings: Mapping[str, Any], model: Whisper, where: str) -> Sounds:
+    """The reader that preprocessor_config.json describes. Raises ConvertError for features that are not computed."""
+    same = FEATURES | {"feature_size": model.num_mels, "do_normalize": False, "dither": 0.0}
+    for name, value in same.items():
+        if settings.get(name, value) != value:
+            raise ConvertError(f"{where}: {name}={settings[name]!r}: only {value!r} is computed")
+    return Sounds(model.num_mels, model.frames, model.context, model.rows_of)
+
+
 def features(reader: Sounds, model: Whisper) -> dict[str, Any]:
     """preprocessor_config.json: features as the loader makes them."""
     samples = 2 * model.num_positions * HOP
@@ -149,14 +160,11 @@ def features(reader: Sounds, model: Whisper) -> dict[str, Any]:
         "feature_extractor_type": "WhisperFeatureExtractor",
         "processor_class": PROCESSOR,
         "feature_size": reader.num_mels,
-        "sampling_rate": RATE,
-        "n_fft": WINDOW,
-        "hop_length": HOP,
+        **FEATURES,
         "chunk_length": samples // RATE if samples % RATE == 0 else samples / RATE,
         "n_samples": samples,
         "nb_max_frames": 2 * model.num_positions,
         "padding_side": "right",
-        "padding_value": 0.0,
         "return_attention_mask": True,
     }
 
