@@ -14,13 +14,14 @@ import hf_folders
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_folders import llava, text, vision
+from hf_folders import hearing, llava, qwen2_audio, text, vision, whisper
 from safetensors.numpy import save_file
 
 from hetjax import convert
-from hetjax.hf import read_config
+from hetjax.hf import audio, read_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.stored import open_source
+from models.whisper import Whisper
 
 CLIP_LLAMA = llava(text("llama"), vision("clip"))
 TIED = dict(tie_word_embeddings=True)
@@ -286,3 +287,36 @@ def test_what_is_there_is_never_overwritten_and_a_failed_write_leaves_nothing(
     assert run("to_hf", folder, "--out", tmp_path / "out") == 2
     assert "no space left; is the disk full?" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "there", "there.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (whisper(activation_function="relu"), "activation_function='relu': only 'gelu' is computed"),
+        (whisper(scale_embedding=True), "scale_embedding=True: only False is computed"),
+        (whisper(encoder_attention_heads=3), "Whisper.width=16 must be even and a multiple of num_heads=3"),
+        (qwen2_audio(text("llama"), audio_config=hearing(dropout=0.1)), "audio_config: dropout=0.1: only 0.0"),
+        (qwen2_audio(text("llama"), audio_config=whisper()), "audio_config.model_type='whisper': not supported"),
+        (qwen2_audio(text("llama") | {"model_type": "gpt2"}), "text_config.model_type='gpt2': not supported"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_audio_models_that_are_not_computed_are_refused_by_field(config: dict, message: str) -> None:
+    with pytest.raises(ConvertError, match=re.escape(message)):
+        read_config.read(config, "config.json")
+
+
+def test_features_that_are_not_computed_are_refused_by_field() -> None:
+    model = Whisper(5, 16, 2, 2, 24, 16, num_positions=8)
+    made = audio.features(audio.reader({}, model, "x"), model)
+    assert audio.reader(made, model, "x") == audio.reader({}, model, "x")
+    for field, value in (("sampling_rate", 8000), ("feature_size", 80), ("do_normalize", True)):
+        with pytest.raises(ConvertError, match=rf"x: {field}={value}: only .* is computed"):
+            audio.reader(made | {field: value}, model, "x")
+
+
+@pytest.mark.parametrize(("setting", "value"), [("variant", "whisper"), ("projector", "mlp")])
+def test_an_audio_encoder_that_no_class_holds_beside_a_decoder_is_not_exported(setting: str, value: str) -> None:
+    sizes = dict(num_mels=5, width=16, num_layers=2, num_heads=2, mlp_width=24, output_width=32, variant="qwen2_audio")
+    with pytest.raises(ConvertError, match=f"Whisper.{setting}='{value}': the one class that holds an audio encoder"):
+        audio.check_whole(Whisper(**(sizes | {setting: value})))
