@@ -99,6 +99,10 @@ KINDS = {
     ),
     "overlapping": Case(Layout(dp=2, tp=2, devices=LOW), Layout(dp=4, devices="2-5"), encoder_window=1),
     "two encoders": Case(Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), Layout(tp=2, devices="6-7")),
+    "audio pp 2 tp 2": Case(Layout(dp=2, devices="4-5"), Layout(devices="6"), Layout(pp=2, tp=2, devices=LOW)),
+    "audio cp 2 dp 2 on the llm's devices": Case(
+        Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), Layout(cp=2, dp=2, devices=LOW), encoder_window=2
+    ),
     "clip active": Case(Layout(tp=2, devices="0-1"), Layout(dp=2, devices="2-3"), changes=CLIP),
     "frozen encoder": Case(Layout(dp=2, devices="0-1"), Layout(dp=2, tp=2, devices=HIGH), changes=FROZEN_VISION),
     "frozen llm": Case(Layout(tp=2, pp=2, devices=LOW), Layout(dp=2, devices="4-5"), changes=FROZEN_LLM),
