@@ -65,6 +65,12 @@ def test_stamps_become_samples_and_no_sentence_is_on_both_sides_in_any_language(
             assert (stamp in held_out) == (split == "test")
             assert sample["conversations"][1]["value"] == {"fr": "French", "es": "Spanish"}[code]
             assert (out / sample["audio"]).read_bytes() == b"sound"
+        for sample in read(out / f"both.{split}.json"):
+            language = {"fr": "French", "es": "Spanish"}[sample["audio"][-6:-4]]
+            seen = next(s for s in sides[split] if s["id"] == sample["id"])
+            assert sample["conversations"][1]["value"] == f"In {language}: {seen['conversations'][1]['value']}"
+            assert sample["image"] == seen["image"]
+            assert Path(sample["audio"]).stem.startswith(sample["id"].removesuffix(".mirrored"))
     mirrored = {s["id"] for s in sides["train"] if s["id"].endswith(".mirrored")}
     assert mirrored == {f"{s['id']}.mirrored" for s in sides["train"] if re.search("s[0-9][02468]$", s["id"])}
 

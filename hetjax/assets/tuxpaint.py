@@ -3,6 +3,7 @@ English, and the sentence spoken in up to eight languages.
 
     captions.train.json  captions.test.json     <image>\\nWhat is this?                   A frog.
     spoken.train.json    spoken.test.json       <audio>\\nWhich language is spoken?       French
+    both.train.json      both.test.json         <image>\\n<audio>\\nWhat is this?          In Greek: A frog.
 
 Stamps are held out by their sentence: a sentence of the test files is in no training file, in any language. Training
 pictures come mirrored too, where the stamp allows that. Stamps drawn in SVG are left out, which Pillow does not read.
@@ -10,7 +11,6 @@ pictures come mirrored too, where the stamp allows that. Stamps drawn in SVG are
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,11 +28,12 @@ INSIDE = "usr/share/tuxpaint/stamps"
 SIZE = 128  # pixels of a side
 TEST_SHARE = 0.15  # of the sentences
 SPLITS = ("train", "test")
+MIRRORED = ".mirrored"
 LANGUAGES = {
     "be": "Belarusian", "bg": "Bulgarian", "ca": "Catalan", "el": "Greek", "es": "Spanish", "fr": "French",
     "ro": "Romanian", "ru": "Russian",
 }  # fmt: skip
-QUESTIONS = {"image": "<image>\nWhat is this?", "audio": "<audio>\nWhich language is spoken?"}
+SEEN, HEARD, BOTH = "<image>\nWhat is this?", "<audio>\nWhich language is spoken?", "<image>\n<audio>\nWhat is this?"
 
 Samples = dict[str, list[dict[str, Any]]]
 
@@ -71,7 +72,8 @@ def prepare(out: str | Path, stamps: str | Path | None = None) -> Path:
             raise DataError(f"{source} holds no stamp: no name.txt with a sentence in English beside a name.png")
         with written(target) as new:
             captions, spoken = _captions(found, new), _spoken(found, new)
-            for name, samples in {"spoken": spoken, "captions": captions}.items():
+            both = _both(captions, spoken)
+            for name, samples in {"both": both, "spoken": spoken, "captions": captions}.items():
                 for split in SPLITS:
                     text = json.dumps(samples[split], ensure_ascii=False, indent=1)
                     (new / f"{name}.{split}.json").write_text(text, encoding="utf-8")
@@ -95,11 +97,11 @@ def _captions(stamps: list[Stamp], out: Path) -> Samples:
         picture = _on_white(stamp.path.with_suffix(".png"))
         sides = {"": picture}
         if stamp.split == "train" and stamp.mirrors:
-            sides[".mirrored"] = ImageOps.mirror(picture)
+            sides[MIRRORED] = ImageOps.mirror(picture)
         for side, image in sides.items():
             name = f"pictures/{stamp.name}{side}.png"
             image.save(out / name)
-            samples[stamp.split].append(_sample("image", name, stamp.sentence))
+            samples[stamp.split].append(_sample(stamp.name + side, SEEN, stamp.sentence, image=name))
     return samples
 
 
@@ -120,10 +122,30 @@ def _spoken(stamps: list[Stamp], out: Path) -> Samples:
             if clip.is_file():
                 name = f"clips/{stamp.name}_{code}.ogg"
                 shutil.copyfile(clip, out / name)
-                samples[stamp.split].append(_sample("audio", name, language))
+                samples[stamp.split].append(_sample(f"{stamp.name}_{code}", HEARD, language, audio=name))
     return samples
 
 
-def _sample(field: str, name: str, answer: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": QUESTIONS[field]}, {"from": "gpt", "value": answer}]
-    return {"id": re.sub(r"^\w+/|\.\w+$", "", name), field: name, "conversations": turns}
+def _both(captions: Samples, spoken: Samples) -> Samples:
+    """Each picture with a clip of its stamp; stamps, and their mirror images, go through the languages in turn."""
+    samples: Samples = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        clips: dict[str, list[dict[str, Any]]] = {}
+        for clip in spoken[split]:
+            clips.setdefault(clip["id"].rpartition("_")[0], []).append(clip)
+        for number, seen in enumerate(captions[split]):
+            mine = clips.get(seen["id"].removesuffix(MIRRORED), [])
+            if mine:
+                heard = mine[number % len(mine)]
+                answer = f"In {_answer(heard)}: {_answer(seen)}"
+                samples[split].append(_sample(seen["id"], BOTH, answer, image=seen["image"], audio=heard["audio"]))
+    return samples
+
+
+def _answer(sample: dict[str, Any]) -> str:
+    return sample["conversations"][1]["value"]
+
+
+def _sample(name: str, question: str, answer: str, **files: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, **files, "conversations": turns}
