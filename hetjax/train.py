@@ -69,8 +69,9 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         readers = {e.name: e.items.reader for e in run.encoders}
         starts = initial.open_starts(trainers[0].graph, run.init_from, readers) if resumed is None else {}
         for phase, trainer in enumerate(trainers[first:], first):
-            print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
-            _compile(trainer, evaluates=run.held_out is not None)
+            if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
+                print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
+                _compile(trainer, evaluates=run.held_out is not None)
         if resumed is None:
             state = initial.state(trainers[0], starts)
         else:
