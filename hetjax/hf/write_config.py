@@ -167,7 +167,7 @@ def _tower(model: ViT, sources: Mapping[str, Config]) -> Config:
     if source is None:
         return tower(model)
     source = dict(read_config.vision_config(source))
-    behind = {name: getattr(model, name) for name in OF_PROJECTOR}
+    behind = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name in OF_PROJECTOR}
     return source if _reads(read_config.tower, source, **behind) == model else tower(model)
 
 
