@@ -26,6 +26,7 @@ CASES = {
     "mistral with a window": text("mistral", sliding_window=5),
     "qwen2": text("qwen2", tie_word_embeddings=True),
     "qwen3": text("qwen3", head_dim=10),
+    "mixtral": text("mixtral"),
     "clip + llama": llava(text("llama"), vision("clip")),
     "siglip + qwen3": llava(text("qwen3"), vision("siglip")),
 }
