@@ -46,10 +46,12 @@ def token_likeliest(x: jax.Array, head: jax.Array, *, axes: Axes, chunk: int = C
 
 
 def likeliest(logits: jax.Array, axes: Axes) -> jax.Array:
-    """The id of the largest logit, int32 [n], of `logits` [n, v / tp]; of equal ones the lowest id."""
+    """The id of the largest logit, int32 [n], of `logits` [n, v / tp]; of equal ones the lowest id.
+
+    Where logits are NaN it is some id of the vocabulary."""
     top = axes.tp.pmax(logits.max(-1))
     mine = jnp.argmax(logits, -1).astype(jnp.int32) + axes.tp.index() * logits.shape[1]
-    return -axes.tp.pmax(jnp.where(logits.max(-1) == top, -mine, jnp.iinfo(jnp.int32).min))
+    return -axes.tp.pmax(jnp.where(~(logits.max(-1) < top), -mine, jnp.iinfo(jnp.int32).min))
 
 
 def _by_chunks(

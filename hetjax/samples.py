@@ -56,10 +56,10 @@ def decode(
         going &= new != end
         for number in np.flatnonzero(going):
             said[number].append(int(new[number]))
-        places = places + 1
-        going &= places < owner.shape[1]
+        going &= places + 1 < owner.shape[1]
         if not going.any():
             break
+        places = places + going  # what has ended stays inside of its row
         at = rows[going], places[going]
         arrays["tokens"][at] = new[going]
         arrays["positions"][at] = places[going]  # a row holds one sample

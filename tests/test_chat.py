@@ -1,5 +1,6 @@
 """Prompts become the token ids of the training, in a run and behind its export, and of transformers' templates."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from hetjax.data import ItemSpec, Pictures, Template
 from hetjax.generate import Prompt, ask, jinja
 from hetjax.generate.chat import FolderChat, RunChat
-from hetjax.generate.prompt import read_items
+from hetjax.generate.prompt import read_items, read_prompts
 from hetjax.hf import chat_template
 
 VISION = ItemSpec("vision", rows=3, reader=Pictures(4, 4))
@@ -119,6 +120,7 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[Any, str]] = {
     "more placeholders": (ask("<image> <image>", image="a.png"), "2 <image>, but 1 image file"),
     "no encoder": (ask("x", audio="a.ogg"), "the model has no encoder for audio; it takes image"),
+    "a placeholder in an answer": (Prompt(("a", "<image>", "b")), "an answer of the prompt has <image>"),
 }
 
 
@@ -131,3 +133,29 @@ def test_files_and_placeholders_must_agree(case: str, tokenizer: Tokenizer, pict
     chat = RunChat(tokenizer, CHATML, (VISION,))
     with pytest.raises(ValueError, match=message):
         chat.encode(prompt, read_items(prompt, chat.items))
+
+
+def test_a_longer_token_that_hides_a_placeholder_is_named(tokenizer: Tokenizer, picture: str) -> None:
+    hiding = Tokenizer.from_str(tokenizer.to_str())
+    hiding.add_special_tokens(["<image>s"])
+    chat, prompt = RunChat(hiding, CHATML, (VISION,)), ask("<image>s?", image=picture)
+    with pytest.raises(ValueError, match="a longer token holds the others"):
+        chat.encode(prompt, read_items(prompt, chat.items))
+
+
+def test_a_template_that_fails_is_named(tokenizer: Tokenizer) -> None:
+    chat = FolderChat(tokenizer, "{{ messages | length / 0 }}", (), specials={}, processor=False)
+    with pytest.raises(ValueError, match="chat template refuses the prompt: ZeroDivisionError"):
+        chat.encode(ask("x"), {})
+
+
+def test_files_of_prompts_are_read_line_by_line_and_their_faults_named(tmp_path: Path) -> None:
+    path, turns = tmp_path / "asked.jsonl", [{"from": "human", "value": "a\u2028b\x85c"}]
+    write = lambda **more: path.write_text(json.dumps({"conversations": turns} | more, ensure_ascii=False), "utf-8")
+    write(image="a.png")
+    (prompt,) = read_prompts(path, ["image"])
+    assert prompt == Prompt(("a\u2028b\x85c",), {"image": (str(tmp_path / "a.png"),)}, "1")
+    for wrong in (5, {"a": "b"}, ["a.png", None]):
+        write(image=wrong)
+        with pytest.raises(ValueError, match=r"asked.jsonl:1: files=.*; they must be a file name or a list"):
+            read_prompts(path, ["image"])

@@ -106,3 +106,12 @@ def test_the_likeliest_id_is_the_lowest_of_equal_ones(tp: int, x64: None) -> Non
     ids = lambda x, head, *_, axes: token_likeliest(x, head, axes=axes, chunk=5)
     found = jax.jit(over_tp(ids, tp, P()))(*(x, head), np.zeros(()), np.zeros(()))
     np.testing.assert_array_equal(found, np.argmax(x @ head, -1))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_likeliest_id_is_one_of_the_vocabulary_even_of_broken_logits(tp: int) -> None:
+    x, head, *rest = (a.astype(np.float32) if a.dtype == np.float64 else a for a in example())
+    x[0, 0], head[0, 3] = np.nan, np.nan
+    ids = lambda x, head, *_, axes: token_likeliest(x, head, axes=axes)
+    found = np.asarray(over_tp(ids, tp, P())(x, head, *rest))
+    assert ((found >= 0) & (found < V)).all()

@@ -180,3 +180,8 @@ def test_a_file_cut_short_is_no_clip(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "c.wav", np.full(1600, np.nan), 16000, subtype="FLOAT")
     with pytest.raises(SampleError, match="not finite"):
         sounds.read_samples(tmp_path / "c.wav", 480000)
+
+
+def test_a_context_beyond_30_s_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"context of 3002 frames; .* at most that"):
+        Sounds(80, 3002, 3002, lambda frames: frames // 2)

@@ -40,6 +40,11 @@ class Sounds:
     def __post_init__(self) -> None:
         if self.on_long not in ON_LONG:
             raise ValueError(f"on_long_clip={self.on_long!r}; it must be one of {', '.join(ON_LONG)}")
+        if self.max_frames > WHOLE // HOP:
+            raise ValueError(
+                f"a context of {self.max_frames} frames; clips are read up to Whisper's 30 s, which are "
+                f"{WHOLE // HOP}: set the model's max_frames to at most that"
+            )
 
     @property
     def arrays(self) -> Mapping[str, Abstract]:

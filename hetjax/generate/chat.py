@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from hetjax.data import ItemSpec, Template
+from hetjax.data.conversations import SampleError
 from hetjax.data.items import Item
 from hetjax.data.tokens import spell
 from hetjax.generate import jinja
@@ -51,7 +52,10 @@ class RunChat:
     def encode(self, prompt: Prompt, found: Found) -> Ids:
         """As `Chat`."""
         turns = _in_front(prompt, self.items)
-        tokens, _, starts = spell(turns, self.tokenizer, self.items, self.template, found)
+        try:
+            tokens, _, starts = spell(turns, self.tokenizer, self.items, self.template, found)
+        except SampleError as error:
+            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
         return Ids(tokens, starts)
 
 
@@ -129,7 +133,7 @@ class FolderChat:
         probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
         try:
             text = jinja.render(self.template, probe, self.specials)
-        except (TemplateError, TypeError):
+        except TemplateError:
             return False
         return "probe" in text and "'text'" not in text  # a list that is printed shows its keys
 

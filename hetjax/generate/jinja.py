@@ -26,7 +26,12 @@ class _Generation(Extension):
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], specials: Mapping[str, str]) -> str:
     """The text of the messages with an answer's opening behind it. Raises jinja2.TemplateError."""
-    return _compiled(template).render(messages=messages, add_generation_prompt=True, tools=None, **specials)
+    try:
+        return _compiled(template).render(messages=messages, add_generation_prompt=True, tools=None, **specials)
+    except jinja2.TemplateError:
+        raise
+    except Exception as error:  # a template is a program, and fails as programs do
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 @functools.cache

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hetjax.data import ItemSpec
-from hetjax.data.conversations import SampleError
+from hetjax.data.conversations import ROLES, SampleError
 from hetjax.data.items import Item
-
-ROLES = ("human", "gpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ def read_prompts(path: str | Path, fields: Sequence[str]) -> list[Prompt]:
     File names are relative to the file. Raises ValueError.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut inside of texts
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts={path} cannot be read: {error}") from error
     found = [
@@ -70,8 +68,8 @@ def _prompt(line: str, where: str, number: str, fields: Sequence[str], root: Pat
 
 
 def _names(names: Any, where: str = "a prompt") -> tuple[str, ...]:
-    names = (names,) if isinstance(names, (str, Path)) else tuple(names)
-    if not all(isinstance(name, (str, Path)) for name in names):
+    names = (names,) if isinstance(names, (str, Path)) else names
+    if not isinstance(names, Sequence) or not all(isinstance(name, (str, Path)) for name in names):
         raise ValueError(f"{where}: files={names!r}; they must be a file name or a list of them")
     return tuple(str(name) for name in names)
 
@@ -90,9 +88,13 @@ def read_items(prompt: Prompt, items: Sequence[ItemSpec]) -> dict[str, list[Item
 
 
 def missing_placeholders(prompt: Prompt, items: Sequence[ItemSpec]) -> list[ItemSpec]:
-    """The item of each file without a placeholder, in order. Raises ValueError if there are more placeholders."""
+    """The item of each file without a placeholder, in order.
+
+    Raises ValueError if there are more placeholders, or some in an answer."""
     lacking = []
     for item in items:
+        if any(item.placeholder in answer for answer in prompt.turns[1::2]):
+            raise ValueError(f"an answer of the prompt has {item.placeholder}; it may stand in questions only")
         count = sum(turn.count(item.placeholder) for turn in prompt.turns[::2])
         files = prompt.files.get(item.field, ())
         if count > len(files):
