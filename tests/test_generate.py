@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from hf_folders import llava, text, vision
+from safetensors.numpy import load_file, save_file
 
 from hetjax import generate, stacks
 from hetjax.generate import __main__ as command
@@ -146,6 +147,16 @@ def test_an_answer_stops_at_an_end_token_and_others_go_on(
     assert [a.tokens for a in answers] == [cut(a.tokens) for a in whole]
     assert [a.ended for a in answers] == [end in a.tokens for a in whole]
     assert answers[0].ended and not all(a.ended for a in answers)
+
+
+def test_what_is_stored_in_float64_answers_in_float64(tmp_path: Path, x64: None) -> None:
+    directory = answering.folder(tmp_path / "folder", text("llama"))
+    tensors = load_file(directory / "model.safetensors")
+    save_file({k: v.astype(np.float64) for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    jax.config.update("jax_enable_x64", False)  # as it is before the first array
+    model = generate.load(directory)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.engine.params)} == {np.dtype(np.float64)}
+    assert len(model(["w3", "w4"], max_new_tokens=2)) == 2
 
 
 def test_a_shape_compiles_once(model: generate.Generator, compilations: Any) -> None:

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from hetjax import command
 from hetjax.generate.generator import DTYPES, Answer, load
 from hetjax.generate.prompt import Prompt, ask, read_prompts
@@ -28,8 +26,6 @@ def main(argv: Sequence[str]) -> int:
         sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.emulated_devices:
             command.emulate_devices(flags.emulated_devices)
-        if flags.dtype == "float64":
-            jax.config.update("jax_enable_x64", True)
         command.use_compilation_cache()
         model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype)
         prompts = _prompts(flags, [item.field for item in model.chat.items])

@@ -165,7 +165,7 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
     """The model at `path` on the first tp x dp devices, in `dtype` (None: a run's own, else as stored).
 
     The decoder is cut over tp, prompts over dp; encoders hold all of theirs on every device and share the items.
-    Raises ValueError.
+    float64 turns jax's on for the whole process: without that jax computes in float32. Raises ValueError.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -177,6 +177,8 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
         )
     (llm,) = decoders
     computed, stored = _dtypes(source, dtype)
+    if "float64" in (*computed.values(), *stored.values()):
+        jax.config.update("jax_enable_x64", True)
     encoders = tuple(name for name in source.models if name != llm)
     model = source.models[llm]
     towers = tuple(
