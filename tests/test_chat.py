@@ -157,5 +157,9 @@ def test_files_of_prompts_are_read_line_by_line_and_their_faults_named(tmp_path:
     assert prompt == Prompt(("a\u2028b\x85c",), {"image": (str(tmp_path / "a.png"),)}, "1")
     for wrong in (5, {"a": "b"}, ["a.png", None]):
         write(image=wrong)
-        with pytest.raises(ValueError, match=r"asked.jsonl:1: files=.*; they must be a file name or a list"):
+        with pytest.raises(ValueError, match=r"asked.jsonl:1: image=.*; it must be a file name or a list"):
             read_prompts(path, ["image"])
+    for wrong, message in (({}, "has no conversations"), ({"conversations": [*turns, *turns]}, "human begins")):
+        write(**{"conversations": None} | wrong)
+        with pytest.raises(ValueError, match=f"asked.jsonl:1: .*{message}"):
+            read_prompts(path, [])

@@ -100,14 +100,17 @@ def _parse(content: bytes, where: str) -> Any:
 def _entry(value: Any, ordinal: int, items: Sequence[ItemSpec], path: str) -> Sample | Problem:
     name = str(value.get("id", ordinal)) if isinstance(value, dict) else str(ordinal)
     try:
-        turns = _turns(value)
+        turns = read_turns(value)
+        if len(turns) % 2:
+            raise SampleError("", "the conversation ends on human, so its last question has no answer")
         files = {item.name: _files(value, item, turns) for item in items}
     except SampleError as error:
         return Problem(name, path, error.reason)
     return Sample(ordinal, name, turns, files)
 
 
-def _turns(value: Any) -> tuple[str, ...]:
+def read_turns(value: Any) -> tuple[str, ...]:
+    """The texts of an entry: question, answer, question, ... Raises SampleError."""
     if not isinstance(value, dict):
         raise SampleError("", f"it is {_kind(value)}, but must be an object with conversations")
     turns = value.get("conversations")
@@ -120,22 +123,26 @@ def _turns(value: Any) -> tuple[str, ...]:
             raise SampleError("", f"turn {number} is from {turn.get('from')!r}; it must be one of {', '.join(ROLES)}")
         if turn["from"] != ROLES[number % 2]:
             raise SampleError("", f"turn {number} is from {turn['from']}; human and gpt take turns, human begins")
-    if turns[-1]["from"] == "human":
-        raise SampleError("", "the conversation ends on human, so its last question has no answer")
     return tuple(turn["value"] for turn in turns)
 
 
-def _files(value: dict[str, Any], item: ItemSpec, turns: tuple[str, ...]) -> tuple[str, ...]:
-    files = value.get(item.field)
+def read_files(value: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """The file names of an entry. Raises SampleError."""
+    files = value.get(field)
     files = [] if files is None else [files] if isinstance(files, str) else files
     if not isinstance(files, list) or not all(isinstance(f, str) and f for f in files):
-        raise SampleError("", f"{item.field}={files!r}; it must be a file name or a list of them")
+        raise SampleError("", f"{field}={files!r}; it must be a file name or a list of them")
+    return tuple(files)
+
+
+def _files(value: dict[str, Any], item: ItemSpec, turns: tuple[str, ...]) -> tuple[str, ...]:
+    files = read_files(value, item.field)
     if any(item.placeholder in answer for answer in turns[1::2]):
         raise SampleError("", f"an answer contains {item.placeholder}; it may stand in questions only")
     count = sum(question.count(item.placeholder) for question in turns[::2])
     if count != len(files):
         raise SampleError("", f"its questions have {count} {item.placeholder}, {item.field} names {len(files)} files")
-    return tuple(files)
+    return files
 
 
 def _check_slots(sample: Sample, items: Sequence[ItemSpec], path: str) -> None:

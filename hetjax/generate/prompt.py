@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hetjax.data import ItemSpec
-from hetjax.data.conversations import ROLES, SampleError
+from hetjax.data.conversations import SampleError, read_files, read_turns
 from hetjax.data.items import Item
 
 
@@ -56,21 +56,18 @@ def _prompt(line: str, where: str, number: str, fields: Sequence[str], root: Pat
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-    turns = value.get("conversations") if isinstance(value, dict) else None
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-        raise ValueError(f'{where}: write {{"conversations": [{{"from": "human", "value": "..."}}]}}')
-    for n, turn in enumerate(turns):
-        if turn.get("from") != ROLES[n % 2] or not isinstance(turn.get("value"), str):
-            raise ValueError(f"{where}: turn {n} must be a text from {ROLES[n % 2]}; human and gpt take turns")
-    files = {field: tuple(str(root / name) for name in _names(value.get(field) or (), where)) for field in fields}
-    texts = tuple(turn["value"] for turn in turns)
+    try:
+        texts = read_turns(value)
+        files = {field: tuple(str(root / name) for name in read_files(value, field)) for field in fields}
+    except SampleError as error:
+        raise ValueError(f"{where}: {error}") from error
     return Prompt(texts[: len(texts) - 1 + len(texts) % 2], files, str(value.get("id", number)))
 
 
-def _names(names: Any, where: str = "a prompt") -> tuple[str, ...]:
+def _names(names: Any) -> tuple[str, ...]:
     names = (names,) if isinstance(names, (str, Path)) else names
     if not isinstance(names, Sequence) or not all(isinstance(name, (str, Path)) for name in names):
-        raise ValueError(f"{where}: files={names!r}; they must be a file name or a list of them")
+        raise ValueError(f"a prompt: files={names!r}; they must be a file name or a list of them")
     return tuple(str(name) for name in names)
 
 
