@@ -9,7 +9,6 @@ masks computes it, and with the half that a causal mask leaves. `total` has the 
 """
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 from models.decoder import Decoder
@@ -143,10 +142,3 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of a device, None where they are not known. `device_kind` as jax names it."""
     known = [name for name in PEAK_BF16 if f"{device_kind} ".startswith((f"{name} ", f"{name}-"))]
     return PEAK_BF16[max(known, key=len)] if known else None
-
-
-def utilization(flops_per_second: float, device_kinds: Iterable[str]) -> float | None:
-    """The share of the devices' peak (MFU, if given model FLOPs); None where the peak of one is not known."""
-    peaks = [peak_flops(kind) for kind in device_kinds]
-    known = [peak for peak in peaks if peak is not None]
-    return flops_per_second / sum(known) if len(known) == len(peaks) else None

@@ -172,8 +172,3 @@ def test_peak_of_known_devices(kind: str, tera: float) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40", "NVIDIA A10", "NVIDIA GeForce RTX 4090", "TPU7x", "TPU v55", ""])
 def test_no_peak_is_made_up_for_an_unknown_device(kind: str) -> None:
     assert flops.peak_flops(kind) is None
-
-
-def test_utilization_is_the_share_of_all_devices_peaks() -> None:
-    assert flops.utilization(500e12, ["TPU v4", "TPU v5 lite"]) == pytest.approx(500 / (275 + 197))
-    assert flops.utilization(500e12, ["TPU v4", "cpu"]) is None
