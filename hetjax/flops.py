@@ -9,6 +9,7 @@ masks computes it, and with the half that a causal mask leaves. `total` has the 
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from models.decoder import Decoder
@@ -46,9 +47,9 @@ PEAK_BF16 = {
 class Flops:
     """FLOPs by what they are spent on."""
 
-    matmul: float  # products with parameters
-    attention: float  # scores and weighted sums, every query on every key
-    causal_attention: float  # the part of `attention` that the mask leaves; all of it where there is none
+    matmul: float = 0  # products with parameters
+    attention: float = 0  # scores and weighted sums, every query on every key
+    causal_attention: float = 0  # the part of `attention` that the mask leaves; all of it where there is none
 
     @property
     def total(self) -> float:
@@ -71,8 +72,11 @@ class Flops:
         return Flops(self.matmul * count, self.attention * count, self.causal_attention * count)
 
 
-def decoder_forward(config: Decoder, seq_len: int) -> Flops:
-    """A token's share of the forward on rows of `seq_len` tokens, logits included.
+Parts = dict[str, Flops]  # of a module's first, layers and last
+
+
+def decoder_parts(config: Decoder, seq_len: int) -> Parts:
+    """A token's share of the forward on rows of `seq_len` tokens; logits are the last part's.
 
     A sliding window of w counts as w keys per query, and under the mask as the w (1 - w / 2 seq_len) that it averages.
     """
@@ -85,57 +89,82 @@ def decoder_forward(config: Decoder, seq_len: int) -> Flops:
     layers = sum(attention_products + behind[kind] for kind in config.kinds)
     keys = min(seq_len, config.sliding_window or seq_len)
     attention = 4 * heads * keys * config.num_layers
-    return Flops(
-        matmul=2 * (layers + d * config.vocab_size),
-        attention=attention,
-        causal_attention=attention * (1 - keys / (2 * seq_len)),
-    )
+    return {
+        "first": Flops(),
+        "layers": Flops(2 * layers, attention, attention * (1 - keys / (2 * seq_len))),
+        "last": Flops(matmul=2 * d * config.vocab_size),
+    }
 
 
-def vit_forward(config: ViT) -> Flops:
+def vit_parts(config: ViT) -> Parts:
     """The forward of one picture through the layers that are built and the projector."""
     d, tokens = config.width, config.num_tokens
     layers, features = config.num_built, d * len(config.depths)
     patches = config.num_patches * 3 * config.patch_size**2 * d
     projector = config.rows * (features * config.hidden + config.hidden * config.output_width)
     attention = 4 * tokens * tokens * d * layers
-    return Flops(
-        matmul=2 * (patches + tokens * (4 * d * d + 2 * d * config.mlp_width) * layers + projector),
-        attention=attention,
-        causal_attention=attention,
-    )
+    return {
+        "first": Flops(matmul=2 * patches),
+        "layers": Flops(2 * tokens * (4 * d * d + 2 * d * config.mlp_width) * layers, attention, attention),
+        "last": Flops(matmul=2 * projector),
+    }
 
 
-def whisper_forward(config: Whisper) -> Flops:
+def whisper_parts(config: Whisper) -> Parts:
     """The forward of one slot: its whole context, however long the clip."""
     d, n = config.width, config.positions
     convolutions = 3 * config.num_mels * d * config.context + 3 * d * d * n
     out = config.output_width
     projector = d * out if config.hidden is None else (d + out) * config.hidden
     attention = 4 * n * n * d * config.num_layers
-    return Flops(
-        matmul=2
-        * (convolutions + n * (4 * d * d + 2 * d * config.mlp_width) * config.num_layers + config.rows * projector),
-        attention=attention,
-        causal_attention=attention,
-    )
+    return {
+        "first": Flops(matmul=2 * convolutions),
+        "layers": Flops(2 * n * (4 * d * d + 2 * d * config.mlp_width) * config.num_layers, attention, attention),
+        "last": Flops(matmul=2 * config.rows * projector),
+    }
 
 
-def forward(config: Any, *, rows: int, seq_len: int, items: int) -> Flops | None:
+def decoder_forward(config: Decoder, seq_len: int) -> Flops:
+    """All parts of `decoder_parts`."""
+    return total(decoder_parts(config, seq_len))
+
+
+def vit_forward(config: ViT) -> Flops:
+    """All parts of `vit_parts`."""
+    return total(vit_parts(config))
+
+
+def total(parts: Parts) -> Flops:
+    """The parts together."""
+    return sum(parts.values(), Flops())
+
+
+def forward(config: Any, *, rows: int, seq_len: int, items: int) -> Parts | None:
     """The forward of a microbatch of `rows` rows and `items` pictures or clips; None for an unknown kind of model."""
     if isinstance(config, Decoder):
-        return decoder_forward(config, seq_len) * (rows * seq_len)
-    if isinstance(config, Whisper):
-        return whisper_forward(config) * items
-    return vit_forward(config) * items if isinstance(config, ViT) else None
+        parts, count = decoder_parts(config, seq_len), rows * seq_len
+    elif isinstance(config, (ViT, Whisper)):
+        parts, count = whisper_parts(config) if isinstance(config, Whisper) else vit_parts(config), items
+    else:
+        return None
+    return {name: flops * count for name, flops in parts.items()}
 
 
 def training(forward: Flops, *, trainable: bool = True, backward: bool = True) -> Flops:
-    """Forward and backward. A frozen module skips the gradients of its parameters, and where nothing before it trains
+    """Forward and backward. What is frozen skips the gradients of its parameters, and where nothing before it trains
     (`backward` false) the backward altogether."""
     if not backward:
         return forward
     return Flops(forward.matmul * (3 if trainable else 2), forward.attention * 3, forward.causal_attention * 3)
+
+
+def module_training(parts: Parts, *, trainable: Collection[str], upstream: bool) -> Flops:
+    """Forward and backward of a module of which the parts `trainable` train; `upstream`: so does a module before it."""
+    found, backward = Flops(), upstream
+    for name, flops in parts.items():
+        backward = backward or name in trainable
+        found += training(flops, trainable=name in trainable, backward=backward)
+    return found
 
 
 def peak_flops(device_kind: str) -> float | None:

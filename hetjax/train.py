@@ -105,8 +105,9 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
                 f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True
             )
         elif held_out is not None and not _finished(workdir, state.step):
+            values = _final(trainer, state, loader, held_out, run.eval_microbatches)
             _show(run, trainer, state, held_out, writer)
-            writer.write(state.step, _final(trainer, state, loader, held_out, run.eval_microbatches))
+            writer.write(state.step, values)
         _report_data(loader)
 
 
@@ -248,15 +249,19 @@ def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
     """Model FLOPs of a step by module, causal attention counted as half; modules of unknown kind are left out."""
     found = {}
     items = {e.name: e.slots_per_group * run.data.groups for e in run.encoders}
+    stages = trainer.pipeline.stages
+    trainable = {
+        m.name: {part for (n, _), s in stages.items() if n == m.name for part in s.parameters.trainable}
+        for m in trainer.graph.modules
+    }
     for module in trainer.graph.modules:
-        forward = flops.forward(
+        parts = flops.forward(
             module.definition.config, rows=run.data.samples, seq_len=run.data.seq_len, items=items.get(module.name, 0)
         )
-        if forward is not None:
-            stages = [s for (name, _), s in trainer.pipeline.stages.items() if name == module.name]
-            trains, backward = any(s.parameters.trains for s in stages), any(s.has_backward for s in stages)
-            per_microbatch = flops.training(forward, trainable=trains, backward=backward).total
-            found[module.name] = per_microbatch * run.num_microbatches
+        if parts is not None:
+            upstream = module is trainer.graph.sink and any(trainable[e.name] for e in trainer.graph.encoders)
+            per_microbatch = flops.module_training(parts, trainable=trainable[module.name], upstream=upstream)
+            found[module.name] = per_microbatch.total * run.num_microbatches
     return found
 
 

@@ -142,6 +142,15 @@ def test_a_module_without_a_backward_costs_its_forward() -> None:
     assert flops.training(forward, trainable=False, backward=False) == forward
 
 
+def test_a_projector_that_trains_alone_asks_no_backward_of_its_tower() -> None:
+    parts = flops.vit_parts(CLIP)
+    tower, projector = parts["first"] + parts["layers"], parts["last"]
+    got = flops.module_training(parts, trainable={"last"}, upstream=False)
+    assert got == tower + projector * 3
+    frozen = flops.module_training(parts, trainable=set(), upstream=True)
+    assert frozen == flops.training(tower + projector, trainable=False)
+
+
 def test_flops_of_modules_add_up() -> None:
     assert Flops(1, 2, 3) * 2 + Flops(10, 20, 30) == Flops(12, 24, 36)
 

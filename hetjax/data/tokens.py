@@ -76,8 +76,8 @@ def spell(
     """The positions of question, answer, question, ... with as many for each item as `found` says.
 
     A prompt is tokenised in one go, placeholders and all: so its ids are those that transformers' processors make.
-    Behind a last question the answer would follow: that is a prompt. Raises SampleError if a token of the tokenizer
-    hides a placeholder.
+    Behind a last question the answer would follow: that is a prompt. Raises SampleError if the tokenizer does not make
+    one token of each placeholder, and of nothing else.
     """
     spelled = Spelled([], [], {item.name: [] for item in items})
     shown = {tokenizer.token_to_id(item.placeholder): item for item in items}
@@ -87,14 +87,19 @@ def spell(
             ids = [token]
             if token in shown:
                 name = shown[token].name
-                ids = [NO_TEXT] * found[name][len(spelled.starts[name])].rows
+                number = len(spelled.starts[name])
+                ids = [NO_TEXT] * (found[name][number].rows if number < len(found[name]) else 0)
                 spelled.starts[name].append(len(spelled.tokens))
             spelled.tokens.extend(ids)
             spelled.answer.extend([trained] * len(ids))
     for item in items:
-        if len(spelled.starts[item.name]) != len(found[item.name]):
-            seen = f"{len(spelled.starts[item.name])} of its {len(found[item.name])} {item.placeholder}"
-            raise SampleError("", f"the tokenizer sees {seen}: a longer token holds the others; put spaces around them")
+        seen, count = len(spelled.starts[item.name]), len(found[item.name])
+        if seen < count:
+            what = f"the tokenizer sees {seen} of its {count} {item.placeholder}"
+            raise SampleError("", f"{what}: a longer token holds the others; put spaces around them")
+        if seen > count:
+            what = f"the tokenizer sees {seen} {item.placeholder} where the text has {count}"
+            raise SampleError("", f"{what}: other spellings give the same token; take them out of the text")
     return spelled
 
 

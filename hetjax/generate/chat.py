@@ -103,7 +103,12 @@ class FolderChat:
     def _starts(self, tokens: Sequence[int], item: ItemSpec, found: Sequence[Item]) -> list[int]:
         token = self.tokenizer.token_to_id(item.placeholder)
         places = [place for place, t in enumerate(tokens) if t == token]
-        assert len(places) == sum(f.rows for f in found)
+        wanted = sum(f.rows for f in found)
+        if len(places) != wanted:
+            raise ValueError(
+                f"the model's tokenizer makes {len(places)} {item.placeholder} of {wanted}; another spelling in the "
+                "prompt gives the same token, or a longer token holds some: change the text beside the placeholders"
+            )
         starts, taken = [], 0
         for one in found:
             starts.append(places[taken])
