@@ -12,6 +12,7 @@ import corpus
 import pytest
 from corpus import CHART, VISION, Spec
 from PIL import Image
+from tokenizers import AddedToken, normalizers
 
 from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Template
 
@@ -140,6 +141,19 @@ def test_a_token_that_hides_a_placeholder_is_named(tmp_path: Path) -> None:
     with Loader(DataConfig(str(tmp_path / "data.json"), **SHAPE), [VISION]) as loader:
         assert len(list(loader.one_pass())) == 1
         assert "the tokenizer sees 0 of its 1 <image>: a longer token holds the others" in str(loader.bad[0])
+
+
+def test_another_spelling_of_a_placeholder_is_named(tmp_path: Path) -> None:
+    tokenizer = corpus.write_tokenizer(tmp_path, 1)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_tokens([AddedToken("<image>", normalized=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    odd = entry({"from": "human", "value": "<image> <IMAGE> q0"}, GPT, image="a.png")
+    (tmp_path / "data.json").write_text(json.dumps([GOOD, odd]))
+    with Loader(DataConfig(str(tmp_path / "data.json"), **SHAPE), [VISION]) as loader:
+        assert len(list(loader.one_pass())) == 1
+        assert "the tokenizer sees 2 <image> where the text has 1: other spellings" in str(loader.bad[0])
 
 
 def test_a_sample_that_no_group_can_hold_is_an_error_at_once(tmp_path: Path) -> None:
