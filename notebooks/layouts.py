@@ -24,7 +24,7 @@ import dataclasses
 from pathlib import Path
 
 from hetjax import config, experiment
-from hetjax.data.easy_vqa import prepare
+from hetjax.assets.easy_vqa import prepare
 from hetjax.layout import Layout
 
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "configs" / "quickstart.gin").is_file())

@@ -210,7 +210,7 @@ def test_what_a_whisper_folder_cannot_hold_is_refused_and_nothing_is_written(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="python scripts/smollm2.py fetches it")
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="python scripts/fetch.py smollm2 fetches it")
 @pytest.mark.filterwarnings("ignore")
 def test_smollm2_computes_what_transformers_computes_from_its_folder() -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -16,7 +16,8 @@ import pytest
 from corpus import BOTH, VISION, Spec
 from PIL import Image
 
-from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Template, blank, easy_vqa, inspect, tokens
+from hetjax.assets import easy_vqa
+from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Template, blank, inspect, tokens
 from hetjax.data.conversations import Sample
 from hetjax.data.items import Item, count
 
@@ -266,7 +267,7 @@ def test_inspection_shows_texts_masks_and_pictures(tmp_path: Path) -> None:
 
 
 def test_data_needs_no_jax() -> None:
-    code = "import sys, hetjax.data, hetjax.data.inspect, hetjax.data.easy_vqa; sys.exit('jax' in sys.modules)"
+    code = "import sys, hetjax.data, hetjax.data.inspect, hetjax.assets.easy_vqa; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -284,7 +285,7 @@ def test_easy_vqa_becomes_llava_json_once_and_whole(tmp_path: Path, monkeypatch:
         patch.setattr(easy_vqa.os, "rename", killed)
         easy_vqa.prepare(tmp_path)
     assert renamed == ["images", "tokenizer.json", "test.json"]
-    script = [sys.executable, str(ROOT / "scripts" / "easy_vqa.py"), "--out", str(tmp_path)]
+    script = [sys.executable, str(ROOT / "scripts" / "fetch.py"), "easy_vqa", "--out", str(tmp_path)]
     run = subprocess.run(script, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "test.json", "tokenizer.json", "train.json"]
