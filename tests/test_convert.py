@@ -180,6 +180,10 @@ def test_fields_left_out_have_their_family_s_value() -> None:
     qwen3 = read_config.read(dict(model_type="qwen3", **sizes), "").llm
     assert mistral is not None and (mistral.sliding_window, mistral.num_kv_heads) == (4096, 8)
     assert qwen3 is not None and (qwen3.head_dim, qwen3.sliding_window, qwen3.vocab_size) == (128, None, 151936)
+    own = read_config.read(dict(model_type="qwen2", num_key_value_heads=None, **sizes), "").llm
+    assert own is not None and own.num_kv_heads == 32  # null is as many as heads
+    window = read_config.read(dict(model_type="mistral", use_sliding_window=False, **sizes), "").llm
+    assert window is not None and window.sliding_window == 4096  # a field of Qwen's alone
     llava_15 = read_config.read({"model_type": "llava"}, "").vision
     assert llava_15 == ViT(336, 14, 1024, 24, 16, 4096, 4096, "clip", None, -2, "default")
 

@@ -1,7 +1,8 @@
 """What lies beside a model's weights: tokenizer, chat template, picture or sound processor, generation settings.
 
-Files that came with the source go back as they were. What a run says otherwise (its tokenizer, its template, how it
-reads pictures, where an answer ends) is written from its settings, in the form that transformers 4.57 and 5 both read.
+Files that came with the source go back as they were, unless transformers 4.57 could not read them. What a run says
+otherwise (its tokenizer, its template, how it reads pictures, where an answer ends) is written from its settings. All
+are in the form that versions 4.57 and 5 both read.
 """
 
 import json
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 from hetjax.data import Pictures, Sounds
 from hetjax.data.items import ItemSpec, Reader
 from hetjax.experiment import Encoder, Experiment
-from hetjax.hf import audio, chat_template, pictures
+from hetjax.hf import audio, chat_template, older, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import Parts
 from hetjax.hf.source import Extras, Source, read_json
@@ -50,15 +51,16 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
         came |= {n: p for n, p in files.items() if part == "llm" or parts.llm is None or n in PROCESSORS}
     tower = "vision" if parts.audio is None else "audio"
     item_token = _item_token(extras, TOKENS[tower])
+    made: dict[str, Any] = older.rewritten(came)
     if not isinstance(source, Workdir) or parts.llm is None:
-        return Beside(came, {}, item_token)
-    made: dict[str, Any] = {}
+        return Beside({n: p for n, p in came.items() if n not in made}, made, item_token)
     run = source.run
     tokenizer = read_json(run.data.tokenizer_path)
     if (
         "tokenizer.json" in came and read_json(came["tokenizer.json"]) != tokenizer
     ):  # the one it was trained with counts
         came = {name: path for name, path in came.items() if name not in TOKENIZER}
+        made = {name: value for name, value in made.items() if name not in TOKENIZER}
     encoder = next((e for e in run.encoders if e.name == named.get(tower)), None)
     if encoder is not None and item_token is None:
         item_token = _add_token(tokenizer, encoder.placeholder, parts.llm.vocab_size)

@@ -28,6 +28,7 @@ LLAVA_CLASS = "LlavaForConditionalGeneration"
 PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # of a vision and a text tower
 KINDS = {"llava", audio.WHOLE, *TEXT_CLASSES, *VISION_CLASSES, *PAIRS, *audio.KINDS}
 
+NULLS = ("sliding_window", "num_key_value_heads")  # fields in which null is not the default: none, as many as heads
 TEXT_DEFAULTS: dict[str, Any] = dict(
     hidden_size=4096,
     num_hidden_layers=32,
@@ -55,7 +56,6 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         multimodal_projector_bias=True,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_token_index=32000,
     ),
 }
 FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | dict(head_dim=128)
@@ -125,8 +125,7 @@ def decoder(config: Config, where: str) -> Decoder:
     """The decoder of a text config."""
     kind = config["model_type"]
     c = TEXT_DEFAULTS | FAMILY_DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
-    if kind != "llama" and "sliding_window" in config and config["sliding_window"] is None:
-        c["sliding_window"] = None
+    c |= {name: None for name in NULLS if config.get(name, 0) is None}
     if c["hidden_act"] != "silu":
         refuse(where, "hidden_act", c["hidden_act"], "decoders are computed with 'silu' only")
     _only(c, TEXT_ONLY | experts.ONLY, where)
@@ -136,7 +135,7 @@ def decoder(config: Config, where: str) -> Decoder:
         width=c["hidden_size"],
         num_layers=c["num_hidden_layers"],
         num_heads=c["num_attention_heads"],
-        num_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
         mlp_width=c["intermediate_size"],
         head_dim=c.get("head_dim"),
         rope_theta=theta,
@@ -181,7 +180,7 @@ def _rope(config: Config, theta: float, where: str) -> tuple[float, RopeScaling 
 def _window(kind: str, c: Config, where: str) -> int | None:
     """Tokens that a query sees. Raises ConvertError if that differs between layers."""
     window = c.get("sliding_window") if kind != "llama" else None
-    if not c.get("use_sliding_window", True):
+    if kind.startswith("qwen") and not c.get("use_sliding_window", True):
         window = None
     layers = c["num_hidden_layers"]
     types: Sequence[str] | None = c.get("layer_types")
