@@ -2,7 +2,8 @@
 
     python -m hetjax.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
 
-Called again with the same --workdir it continues from the newest checkpoint. SIGTERM saves and exits with status 0.
+Called again with the same --workdir it continues from the newest checkpoint. SIGTERM, or Ctrl-C, saves and exits with
+status 0; a second Ctrl-C stops at once.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ Values = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit status: 0 trained or saved after SIGTERM, 2 for what the user can fix."""
+    """The exit status: 0 trained or saved after a signal, 2 for what the user can fix."""
     arguments = command.parse_arguments(argv)
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None) -> None:
-    """Trains `run` to its last step, or to SIGTERM, with everything that is written in `workdir`.
+    """Trains `run` to its last step, or to a signal, with everything that is written in `workdir`.
 
     `asked`: file name -> text, what the run was asked for; written there once nothing speaks against the run."""
     experiment.start(run)
@@ -56,6 +57,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         payload, wire = (n * run.num_microbatches / 2**20 for n in (boundary.payload_bytes, boundary.wire_bytes))
         print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB of them between device sets")
     with contextlib.ExitStack() as stack:
+        stopped = stack.enter_context(_signalled())
         loader = stack.enter_context(experiment.train_loader(run))
         held_out = experiment.held_out_loader(run)
         if held_out is not None:
@@ -81,7 +83,6 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
         )
-        stopped = stack.enter_context(_terminated())
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
             state = state if trainer is trainers[first] else trainer.begin(state)
             log = Log(run, trainer, loader, writer)
@@ -101,9 +102,8 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
             if stopped:
                 break
         if stopped:
-            print(
-                f"SIGTERM: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True
-            )
+            name = signal.Signals(stopped[0]).name
+            print(f"{name}: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True)
         elif held_out is not None and not _finished(workdir, state.step):
             values = _final(trainer, state, loader, held_out, run.eval_microbatches)
             _show(run, trainer, state, held_out, writer)
@@ -266,14 +266,21 @@ def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[list[int]]:
-    """A list that SIGTERM makes true; the loop looks at it between steps."""
+def _signalled() -> Iterator[list[int]]:
+    """A list that SIGTERM and the first Ctrl-C make true; the loop looks at it between steps."""
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])  # a second one does what it always did
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report_data(loader: Loader) -> None:

@@ -85,16 +85,16 @@ def test_the_loss_curve_is_the_same_under_other_layouts(whole: tuple[Path, runs.
         np.testing.assert_allclose([other[i] for i in range(1, 7)], [expected[i] for i in range(1, 7)], rtol=1e-5)
 
 
-def test_sigterm_saves_and_the_same_command_continues(whole: tuple[Path, runs.Changes], gin: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_continues(whole: tuple[Path, runs.Changes], gin: Path) -> None:
     workdir = gin.parent / "stopped"
     process = runs.start(gin, workdir, runs.settings(steps=STEPS))
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
             break
     rest, _ = process.communicate(timeout=100)
-    saved = re.search(r"SIGTERM: saved step (\d+) in \S+checkpoints; the same command continues", rest)
+    saved = re.search(r"SIGINT: saved step (\d+) in \S+checkpoints; the same command continues", rest)
     assert process.returncode == 0 and saved, rest
     step = int(saved[1])
     assert list(runs.records(workdir)) == list(range(1, step + 1)) and 3 <= step < STEPS

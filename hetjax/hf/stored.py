@@ -7,7 +7,9 @@ CKPT/unused.safetensors tensors of that folder that no model of ours reads (CLIP
                         one that features are taken from), so that the export gives them back
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class Orbax:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with ocp.PyTreeCheckpointer() as reader:
+            with _quietly(), ocp.PyTreeCheckpointer() as reader:
                 tree = reader.metadata(path).item_metadata["params"]
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._damaged(error) from error
@@ -45,7 +47,7 @@ class Orbax:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
         try:
-            with ocp.PyTreeCheckpointer() as reader:
+            with _quietly(), ocp.PyTreeCheckpointer() as reader:
                 found = dict(flat(reader.restore(self.path, args=args)["params"]))
         except Exception as error:
             raise self._damaged(error) from error
@@ -55,6 +57,18 @@ class Orbax:
         return ConvertError(
             f"{self.path}: the checkpoint cannot be read ({type(error).__name__}: {error}); make it again"
         )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Orbax's warning that a checkpoint made of several items has no metadata for one alone."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _leaves(tree: Tree, prefix: str = "") -> list[tuple[str, Any]]:
