@@ -352,6 +352,7 @@ def test_another_model_than_the_run_s_is_refused_by_setting(tmp_path: Path, sour
             initial.open_starts(built.graph, {module: str(path)})
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_gives_its_folder_back(tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
     folder = hf_folders.write(tmp_path / "hf", llava(text("llama", vocab_size=64), vision("siglip")))

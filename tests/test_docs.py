@@ -197,6 +197,7 @@ def test_the_custom_encoder_is_short_and_trains_as_on_one_device_under_dp_and_pp
     assert_parity(graph)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "modules")
 def test_the_custom_encoder_refuses_tp_until_its_diff_is_applied() -> None:
     source, diff = blocks(ENCODER, "python")[0], blocks(ENCODER, "diff")[0]

@@ -49,7 +49,9 @@ def row_batch(tokens: np.ndarray, lengths: np.ndarray) -> Arrays:
     return dict(tokens=tokens, positions=place * inside, segment_ids=inside.astype(np.int32), lengths=lengths)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-11), (jnp.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float64, 1e-11), pytest.param(jnp.float32, 1e-5, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "changes", [dict(), dict(sliding_window=3, tied=True), EXPERTS], ids=["whole", "window", "moe"]
 )

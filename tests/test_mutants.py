@@ -78,7 +78,7 @@ def test_patches_apply_and_tell_what_they_break(name: str, code: Path) -> None:
     apply(PATCHES[name], code)
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("layouts", [pytest.param(n, marks=pytest.mark.slow) if n == "experts" else n for n in LAYOUTS])
 def test_verify_accepts_the_code_as_it_is(layouts: str, code: Path, data: str) -> None:
     ran = verify(code, layouts, data)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
