@@ -124,11 +124,11 @@ def test_transformers_hears_the_same_from_the_file_to_the_logits(workdir: Path, 
     asked = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
     made = processor(text=[asked], audio=heard, return_tensors="pt", sampling_rate=16000)
     with torch.no_grad():
-        said = model.generate(**made, max_new_tokens=8, do_sample=False)[0, made["input_ids"].shape[1] :]
+        said = model.generate(**made, max_new_tokens=32, do_sample=False)[0, made["input_ids"].shape[1] :]
     for place in (out, workdir):  # the folder's chat template and processor, and the run's own
         ours = generate.load(place)
         prompt = generate.ask(text, audio=[str(f) for f in files])
-        (answer,) = ours([prompt], max_new_tokens=8)
+        (answer,) = ours([prompt], max_new_tokens=32)
         if place == out:
             found = generate.prompt.read_items(prompt, ours.chat.items)
             assert ours.chat.encode(prompt, found).tokens == made["input_ids"][0].tolist()

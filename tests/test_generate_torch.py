@@ -27,8 +27,11 @@ CASES = {
     "qwen2": text("qwen2", tie_word_embeddings=True),
     "qwen3": text("qwen3", head_dim=10),
     "mixtral": text("mixtral"),
+    "qwen3_moe, a dense layer": text("qwen3_moe", mlp_only_layers=[0]),
     "clip + llama": llava(text("llama"), vision("clip")),
     "siglip + qwen3": llava(text("qwen3"), vision("siglip")),
+    "clip + mixtral": llava(text("mixtral"), vision("clip")),
+    "siglip + qwen3_moe": llava(text("qwen3_moe"), vision("siglip")),
 }
 
 
