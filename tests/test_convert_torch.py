@@ -64,6 +64,10 @@ CASES = {
         image_seq_length=5,
     ),
     "siglip + qwen2, tied": llava(text("qwen2", **TIED), vision("siglip")),
+    "clip + qwen2": llava(text("qwen2"), vision("clip")),
+    "siglip + qwen3": llava(text("qwen3"), vision("siglip")),
+    "siglip + mixtral": llava(text("mixtral"), vision("siglip")),
+    "clip + qwen3_moe": llava(text("qwen3_moe"), vision("clip")),
     "siglip + mistral, last layer": llava(text("mistral"), vision("siglip"), vision_feature_layer=-1),
     "clip + mistral, three layers": llava(text("mistral"), vision("clip"), vision_feature_layer=[-1, 0, 1]),
     "siglip + llama, two layers, without the first patch and biases": llava(
@@ -182,7 +186,10 @@ def stored(name: str, value: np.ndarray, source: Any) -> Iterator[tuple[str, np.
         yield key.replace(".mlp.", ".block_sparse_moe.") if mixtral else key, value
 
 
-SLOW = {"mixtral, one kv head, a window, tied", "qwen3_moe", "qwen3_moe, dense layers", "clip + mixtral"}
+SLOW = {
+    *("mixtral, one kv head, a window, tied", "qwen3_moe", "qwen3_moe, dense layers", "clip + mixtral"),
+    *("clip + qwen2", "siglip + qwen3", "siglip + mixtral", "clip + qwen3_moe"),
+}
 MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
 
