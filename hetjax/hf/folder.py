@@ -20,11 +20,14 @@ from hetjax.hf.tensors import CODES
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-GIVEN_BACK = """
-    generation_config.json preprocessor_config.json processor_config.json chat_template.jinja chat_template.json
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
-    tokenizer.model
-""".split()  # noqa: SIM905
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+GIVEN_BACK = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
+    "chat_template.json", *TOKENIZER,
+)  # fmt: skip
 
 
 class Tensors:

@@ -17,20 +17,13 @@ from hetjax.data.items import ItemSpec, Reader
 from hetjax.experiment import Encoder, Experiment
 from hetjax.hf import audio, chat_template, older, pictures
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.folder import TOKENIZER
 from hetjax.hf.keys import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
 
 GENERATION, OLD_TEMPLATE = "generation_config.json", "chat_template.json"
 PROCESSORS = (pictures.FILE, pictures.NESTED)
-TOKENS = {
-    "vision": ("image_token_index", "image_token_id"),
-    "audio": ("audio_token_index", "audio_token_id"),
-}  # fields of a config.json
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
-)  # fmt: skip
 
 
 class Beside(NamedTuple):
@@ -49,11 +42,12 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
     for part in ("vision", "audio", "llm"):  # the language model's tokenizer wins
         files = extras[part].files if part in extras else {}
         came |= {n: p for n, p in files.items() if part == "llm" or parts.llm is None or n in PROCESSORS}
-    tower = "vision" if parts.audio is None else "audio"
-    item_token = _item_token(extras, TOKENS[tower])
+    tower, field = ("vision", "image") if parts.audio is None else ("audio", "audio")
+    tokens = (item_token(found, field) for found in extras.values())
+    token = next((t for t in tokens if t is not None), None)
     made: dict[str, Any] = older.rewritten(came)
     if not isinstance(source, Workdir) or parts.llm is None:
-        return Beside({n: p for n, p in came.items() if n not in made}, made, item_token)
+        return Beside({n: p for n, p in came.items() if n not in made}, made, token)
     run = source.run
     tokenizer = read_json(run.data.tokenizer_path)
     if (
@@ -62,8 +56,8 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
         came = {name: path for name, path in came.items() if name not in TOKENIZER}
         made = {name: value for name, value in made.items() if name not in TOKENIZER}
     encoder = next((e for e in run.encoders if e.name == named.get(tower)), None)
-    if encoder is not None and item_token is None:
-        item_token = _add_token(tokenizer, encoder.placeholder, parts.llm.vocab_size)
+    if encoder is not None and token is None:
+        token = _add_token(tokenizer, encoder.placeholder, parts.llm.vocab_size)
         came.pop("tokenizer.json", None)
     if parts.whole and Tokenizer.from_str(json.dumps(tokenizer)).num_special_tokens_to_add(False):
         tokenizer["post_processor"] = None  # processors let it add tokens, which no prompt of the training had
@@ -80,7 +74,7 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
         came = {n: p for n, p in came.items() if n not in PROCESSORS}
         made |= _processor(encoder)
     made |= _answers(run, [] if encoder is None else [encoder.items], tokenizer, came)
-    return Beside({n: p for n, p in came.items() if n not in (*made, OLD_TEMPLATE)}, made, item_token)
+    return Beside({n: p for n, p in came.items() if n not in (*made, OLD_TEMPLATE)}, made, token)
 
 
 def _answers(
@@ -95,13 +89,10 @@ def _answers(
     }
 
 
-def _item_token(extras: Mapping[str, Extras], fields: Sequence[str]) -> int | None:
-    for found in extras.values():
-        for field in fields:
-            value = (found.config or {}).get(field)
-            if isinstance(value, int):
-                return value
-    return None
+def item_token(extras: Extras, field: str) -> int | None:
+    """The id that stands for the rows of a picture ("image") or clip ("audio") in the source's config.json."""
+    values = ((extras.config or {}).get(f"{field}_token_{name}") for name in ("index", "id"))
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def _add_token(tokenizer: dict[str, Any], text: str, vocab_size: int) -> int:
