@@ -66,19 +66,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=run.keep))
         resumed = checkpoints.latest
         first = run.phase_of(resumed or 0)
-        if resumed is not None:  # whatever is wrong shows before the long part
-            loader.restore(checkpoints.check(trainers[first], resumed))
-        readers = {e.name: e.items.reader for e in run.encoders}
-        starts = initial.open_starts(trainers[0].graph, run.init_from, readers) if resumed is None else {}
-        for phase, trainer in enumerate(trainers[first:], first):
-            if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
-                print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
-                _compile(trainer, evaluates=run.held_out is not None)
-        if resumed is None:
-            state = initial.state(trainers[0], starts)
-        else:
-            state, _ = checkpoints.restore(trainers[first], resumed)
-            print(f"resumed from {checkpoints.directory} at step {resumed}", flush=True)
+        state = _ready(run, trainers, first, loader, checkpoints)
         record.write(workdir, asked or {}, resumed)
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
@@ -109,6 +97,24 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
             _show(run, trainer, state, held_out, writer)
             writer.write(state.step, values)
         _report_data(loader)
+
+
+def _ready(run: Experiment, trainers: Sequence[Trainer], first: int, loader: Loader, checkpoints: Checkpoints) -> State:
+    """The state from which phase `first` goes on, with all programs compiled: of the newest checkpoint, else step 0."""
+    resumed = checkpoints.latest
+    if resumed is not None:  # whatever is wrong shows before the long part
+        loader.restore(checkpoints.check(trainers[first], resumed))
+    readers = {e.name: e.items.reader for e in run.encoders}
+    starts = initial.open_starts(trainers[0].graph, run.init_from, readers) if resumed is None else {}
+    for phase, trainer in enumerate(trainers[first:], first):
+        if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
+            print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
+            _compile(trainer, evaluates=run.held_out is not None)
+    if resumed is None:
+        return initial.state(trainers[0], starts)
+    state, _ = checkpoints.restore(trainers[first], resumed)
+    print(f"resumed from {checkpoints.directory} at step {resumed}", flush=True)
+    return state
 
 
 def _compile(trainer: Trainer, *, evaluates: bool) -> None:
