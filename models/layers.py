@@ -58,6 +58,12 @@ _dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
+def is_product(primitive: Any, *arguments: Any, **settings: Any) -> bool:
+    """A checkpoint policy: whether this is the product of `dot`, or the grouped one of experts."""
+    grouped = primitive.name == "ragged_dot_general"
+    return grouped or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **settings)
+
+
 def add(x: jax.Array, bias: jax.Array) -> jax.Array:
     """`x` plus `bias` along its last dims."""
     total = x.astype(wide(x.dtype))

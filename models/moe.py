@@ -106,11 +106,6 @@ def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     return _grouped_dot(vary_like(x, w), vary_like(w, x), sizes)
 
 
-def is_grouped_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A checkpoint policy: whether this is the product of `grouped_dot`."""
-    return primitive.name == "ragged_dot_general"
-
-
 def _product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot(x, w.astype(x.dtype), sizes, preferred_element_type=x.dtype)
 

@@ -11,7 +11,7 @@ import pytest
 from test_models import DECODER, RICH, SEQ, VIT, close, compiled, documents, random_params, rows_of, run
 
 from hetjax.graph import Remat
-from hetjax.stage import POLICIES
+from hetjax.local import POLICIES
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.layers import dot
