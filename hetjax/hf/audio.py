@@ -11,9 +11,8 @@ from typing import Any
 from hetjax.data import Sounds
 from hetjax.data.sounds import HOP, RATE, WINDOW
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.fields import Config, only, present
 from models.whisper import Whisper
-
-Config = Mapping[str, Any]
 
 KINDS = ("whisper", "qwen2_audio_encoder")
 CLASS, BARE_CLASS = "Qwen2AudioEncoder", "WhisperModel"  # the latter stores its keys without "model."
@@ -70,10 +69,8 @@ ONLY: dict[str, Any] = dict(
 def read(config: Config, where: str, **changes: Any) -> Whisper:
     """The encoder of a Whisper config or of an encoder's own; alone, its output stays as wide as it is."""
     kind = config["model_type"]
-    c = DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
-    for name, value in ONLY.items():
-        if c.get(name, value) != value:
-            raise ConvertError(f"{where}: {name}={c[name]!r}: only {value!r} is computed")
+    c = DEFAULTS[kind] | present(config)
+    only(c, ONLY, where)
     sizes: dict[str, Any] = dict(
         num_mels=c["num_mel_bins"],
         width=c["d_model"],

@@ -5,14 +5,13 @@ both for either and writes the first. The weight of the router's balancing loss 
 export; that loss is not added here, as LLaVA's class in transformers does not add it.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.fields import Config
 from models.decoder import Decoder
 from models.moe import Experts
 
-Config = Mapping[str, Any]
 CLASSES = {"mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 COUNT = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -19,12 +19,12 @@ import numpy as np
 
 from hetjax.hf import audio, keys, processor, tensors, write_config
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.folder import INDEX, SINGLE, open_file
+from hetjax.hf.folder import INDEX, SINGLE, stored_tensor
 from hetjax.hf.keys import Parts
 from hetjax.hf.output import write_json, written
 from hetjax.hf.source import Extras, Sliceable, Source
 from hetjax.hf.stored import Workdir
-from hetjax.hf.tensors import CODES, Tensor
+from hetjax.hf.tensors import Tensor
 from models.decoder import Decoder
 from models.vit import ViT
 from models.whisper import Whisper
@@ -176,7 +176,7 @@ def _with_idle(
     spelled = extras[tower].spelled
     if vit is None:  # Whisper's decoder
         decoder = came if parts.audio is not None and parts.audio.variant == "whisper" else {}
-        return parts, extras, {k: _kept(path, spelled.get(k, k), cast) for k, path in decoder.items()}
+        return parts, extras, {k: stored_tensor(path, spelled.get(k, k), cast) for k, path in decoder.items()}
     prefix = keys.TOWER if parts.whole else "vision_model."
     if parts.whole:  # a tower that came with another one leaves that behind
         came = {key: path for key, path in came.items() if not keys.PAIRED.fullmatch(key)}
@@ -184,7 +184,7 @@ def _with_idle(
     if came and all(any(f".{i}." in key for key in came) for i in range(built, vit.num_layers)):
         inner = lambda key: key.removeprefix(keys.TOWER).removeprefix("vision_model.")
         strip = lambda key: key if keys.PAIRED.fullmatch(key) else prefix + inner(key)
-        return parts, extras, {strip(k): _kept(path, spelled.get(k, k), cast) for k, path in came.items()}
+        return parts, extras, {strip(k): stored_tensor(path, spelled.get(k, k), cast) for k, path in came.items()}
     fill = {"weight": np.ones((vit.width,), kind), "bias": np.zeros((vit.width,), kind)}
     kept = {f"{prefix}post_layernorm.{name}": _constant(a) for name, a in fill.items()}
     shorter = dataclasses.replace(vit, num_layers=built, feature_layer=tuple(d - built - 1 for d in vit.depths))
@@ -193,12 +193,6 @@ def _with_idle(
 
 def _constant(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, array.dtype, lambda: array)
-
-
-def _kept(path: Path, key: str, cast: np.dtype | None) -> Tensor:
-    values = open_file(path).get_slice(key)
-    dtype = cast or CODES[values.get_dtype()]
-    return Tensor(tuple(values.get_shape()), dtype, lambda: open_file(path).get_tensor(key).astype(dtype))
 
 
 def _write_shards(found: Mapping[str, Tensor], directory: Path, max_bytes: int) -> None:

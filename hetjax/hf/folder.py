@@ -16,7 +16,7 @@ from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import BUFFERS, Place
 from hetjax.hf.pattern import Index
 from hetjax.hf.source import Array, Extras, Sliceable, read_json
-from hetjax.hf.tensors import CODES
+from hetjax.hf.tensors import CODES, Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -58,6 +58,14 @@ def open_file(path: Path) -> Any:
         raise ConvertError(
             f"{path} cannot be read ({error}): the file is damaged or cut short; download it again"
         ) from error
+
+
+def stored_tensor(path: Path, key: str, dtype: np.dtype | None = None) -> Tensor:
+    """A tensor of a safetensors file, read when it is written again; in `dtype`, None as it is stored."""
+    values = open_file(path).get_slice(key)
+    kind = dtype or CODES[values.get_dtype()]
+    read = lambda: open_file(path).get_tensor(key).astype(kind, copy=False)
+    return Tensor(tuple(values.get_shape()), kind, read)
 
 
 class Folder:

@@ -40,5 +40,5 @@ def _tokenizer(config: dict[str, Any]) -> dict[str, Any]:
 
 def _processor(config: dict[str, Any]) -> dict[str, Any]:
     if KIND in config:
-        config |= {KIND: config[KIND].removesuffix("Fast").removesuffix("Pil")}
+        config |= {KIND: pictures.plain_name(config[KIND])}
     return config

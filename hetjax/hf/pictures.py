@@ -9,6 +9,7 @@ from typing import Any
 
 from hetjax.data import Pictures
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.fields import present, refused
 from hetjax.hf.source import read_json
 
 FILE, NESTED = "preprocessor_config.json", "processor_config.json"  # transformers 5 nests the one in the other
@@ -42,10 +43,10 @@ def read(files: Mapping[str, Path]) -> Pictures | None:
     if config is None:
         return None
     kind = config.get("image_processor_type", config.get("feature_extractor_type", ""))
-    name = kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    name = plain_name(kind).replace("FeatureExtractor", "ImageProcessor")
     if name not in DEFAULTS:
         raise _refused(where, "image_processor_type", kind, f"pictures are read as {' and '.join(DEFAULTS)} do")
-    c = DEFAULTS[name] | {k: v for k, v in config.items() if v is not None}
+    c = DEFAULTS[name] | present(config)
     for field, value in ONLY.items():
         if c.get(field, value) != value:
             raise _refused(where, field, c[field], f"pictures are read with {value!r}")
@@ -63,6 +64,11 @@ def read(files: Mapping[str, Path]) -> Pictures | None:
     return Pictures(crop["height"], crop["width"], mean, std, edge)
 
 
+def plain_name(kind: str) -> str:
+    """The class of a processor without what tells how it is implemented, which every version of transformers has."""
+    return kind.removesuffix("Fast").removesuffix("Pil")
+
+
 def _find(files: Mapping[str, Path]) -> tuple[str, Mapping[str, Any] | None]:
     if FILE in files:
         return str(files[FILE]), read_json(files[FILE])
@@ -71,7 +77,7 @@ def _find(files: Mapping[str, Path]) -> tuple[str, Mapping[str, Any] | None]:
 
 
 def _refused(where: str, field: str, value: object, why: str) -> ConvertError:
-    return ConvertError(f"{where}: {field}={value!r}: {why}; remove the file to train with the run's own settings")
+    return refused(where, field, value, f"{why}; remove the file to train with the run's own settings")
 
 
 def check(encoder: str, ours: Pictures, files: Mapping[str, Path]) -> None:

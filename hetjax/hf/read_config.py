@@ -5,16 +5,15 @@ A field that is absent has the default of its family: files leave out what equal
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from hetjax.hf import audio, experts
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.fields import Config, only, present, refused
 from hetjax.hf.keys import Parts
 from models.attention import RopeScaling
 from models.decoder import Decoder
 from models.vit import ViT
-
-Config = Mapping[str, Any]
 
 TEXT_CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -83,11 +82,13 @@ def read(config: Config, where: str) -> Parts:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(sorted(KINDS))
-        refuse(where, "model_type", kind, f"this architecture is not supported; supported are {known}")
+        raise refused(where, "model_type", kind, f"this architecture is not supported; supported are {known}")
     for name in ("quantization_config", "compression_config"):
         if config.get(name):
             method = config[name].get("quant_method", "?") if isinstance(config[name], Mapping) else config[name]
-            refuse(where, name, method, "quantised weights are not read; take the original model, or dequantise it")
+            raise refused(
+                where, name, method, "quantised weights are not read; take the original model, or dequantise it"
+            )
     try:
         if kind == "llava":
             return _llava(config, where)
@@ -116,19 +117,14 @@ def vision_config(config: Config) -> Config:
     return (config.get("vision_config") or LLAVA_TOWER) if kind == "llava" else config
 
 
-def refuse(where: str, field: str, value: object, why: str) -> NoReturn:
-    """Raises ConvertError for one field."""
-    raise ConvertError(f"{where}: {field}={value!r}: {why}")
-
-
 def decoder(config: Config, where: str) -> Decoder:
     """The decoder of a text config."""
     kind = config["model_type"]
-    c = TEXT_DEFAULTS | FAMILY_DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
+    c = TEXT_DEFAULTS | FAMILY_DEFAULTS[kind] | present(config)
     c |= {name: None for name in NULLS if config.get(name, 0) is None}
     if c["hidden_act"] != "silu":
-        refuse(where, "hidden_act", c["hidden_act"], "decoders are computed with 'silu' only")
-    _only(c, TEXT_ONLY | experts.ONLY, where)
+        raise refused(where, "hidden_act", c["hidden_act"], "decoders are computed with 'silu' only")
+    only(c, TEXT_ONLY | experts.ONLY, where)
     theta, scaling = _rope(config, c["rope_theta"], where)
     return Decoder(
         vocab_size=c["vocab_size"],
@@ -149,14 +145,6 @@ def decoder(config: Config, where: str) -> Decoder:
     )
 
 
-def _only(config: Config, allowed: Config, where: str) -> None:
-    for name, value in allowed.items():
-        if config.get(name, value) not in (value, None):
-            refuse(
-                where, name, config[name], f"only {value!r} is computed; a model with another value is not supported"
-            )
-
-
 def _rope(config: Config, theta: float, where: str) -> tuple[float, RopeScaling | None]:
     """(theta, scaling): from rope_parameters (transformers 5), else from rope_theta and rope_scaling."""
     field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -165,7 +153,9 @@ def _rope(config: Config, theta: float, where: str) -> tuple[float, RopeScaling 
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        refuse(where, f"{field}.partial_rotary_factor", config[field]["partial_rotary_factor"], "only 1.0 is computed")
+        raise refused(
+            where, f"{field}.partial_rotary_factor", config[field]["partial_rotary_factor"], "only 1.0 is computed"
+        )
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -174,7 +164,7 @@ def _rope(config: Config, theta: float, where: str) -> tuple[float, RopeScaling 
         length = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 2048
         low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
         return theta, RopeScaling("llama3", float(rope["factor"]), low, high, int(length))
-    refuse(where, f"{field}.rope_type", kind, "only 'default', 'linear' and 'llama3' are computed")
+    raise refused(where, f"{field}.rope_type", kind, "only 'default', 'linear' and 'llama3' are computed")
 
 
 def _window(kind: str, c: Config, where: str) -> int | None:
@@ -191,7 +181,7 @@ def _window(kind: str, c: Config, where: str) -> int | None:
         return None
     if set(types) == {"sliding_attention"} and window:
         return window
-    refuse(
+    raise refused(
         where, "layer_types", sorted(set(types)), "all layers must have the same attention, full or in a sliding window"
     )
 
@@ -199,11 +189,11 @@ def _window(kind: str, c: Config, where: str) -> int | None:
 def tower(config: Config, where: str, **changes: Any) -> ViT:
     """The vision tower of a vision config; alone, its output stays as wide as it is."""
     kind = config["model_type"]
-    c = VISION_DEFAULTS | FAMILY_DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None}
-    _only(c, VISION_ONLY | {n: FAMILY_DEFAULTS[kind][n] for n in ("hidden_act", "layer_norm_eps")}, where)
+    c = VISION_DEFAULTS | FAMILY_DEFAULTS[kind] | present(config)
+    only(c, VISION_ONLY | {n: FAMILY_DEFAULTS[kind][n] for n in ("hidden_act", "layer_norm_eps")}, where)
     for name in ("image_size", "patch_size"):
         if not isinstance(c[name], int):
-            refuse(where, name, c[name], "pictures and patches must be square, given as one number")
+            raise refused(where, name, c[name], "pictures and patches must be square, given as one number")
     sizes: dict[str, Any] = dict(
         image_size=c["image_size"],
         patch_size=c["patch_size"],
@@ -218,13 +208,13 @@ def tower(config: Config, where: str, **changes: Any) -> ViT:
 
 
 def _llava(config: Config, where: str) -> Parts:
-    c = FAMILY_DEFAULTS["llava"] | {k: v for k, v in config.items() if v is not None}
+    c = FAMILY_DEFAULTS["llava"] | present(config)
     text = {"model_type": "llama"} | dict(c.get("text_config") or {})
     vision = {"model_type": "clip_vision_model"} | dict(vision_config(config))
     _check_inner(where, text_config=(text, TEXT_CLASSES), vision_config=(vision, VISION_CLASSES))
     text.setdefault("tie_word_embeddings", c.get("tie_word_embeddings", False))
     if c["projector_hidden_act"] != "gelu":
-        refuse(where, "projector_hidden_act", c["projector_hidden_act"], "only the exact 'gelu' is computed")
+        raise refused(where, "projector_hidden_act", c["projector_hidden_act"], "only the exact 'gelu' is computed")
     llm = decoder(text, f"{where}: text_config")
     choices = dict(
         feature_layer=c["vision_feature_layer"],
@@ -247,6 +237,8 @@ def _check_inner(where: str, **configs: tuple[Config, Collection[str]]) -> None:
     """Raises ConvertError unless each config inside is of one of the kinds beside it, in plain numbers."""
     for field, (config, kinds) in configs.items():
         if config["model_type"] not in kinds:
-            refuse(where, f"{field}.model_type", config["model_type"], f"not supported; these are: {', '.join(kinds)}")
+            raise refused(
+                where, f"{field}.model_type", config["model_type"], f"not supported; these are: {', '.join(kinds)}"
+            )
         if config.get("quantization_config"):
-            refuse(where, f"{field}.quantization_config", "...", "quantised weights are not read")
+            raise refused(where, f"{field}.quantization_config", "...", "quantised weights are not read")

@@ -19,11 +19,10 @@ from orbax.checkpoint import type_handlers
 from hetjax import config
 from hetjax.hf import tensors
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.folder import Folder, open_file
+from hetjax.hf.folder import Folder, stored_tensor
 from hetjax.hf.output import written
 from hetjax.hf.source import Array, Sliceable
 from hetjax.hf.stored import FILES, MODEL, PARAMS, UNUSED, nested
-from hetjax.hf.tensors import CODES, Tensor
 
 AT_ONCE = 2**24  # bytes that are written together, at least: each write leaves a version of the index
 
@@ -38,7 +37,7 @@ def store(folder: Folder, out: str | Path) -> None:
         (new / MODEL).write_text(config.operative(folder.parts))
         for name, path in {"config.json": folder.path / "config.json", **extras.files}.items():
             shutil.copyfile(path, new / FILES / name)
-        unused = {key: _unused(path, extras.spelled[key]) for key, path in extras.idle.items()}
+        unused = {key: stored_tensor(path, extras.spelled[key]) for key, path in extras.idle.items()}
         if unused:
             tensors.write(new / UNUSED, unused)
 
@@ -81,11 +80,6 @@ def _save(path: Path, arrays: dict[str, _Later]) -> None:
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as writer:
         writer.save(path, {"params": nested(arrays)})
-
-
-def _unused(path: Path, key: str) -> Tensor:
-    values = open_file(path).get_slice(key)
-    return Tensor(tuple(values.get_shape()), CODES[values.get_dtype()], lambda: open_file(path).get_tensor(key))
 
 
 def check_folder(source: object) -> Folder:

@@ -1,0 +1,26 @@
+"""Checks of the fields of a config.json, each of which is honoured or refused by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hetjax.hf.errors import ConvertError
+
+Config = Mapping[str, Any]
+
+
+def present(config: Config) -> dict[str, Any]:
+    """The fields that say something: null mostly stands for the default, as absence does."""
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def refused(where: str, field: str, value: object, why: str) -> ConvertError:
+    """The error for one field."""
+    return ConvertError(f"{where}: {field}={value!r}: {why}")
+
+
+def only(config: Config, allowed: Config, where: str) -> None:
+    """Raises ConvertError for a field of `allowed` that has another value than there; None stands for absent."""
+    for name, value in allowed.items():
+        if config.get(name, value) not in (value, None):
+            why = f"only {value!r} is computed; a model with another value is not supported"
+            raise refused(where, name, config[name], why)
