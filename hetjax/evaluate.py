@@ -18,7 +18,7 @@ class Score(NamedTuple):
     loss: float  # mean over target tokens
     accuracy: float  # of samples: every target token was the most likely one, so greedy decoding gives the answer
     token_accuracy: float  # of target tokens that were the most likely ones, given those before them
-    samples: int
+    samples: frozenset[int]  # their ordinals
 
 
 def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.ndarray]]) -> Score:
@@ -35,7 +35,7 @@ def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.nda
         hits.update(owner[scored & (likeliest == microbatch["targets"])].tolist())
     right = sum(hits[sample] == count for sample, count in targets.items())
     token_accuracy = hits.total() / max(targets.total(), 1)
-    return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), token_accuracy, len(targets))
+    return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), token_accuracy, frozenset(targets))
 
 
 def prior_accuracy(train: Iterable[Sample], held_out: Iterable[Sample]) -> float:

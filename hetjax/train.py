@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,26 +136,24 @@ def _compile(trainer: Trainer, *, evaluates: bool) -> None:
 
 def evaluate_on(trainer: Trainer, state: State, held_out: Loader, microbatches: int) -> Values:
     """Loss and accuracies on the first `microbatches` of held-out data (0: all of them)."""
-    return _scores(trainer, state, _some(held_out, microbatches))
+    return _named(evaluate.score(trainer, state, _some(held_out, microbatches)))
 
 
-def _scores(trainer: Trainer, state: State, batches: Iterable[tuple[Any, np.ndarray]], what: str = "") -> Values:
-    found = evaluate.score(trainer, state, batches)
+def _named(found: evaluate.Score, what: str = "") -> Values:
     return {f"eval/{name}{what}": getattr(found, name) for name in ("loss", "accuracy", "token_accuracy")}
 
 
 def _final(trainer: Trainer, state: State, loader: Loader, held_out: Loader, microbatches: int) -> Values:
     """The last evaluation: with pictures and clips, with blank ones (all, and of one encoder where there are several),
     and what the questions alone give away."""
-    values = evaluate_on(trainer, state, held_out, microbatches)
+    found = evaluate.score(trainer, state, _some(held_out, microbatches))
+    values = _named(found)
     several = {f"_blank_{item.name}": (item,) for item in held_out.items} if len(held_out.items) > 1 else {}
     for what, items in {"_blank": held_out.items, **several}.items() if held_out.items else ():
         unseen = ((blank(arrays, items), owner) for arrays, owner in _some(held_out, microbatches))
-        values |= _scores(trainer, state, unseen, what)
-    asked = {int(i) for _, owner in _some(held_out, microbatches) for i in np.unique(owner[owner >= 0])}
-    values["eval/accuracy_prior"] = evaluate.prior_accuracy(
-        loader.samples.values(), [held_out.samples[i] for i in asked]
-    )
+        values |= _named(evaluate.score(trainer, state, unseen), what)
+    asked = [held_out.samples[ordinal] for ordinal in sorted(found.samples)]
+    values["eval/accuracy_prior"] = evaluate.prior_accuracy(loader.samples.values(), asked)
     return values
 
 

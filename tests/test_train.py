@@ -180,7 +180,7 @@ def test_with_several_encoders_each_is_blank_alone_once(monkeypatch: pytest.Monk
     def score(trainer: Any, state: Any, batches: Any) -> evaluate.Score:
         ((arrays, _),) = batches
         seen = sum(10**n * float(arrays[f"{item.name}.pixels"].any()) for n, item in enumerate(items))
-        return evaluate.Score(seen, 0.0, 0.0, 1)
+        return evaluate.Score(seen, 0.0, 0.0, frozenset())
 
     monkeypatch.setattr(evaluate, "score", score)
     values = train._final(None, None, HeldOut(), HeldOut(), 0)

@@ -7,6 +7,7 @@ following steps bit for bit.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
@@ -95,7 +96,7 @@ class Loader:
         """Shape and dtype of every array of a microbatch; loads nothing."""
         return microbatch.abstract(self.config, self.items)
 
-    @property
+    @functools.cached_property
     def samples(self) -> dict[int, Sample]:
         """The well-formed samples by their ordinal, the number that `one_pass` calls them by."""
         return {ordinal: entry for ordinal, entry in enumerate(self._entries) if isinstance(entry, Sample)}
