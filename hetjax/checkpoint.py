@@ -18,11 +18,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax import stacks
 from hetjax.pipeline import StageKey
-from hetjax.stacks import LAYERS
 from hetjax.stage import Stage
-from hetjax.trainer import Path as KeyPath
-from hetjax.trainer import State, Thunks, Trainer, is_stacked
+from hetjax.trainer import State, Thunks, Trainer, is_stacked, path_parts
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
@@ -193,23 +192,17 @@ def _entries(key: StageKey, stage: Stage) -> list[tuple[str, jax.ShapeDtypeStruc
     found: list[tuple[str, jax.ShapeDtypeStruct, int | None]] = []
     for kind, tree in (("params", mine.owned(mine.params)), ("optimizer", mine.state)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            parts, place = path_parts(path), f"{kind}/{key[0]}"
             if is_stacked(path):
-                parts = _parts(path)
-                at = parts.index(LAYERS) + 1
-                for i, layer in enumerate(mine.layers_of(parts[at:])):
-                    name = "/".join([kind, key[0], *parts[:at], f"{layer:04d}", *parts[at:]])
-                    found.append((name, leaf, i))
+                rows = enumerate(stacks.names(parts, mine.layers_of))
+                found += [(f"{place}/{name}", leaf, row) for row, name in rows]
             else:
-                found.append(("/".join([kind, key[0], *_parts(path)]), leaf, None))
+                found.append(("/".join([place, *parts]), leaf, None))
     return found
 
 
 def _names_of(key: StageKey, stage: Stage) -> list[str]:
     return [name for name, _, _ in _entries(key, stage)]
-
-
-def _parts(path: KeyPath) -> list[str]:
-    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path]
 
 
 def _cuts(stage: Stage) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hetjax import stacks
 from hetjax.reference import Reference, initial_params
-from hetjax.stacks import LAYERS, holders
-from hetjax.trainer import Path, State, Trainer, is_stacked
+from hetjax.trainer import Path, State, Trainer, is_stacked, path_parts
 from models.contract import ModuleDef
 
 Flat = Mapping[str, Mapping[Path, np.ndarray]]
@@ -67,11 +67,10 @@ def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarr
 
 
 def _name(path: Path, row: int | None, definition: ModuleDef) -> str:
-    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    if row is not None:
-        at = parts.index(LAYERS) + 1
-        parts.insert(at, f"{holders(definition, parts[at:], 0, definition.num_layers)[row]:04d}")
-    return "/".join(parts)
+    parts = path_parts(path)
+    if row is None:
+        return "/".join(parts)
+    return stacks.names(parts, lambda behind: stacks.holders(definition, behind, 0, definition.num_layers))[row]
 
 
 def compare(

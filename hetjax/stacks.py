@@ -30,6 +30,13 @@ def holders(definition: ModuleDef, path: Sequence[str], lo: int, hi: int) -> lis
     return [i for i in range(lo, hi) if _has(definition.layers[i].logical, path)]
 
 
+def names(path: Sequence[str], layers_of: Callable[[Sequence[str]], Sequence[int]]) -> list[str]:
+    """What the rows of the stacked leaf at `path` are called, by the layers of the whole module: those that `layers_of`
+    gives for the path behind "layers"."""
+    at = list(path).index(LAYERS) + 1
+    return ["/".join([*path[:at], f"{layer:04d}", *path[at:]]) for layer in layers_of(path[at:])]
+
+
 def _has(tree: Any, path: Sequence[str]) -> bool:
     return not path or (isinstance(tree, Mapping) and path[0] in tree and _has(tree[path[0]], path[1:]))
 

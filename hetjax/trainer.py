@@ -192,6 +192,11 @@ class Trainer:
         return modules
 
 
+def path_parts(path: Path) -> list[str]:
+    """The path in words."""
+    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path]
+
+
 def is_stacked(path: Path) -> bool:
     """Whether the leaf at `path` holds all layers of a stage on its first dim."""
     return any(isinstance(key, jax.tree_util.DictKey) and key.key == LAYERS for key in path)

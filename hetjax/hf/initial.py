@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax import stacks
 from hetjax.data import Pictures
 from hetjax.data.items import Reader
 from hetjax.graph import Graph
@@ -26,9 +27,8 @@ from hetjax.hf.pattern import Index
 from hetjax.hf.source import Sliceable, Source
 from hetjax.hf.stored import module_of, open_source
 from hetjax.parameters import Parameters
-from hetjax.stacks import LAYERS
 from hetjax.stage import Stage
-from hetjax.trainer import Path, State, Trainer, is_stacked
+from hetjax.trainer import Path, State, Trainer, is_stacked, path_parts
 from models.vit import ViT
 from models.whisper import Whisper
 
@@ -127,12 +127,10 @@ def read(parameters: Parameters, start: Start) -> Any:
 
 def _names(parameters: Parameters, path: Path) -> list[str]:
     """What the layers of a leaf, or the leaf, are called in a source."""
-    parts = [key.key for key in path]
-    if parts[0] == LAYERS:
-        return ["/".join([LAYERS, f"{i:04d}", *parts[1:]]) for i in parameters.layers_of(parts[1:])]
+    parts = path_parts(path)
     if tuple(parts) in parameters.borrowed:  # the last stage's copy of the tied embedding
         return [f"first/{parameters.tied[parts[1]]}"]
-    return ["/".join(parts)]
+    return stacks.names(parts, parameters.layers_of) if is_stacked(path) else ["/".join(parts)]
 
 
 def _read(names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, *, stacked: bool) -> jax.Array:
