@@ -18,6 +18,7 @@ nearest valid name.
 import dataclasses
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -100,6 +101,7 @@ class _Builder:
             return _fit(value, hint)
         except TypeError as error:
             wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            wanted = re.sub(r"\bfloat\b", "finite float", wanted)
             shown = value if isinstance(binding.value, Bare) else binding.value
             raise ConfigError(f"{binding.where}{binding.name} = {shown!r}, but it must be {wanted}") from error
 
@@ -196,7 +198,8 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """`value` as the declared type takes it: a list for a tuple, an int for a float. Raises TypeError for another."""
+    """`value` as the declared type takes it: a list for a tuple, an int for a float. Raises TypeError for another, and
+    for a float that is not finite."""
     if hint is Any:
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -208,7 +211,9 @@ def _fit(value: Any, hint: Any) -> Any:
                 continue
         raise TypeError
     base = origin or hint
-    if base is float and type(value) is int:
+    if base is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:  # nan is not
+            raise TypeError
         return float(value)
     if base is tuple and isinstance(value, list):
         value = tuple(value)
