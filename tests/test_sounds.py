@@ -177,6 +177,15 @@ def test_a_file_cut_short_is_no_clip(tmp_path: Path) -> None:
     (tmp_path / "b.mp3").write_bytes(content[: len(content) // 2])
     with pytest.raises(SampleError, match=r"it ends after \d+ samples of 48000"):
         sounds.read_samples(tmp_path / "b.mp3", 480000)
+    soundfile.write(tmp_path / "d.wav", noise(48000), 16000)
+    content = (tmp_path / "d.wav").read_bytes()
+    (tmp_path / "e.wav").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SampleError, match=r"cannot be read as a sound: it ends after 47978 bytes .* of 96000"):
+        sounds.read_samples(tmp_path / "e.wav", 8000)  # though it has as many
+    length = content.index(b"data") + 4
+    (tmp_path / "f.wav").write_bytes(content[:length] + b"\xff" * 4 + content[length + 4 :])  # written to a pipe
+    f, d = (sounds.read_samples(tmp_path / name, 48000) for name in ("f.wav", "d.wav"))
+    np.testing.assert_array_equal(f, d)
     soundfile.write(tmp_path / "c.wav", np.full(1600, np.nan), 16000, subtype="FLOAT")
     with pytest.raises(SampleError, match="not finite"):
         sounds.read_samples(tmp_path / "c.wav", 480000)

@@ -6,6 +6,7 @@ only the frames that touch the clip are computed.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +24,8 @@ FLOOR = 1e-10  # of a bin's energy
 RANGE = 8.0  # decades below the loudest bin that are kept
 SILENCE = -1.5  # value of a bin where the whole clip is silent
 ON_LONG = ("truncate", "skip")
+CUT = re.compile(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", re.M)  # libsndfile's log of a .wav or .aiff: bytes
+UNKNOWN_LENGTH = 0x7FFFF000  # bytes; what programs that write to a pipe promise is this or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,9 @@ def read_samples(path: Path, count: int, *, whole: bool = False) -> np.ndarray:
             found, rate = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1), file.samplerate
             if len(found) < 0.95 * min(wanted, file.frames):
                 raise ValueError(f"it ends after {len(found)} samples of {file.frames}")
+            cut = CUT.search(file.extra_info)
+            if cut and int(cut[1]) < UNKNOWN_LENGTH:
+                raise ValueError(f"it ends after {cut[2]} bytes of sound of {cut[1]}")
     except Exception as error:  # libsndfile's errors, and what broken headers make of the sizes
         raise SampleError(str(path), f"cannot be read as a sound: {error}") from error
     if not np.isfinite(found).all():
