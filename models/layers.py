@@ -17,6 +17,7 @@ from models.axes import Axes, vary_like
 from models.contract import Dims
 
 Kept = tuple[jax.Array, jax.Array]
+MOST_LAYERS = 10_000  # of a module: their numbers in a checkpoint's names have four digits
 
 
 def wide(dtype: Any) -> Any:
@@ -156,8 +157,10 @@ def ones(shape: tuple[int, ...], logical: Dims) -> nnx.Param:
 
 
 def check_counts(config: Any, *names: str) -> None:
-    """Raises ValueError unless the fields `names` of `config` are whole numbers of at least 1."""
+    """Raises ValueError unless the fields `names` are whole numbers of at least 1, and the layers at most MOST_LAYERS."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{type(config).__name__}.{name}={value!r}; it must be a whole number of at least 1")
+        if name == "num_layers" and value > MOST_LAYERS:
+            raise ValueError(f"{type(config).__name__}.{name}={value}; a model has at most {MOST_LAYERS} layers")

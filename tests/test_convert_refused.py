@@ -40,6 +40,8 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"attention_dropout": 0.1}, "attention_dropout=0.1: only 0 is computed"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only 1.0"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn': only 'default'"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: there are at most 10000 layers"),
+    (dict(model_type="qwen3_moe", num_hidden_layers=10**9), "num_hidden_layers=1000000000: there are at most 10000"),
     ({"num_attention_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads=2"),
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1), "layer_types=['full_"),
     (dict(model_type="mixtral", router_jitter_noise=0.1), "router_jitter_noise=0.1: only 0 is computed"),
@@ -58,6 +60,7 @@ REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
     ({"text_config": {"model_type": "qwen2_moe"}}, "text_config.model_type='qwen2_moe': not supported"),
     ({"vision_feature_select_strategy": "patch"}, "select='patch'; it must be one of full, default"),
     ({"vision_config": vision("clip", hidden_act="gelu")}, "vision_config: hidden_act='gelu': only 'quick_gelu'"),
+    ({"vision_config": vision("clip", num_hidden_layers=10**9)}, "ViT.num_layers=1000000000; a model has at most"),
     ({"vision_config": vision("clip", image_size=[8, 4])}, "image_size=[8, 4]: pictures and patches must be square"),
 ]
 

@@ -24,6 +24,7 @@ EXPERTS = Experts(4, 2, 8)
         (DECODER, {"head_dim": 5}, "Decoder.head_dim=5 is odd, .*; make it even"),
         (DECODER, {"head_dim": 0}, "Decoder.head_dim=0; it must be a whole number of at least 1"),
         (DECODER, {"num_layers": 0}, "Decoder.num_layers=0; it must be a whole number of at least 1"),
+        (DECODER, {"num_layers": 10**9}, "Decoder.num_layers=1000000000; a model has at most 10000 layers"),
         (DECODER, {"mlp_width": 1.5}, "Decoder.mlp_width=1.5; it must be a whole number of at least 1"),
         (DECODER, {"sliding_window": 0}, "Decoder.sliding_window=0; it must be a whole number of at least 1"),
         (DECODER, {"rope_theta": 0.0}, "Decoder.rope_theta=0.0; it must be positive"),

@@ -13,6 +13,7 @@ from hetjax.hf.fields import Config, only, present, refused
 from hetjax.hf.keys import Parts
 from models.attention import RopeScaling
 from models.decoder import Decoder
+from models.layers import MOST_LAYERS
 from models.vit import ViT
 
 TEXT_CLASSES = {
@@ -125,6 +126,8 @@ def decoder(config: Config, where: str) -> Decoder:
     if c["hidden_act"] != "silu":
         raise refused(where, "hidden_act", c["hidden_act"], "decoders are computed with 'silu' only")
     only(c, TEXT_ONLY | experts.ONLY, where)
+    if c["num_hidden_layers"] > MOST_LAYERS:  # before anything goes through them one by one
+        raise refused(where, "num_hidden_layers", c["num_hidden_layers"], f"there are at most {MOST_LAYERS} layers")
     theta, scaling = _rope(config, c["rope_theta"], where)
     return Decoder(
         vocab_size=c["vocab_size"],
