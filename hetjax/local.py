@@ -65,7 +65,7 @@ class Local:
 
         def end(last: Params, carry: Tree) -> Tree:
             y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
-            return {"loss": self._loss(y, batch)} if self.ends_in_loss else y
+            return {"loss": self._end(loss.token_sum, y, batch)} if self.ends_in_loss else y
 
         y = self._run(params, x, batch, end)
         wanted = {k: frozenset(DATA_AXES) if self.ends_in_loss else _axes_of(spec(self.dims[k])) for k in y}
@@ -76,13 +76,13 @@ class Local:
 
         def end(last: Params, carry: Tree) -> Tree:
             y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
-            ids = loss.token_likeliest(y["x"], y["head"], axes=self.plan.axes)
-            return {"loss": self._loss(y, batch), "likeliest": ids}
+            total, ids = self._end(loss.token_scores, y, batch)
+            return {"loss": total, "likeliest": ids}
 
         return {k: _settle(v, frozenset(DATA_AXES)) for k, v in self._run(params, x, batch, end).items()}
 
-    def _loss(self, y: Tree, batch: Mapping[str, jax.Array]) -> jax.Array:
-        return loss.token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)
+    def _end(self, function: Callable[..., Any], y: Tree, batch: Mapping[str, jax.Array]) -> Any:
+        return function(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)
 
     @property
     def dims(self) -> Mapping[str, tuple[str | None, ...]]:

@@ -4,6 +4,7 @@ Tokens pass in chunks; the backward pass computes a chunk's logits again. What e
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +24,41 @@ def token_sum(
     `x` [b, s, d] and the local `head` [d, v / tp] give the logits, in at least float32.
     """
 
-    def entropies(head: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = dot(x, head, dtype=wide(x.dtype))
-        top = axes.tp.pmax(lax.stop_gradient(logits).max(-1))
-        total = jnp.log(axes.tp.psum(jnp.exp(logits - top[:, None]).sum(-1))) + top
-        local = targets - axes.tp.index() * logits.shape[1]
-        mine = (local >= 0) & (local < logits.shape[1])
-        chosen = jnp.take_along_axis(logits, jnp.where(mine, local, 0)[:, None], 1, mode="promise_in_bounds")[:, 0]
-        return total - axes.tp.psum(jnp.where(mine, chosen, 0))
+    def of_chunk(head: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
+        return _entropies(_logits(x, head), targets, axes)
 
-    per_token = _by_chunks(jax.checkpoint(entropies, prevent_cse=False), head, chunk, x, targets)
+    return _weighted(_by_chunks(jax.checkpoint(of_chunk, prevent_cse=False), head, chunk, x, targets), weights)
+
+
+def token_scores(
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, axes: Axes, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """(`token_sum`, the likeliest next id of the whole vocabulary at every position, int32 [b, s])."""
+
+    def of_chunk(head: jax.Array, x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = _logits(x, head)
+        return _entropies(logits, targets, axes), likeliest(logits, axes)
+
+    entropies, ids = _by_chunks(of_chunk, head, chunk, x, targets)
+    return _weighted(entropies, weights), ids
+
+
+def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    return dot(x, head, dtype=wide(x.dtype))
+
+
+def _entropies(logits: jax.Array, targets: jax.Array, axes: Axes) -> jax.Array:
+    """The cross-entropy [n] of each token, of this device's `logits` [n, v / tp]."""
+    top = axes.tp.pmax(lax.stop_gradient(logits).max(-1))
+    total = jnp.log(axes.tp.psum(jnp.exp(logits - top[:, None]).sum(-1))) + top
+    local = targets - axes.tp.index() * logits.shape[1]
+    mine = (local >= 0) & (local < logits.shape[1])
+    chosen = jnp.take_along_axis(logits, jnp.where(mine, local, 0)[:, None], 1, mode="promise_in_bounds")[:, 0]
+    return total - axes.tp.psum(jnp.where(mine, chosen, 0))
+
+
+def _weighted(per_token: jax.Array, weights: jax.Array) -> jax.Array:
     return (per_token * weights.astype(per_token.dtype)).sum()
-
-
-def token_likeliest(x: jax.Array, head: jax.Array, *, axes: Axes, chunk: int = CHUNK) -> jax.Array:
-    """The likeliest next id of the whole vocabulary at every position, int32 [b, s]."""
-
-    def ids(head: jax.Array, x: jax.Array) -> jax.Array:
-        return likeliest(dot(x, head, dtype=wide(x.dtype)), axes)
-
-    return _by_chunks(ids, head, chunk, x)
 
 
 def likeliest(logits: jax.Array, axes: Axes) -> jax.Array:
@@ -54,10 +70,8 @@ def likeliest(logits: jax.Array, axes: Axes) -> jax.Array:
     return -axes.tp.pmax(jnp.where(~(logits.max(-1) < top), -mine, jnp.iinfo(jnp.int32).min))
 
 
-def _by_chunks(
-    function: Callable[..., jax.Array], head: jax.Array, chunk: int, x: jax.Array, *more: jax.Array
-) -> jax.Array:
-    """`function(head, x, *more)` of all tokens [b, s], `chunk` of them at a time."""
+def _by_chunks(function: Callable[..., Any], head: jax.Array, chunk: int, x: jax.Array, *more: jax.Array) -> Any:
+    """`function(head, x, *more)` of all tokens, `chunk` of them at a time: each of its arrays [n] as [b, s]."""
     b, s, _ = x.shape
     chunk = min(chunk, b * s)
     padding = -(b * s) % chunk
@@ -68,4 +82,4 @@ def _by_chunks(
         return jnp.pad(flat, ((0, padding), *[(0, 0)] * (flat.ndim - 1))).reshape(-1, chunk, *a.shape[2:])
 
     values = lax.map(lambda inputs: function(head, *inputs), tuple(map(cut, (x, *more))))
-    return values.reshape(-1)[: b * s].reshape(b, s)
+    return jax.tree.map(lambda value: value.reshape(-1)[: b * s].reshape(b, s), values)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_model_precision import jaxprs
 from test_models import close
 
-from hetjax.loss import token_likeliest, token_sum
+from hetjax.loss import token_scores, token_sum
 from models.axes import ONE_DEVICE, Axes, Axis
 
 Tree = Any
@@ -33,7 +33,7 @@ def full(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) 
     return -(chosen * weights).sum()
 
 
-def over_tp(function: Any, tp: int, out: P) -> Any:
+def over_tp(function: Any, tp: int, out: P | tuple[P, P]) -> Any:
     """`function(..., axes=)` as one program on `tp` devices, the head's vocabulary cut."""
     mesh = Mesh(np.array(jax.devices()[:tp]), ("tp",))
     function = functools.partial(function, axes=Axes(tp=Axis("tp", tp)))
@@ -81,6 +81,11 @@ def test_logits_of_all_tokens_never_exist() -> None:
     assert 16 * 256 in sizes and max(sizes) < B * 64 * 256 / 8
 
 
+def test_scores_compute_the_logits_once() -> None:
+    program = jax.make_jaxpr(functools.partial(token_scores, axes=ONE_DEVICE))(*example())
+    assert [e.primitive.name for j in jaxprs(program.jaxpr) for e in j.eqns].count("dot_general") == 1
+
+
 def test_bfloat16_logits_are_not_rounded() -> None:
     x, head, targets, weights = example()
     x = jnp.asarray(8 * x, jnp.bfloat16)
@@ -98,20 +103,22 @@ def test_bfloat16_logits_are_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_likeliest_id_is_the_lowest_of_equal_ones(tp: int, x64: None) -> None:
+def test_the_likeliest_id_is_the_lowest_of_equal_ones_beside_the_same_loss(tp: int, x64: None) -> None:
     rng = np.random.default_rng(0)
     x, head = rng.integers(-1, 2, (B, S, D)).astype(float), rng.integers(-1, 2, (D, V)).astype(float)  # many ties
     ties = ((x @ head) == (x @ head).max(-1, keepdims=True)).sum(-1)
     assert (ties > 1).sum() > 5
-    ids = lambda x, head, *_, axes: token_likeliest(x, head, axes=axes, chunk=5)
-    found = jax.jit(over_tp(ids, tp, P()))(*(x, head), np.zeros(()), np.zeros(()))
+    *_, targets, weights = example()
+    scores = over_tp(functools.partial(token_scores, chunk=5), tp, (P(), P()))
+    total, found = jax.jit(scores)(x, head, targets, weights)
     np.testing.assert_array_equal(found, np.argmax(x @ head, -1))
+    close(total, full(x, head, targets, weights))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_likeliest_id_is_one_of_the_vocabulary_even_of_broken_logits(tp: int) -> None:
     x, head, *rest = (a.astype(np.float32) if a.dtype == np.float64 else a for a in example())
     x[0, 0], head[0, 3] = np.nan, np.nan
-    ids = lambda x, head, *_, axes: token_likeliest(x, head, axes=axes)
-    found = np.asarray(over_tp(ids, tp, P())(x, head, *rest))
+    _, found = over_tp(token_scores, tp, (P(), P()))(x, head, *rest)
+    found = np.asarray(found)
     assert ((found >= 0) & (found < V)).all()
