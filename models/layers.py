@@ -157,7 +157,7 @@ def ones(shape: tuple[int, ...], logical: Dims) -> nnx.Param:
 
 
 def check_counts(config: Any, *names: str) -> None:
-    """Raises ValueError unless the fields `names` are whole numbers of at least 1, and the layers at most MOST_LAYERS."""
+    """Raises ValueError unless the fields `names` are whole numbers of at least 1, and layers at most MOST_LAYERS."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
