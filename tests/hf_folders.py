@@ -250,6 +250,8 @@ def write(directory: Path, config: Mapping[str, Any], *, dtype: Any = np.float32
         scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
         centre = 1.0 if "norm" in key and key.endswith("weight") else 0.0
         tensors[key] = (centre + scale * rng.normal(size=shape)).astype(dtype)
+    if config["model_type"] == "qwen2_audio" and config["tie_word_embeddings"]:  # its class ties nothing
+        tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"]
     keys = sorted(tensors)
     names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     if shards == 1:

@@ -92,7 +92,8 @@ def test_shrinking_and_flops_know_the_encoder(workdir: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transformers_hears_the_same_from_the_file_to_the_logits(workdir: Path, tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from test_convert_torch import load, whole
+    from beside_torch import whole
+    from in_transformers import load
 
     out = tmp_path / "qwen2-audio"
     assert convert.main(["to_hf", str(workdir), "--out", str(out), "--modules=llm,audio"]) == 0
