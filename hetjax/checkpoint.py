@@ -25,10 +25,15 @@ from hetjax.trainer import State, Thunks, Trainer, is_stacked, path_parts
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
+FIRST_STEP = "first_step"  # of the trainer that saved: where its optimizer's state began
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; names the file and the way out."""
+
+
+class OtherArraysError(CheckpointError):
+    """A checkpoint of another model or optimizer."""
 
 
 class Checkpoints:
@@ -63,7 +68,7 @@ class Checkpoints:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(_nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
             )
-            saved = self._manager.save(state.step, args=args)
+            saved = self._manager.save(state.step, args=args, custom_metadata={FIRST_STEP: trainer.first_step})
         if not saved:
             raise CheckpointError(
                 f"{self.directory}: step {state.step} was not saved, a checkpoint of step {self.latest} is there; "
@@ -86,22 +91,32 @@ class Checkpoints:
     def check(self, trainer: Trainer, step: int) -> dict[str, Any]:
         """The position of the data at `step`. Reads no array.
 
-        Raises CheckpointError if the checkpoint is damaged, or of another model or optimizer."""
+        Raises CheckpointError if the checkpoint is damaged, of another phase, or of another model or optimizer."""
         with self._explained(step, "read"):
+            self._check_phase(step, trainer.first_step)
             self._check_names(step, abstract_names(trainer))
             return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
+    def _check_phase(self, step: int, first_step: int) -> None:
+        saved = self._manager.metadata(step).custom_metadata.get(FIRST_STEP, first_step)  # taken as it is without one
+        if saved != first_step:
+            raise CheckpointError(
+                f"{self.directory / str(step)}: its phase began behind step {saved}, but this run's phase of step "
+                f"{step} begins behind step {first_step}; set Experiment.phases, and the Phase.steps of those that are "
+                "over, back to what they were, or use another workdir"
+            )
 
     def _check_names(self, step: int, wanted: Names) -> None:
         stored = {name: tuple(leaf.shape) for name, leaf in _flat(self._manager.item_metadata(step)["state"])}
         for name in sorted(stored.keys() | wanted.keys()):
             if name not in stored or name not in wanted:
                 side = "the checkpoint lacks it" if name in wanted else "this run has no such array"
-                raise CheckpointError(
+                raise OtherArraysError(
                     f"{self.directory / str(step)}: {name}: {side}; restore with the model and optimizer settings "
                     "(frozen, trainable) that it was saved with, or use another workdir"
                 )
             if stored[name] != wanted[name].shape:
-                raise CheckpointError(
+                raise OtherArraysError(
                     f"{self.directory / str(step)}: {name} has shape {list(stored[name])}, this run's is "
                     f"{list(wanted[name].shape)}; restore with the model's own sizes, or use another workdir"
                 )

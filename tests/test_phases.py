@@ -15,7 +15,7 @@ import tiny
 from runs import Reference
 
 from hetjax import compare, config, experiment, train, verify
-from hetjax.checkpoint import Checkpoints, to_names
+from hetjax.checkpoint import CheckpointError, Checkpoints, to_names
 from hetjax.experiment import Experiment, Phase
 from hetjax.layout import Layout
 from hetjax.metrics import FILE
@@ -134,6 +134,33 @@ def test_a_run_that_is_stopped_goes_on_in_its_phase_bit_for_bit(
     assert curves(workdir) == curves(whole)
     one, other = restored(run, workdir), restored(run, whole)
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_dies_in_its_second_phase_ends_as_if_it_had_not(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, workdir = runs.load(whole.parent / "run.gin", {}), whole.parent / "died"
+    plain = Trainer.step
+
+    def step(self: Trainer, state: State, *rest: Any) -> Any:
+        if state.step == 5:
+            raise KeyboardInterrupt  # behind the save of step 4; nothing of what follows it in the loop runs
+        return plain(self, state, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "step", step)
+        train.train(run, workdir)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 4
+    train.train(run, workdir)
+    assert curves(workdir) == curves(whole)
+
+
+def test_a_phase_that_would_begin_elsewhere_is_refused(whole: Path) -> None:
+    other = {"one/experiment.Phase.steps": 2, "two/experiment.Phase.steps": 5}  # as many in all
+    message = "7: its phase began behind step 3, but this run's phase of step 7 begins behind step 2; set Experiment.ph"
+    with pytest.raises(CheckpointError, match=message):
+        train.train(runs.load(whole.parent / "run.gin", other), whole)
 
 
 def restored(run: Experiment, workdir: Path) -> dict[str, np.ndarray]:
