@@ -2,8 +2,12 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+OPERATIVE = "operative_config.gin"
+ARRAYS = re.compile(r"/model/|\.(encoders|model|phases|name|frozen|trainable|momentum)$")  # what decides a run's arrays
 
 
 def make(workdir: Path) -> None:
@@ -26,6 +30,19 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
             if resumed is not None and path.exists() and path.read_text() != text and not kept.exists():
                 os.replace(path, kept)
             os.replace(new, path)
+
+
+def changed(workdir: Path, operative: str) -> str:
+    """The settings that decide which arrays a run has, where the operative configuration in `workdir` differs."""
+    path = workdir / OPERATIVE
+    before, now = _settings(path.read_text() if path.is_file() else ""), _settings(operative)
+    found = {name: value for name, value in now.items() if ARRAYS.search(name) and before.get(name, value) != value}
+    return ", ".join(f"{name} = {value}, which was {before[name]}" for name, value in found.items())
+
+
+def _settings(operative: str) -> dict[str, str]:
+    pairs = (line.partition(" = ") for line in operative.splitlines())
+    return {name: value for name, _, value in pairs}
 
 
 @contextlib.contextmanager

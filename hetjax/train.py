@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from hetjax import checkpoint, command, config, evaluate, experiment, flops, memory, metrics, record, samples
-from hetjax.checkpoint import CheckpointError, Checkpoints
+from hetjax.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.data import Loader, blank
 from hetjax.data.items import count
 from hetjax.experiment import Experiment
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
         files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
         asked = "\n".join([*files, "# command line", *arguments.bindings, ""])
-        train(run, Path(arguments.workdir), {"config.gin": asked, "operative_config.gin": config.operative(run)})
+        train(run, Path(arguments.workdir), {"config.gin": asked, record.OPERATIVE: config.operative(run)})
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -103,7 +103,11 @@ def _ready(run: Experiment, trainers: Sequence[Trainer], first: int, loader: Loa
     """The state from which phase `first` goes on, with all programs compiled: of the newest checkpoint, else step 0."""
     resumed = checkpoints.latest
     if resumed is not None:  # whatever is wrong shows before the long part
-        loader.restore(checkpoints.check(trainers[first], resumed))
+        try:
+            loader.restore(checkpoints.check(trainers[first], resumed))
+        except OtherArraysError as error:
+            changed = record.changed(checkpoints.directory.parent, config.operative(run))
+            raise OtherArraysError(f"{changed}: {error}" if changed else str(error)) from error
     readers = {e.name: e.items.reader for e in run.encoders}
     starts = initial.open_starts(trainers[0].graph, run.init_from, readers) if resumed is None else {}
     for phase, trainer in enumerate(trainers[first:], first):

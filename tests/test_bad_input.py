@@ -14,7 +14,7 @@ import pytest
 import runs
 from runs import ROOT, Reference, layouts, settings
 
-from hetjax import experiment, memory, train, verify
+from hetjax import config, experiment, memory, record, train, verify
 from hetjax.checkpoint import Checkpoints
 from hetjax.memory import DeviceMemory
 from hetjax.trainer import Trainer
@@ -24,13 +24,14 @@ TWO = Reference("[@vision/experiment.Encoder(), @vision/experiment.Encoder()]")
 
 @pytest.fixture(scope="module")
 def gin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run.gin; beside it a checkpoint of step 0 in saved/, and broken data in odd/."""
+    """run.gin; beside it a run's record and checkpoint of step 0 in saved/, and broken data in odd/."""
     directory = tmp_path_factory.mktemp("bad")
     gin = runs.write(directory)
     run = runs.load(gin, {})
     trainer = experiment.build(run)
     with Checkpoints(directory / "saved" / "checkpoints") as checkpoints, experiment.train_loader(run) as loader:
         checkpoints.save(trainer, trainer.init(), loader.state())
+    record.write(directory / "saved", {record.OPERATIVE: config.operative(run)}, None)
     shutil.copytree(directory / "train", directory / "odd")
     (directory / "odd" / "empty.json").write_text("[]")
     (directory / "odd" / "broken.json").write_text('[{"id": 3,')
@@ -201,6 +202,10 @@ DATA = [
 CHECKPOINT = [
     (
         model(mlp_width=64),
+        "llm/model/decoder.Decoder.mlp_width = 64, which was 32: DIR/saved/checkpoints/0: ",
+    ),
+    (
+        model(mlp_width=64),
         "layers/0000/mlp/down has shape [32, 16], this run's is [64, 16]; restore with the model's own sizes",
     ),
     (
@@ -208,6 +213,7 @@ CHECKPOINT = [
         "layers/0002/attention/k: the checkpoint lacks it; restore with the model and optimizer settings",
     ),
     (optimizer(name="sgd", momentum=0.9), "this run has no such array; restore with the model and optimizer settings"),
+    (optimizer(name="sgd"), "error: optimizer/optimizer.OptimizerConfig.name = 'sgd', which was 'adamw': DIR/saved/"),
     (
         optimizer(frozen=["vision/*"]),
         "optimizer/vision/0/count: this run has no such array; restore with the model and",
@@ -230,8 +236,10 @@ def test_a_wrong_setting_is_refused(refusal: Any, gin: Path, changes: runs.Chang
 
 
 @pytest.mark.parametrize(("changes", "message"), CHECKPOINT, ids=str)
-def test_a_run_that_does_not_fit_its_checkpoint_is_refused(refusal: Any, changes: runs.Changes, message: str) -> None:
-    assert message in refusal(changes, "saved")
+def test_a_run_that_does_not_fit_its_checkpoint_is_refused(
+    refusal: Any, gin: Path, changes: runs.Changes, message: str
+) -> None:
+    assert message.replace("DIR", str(gin.parent)) in refusal(changes, "saved")
 
 
 def test_a_refused_run_writes_no_record(refusal: Any, gin: Path) -> None:
@@ -243,7 +251,7 @@ def test_a_refused_run_writes_no_record(refusal: Any, gin: Path) -> None:
     for changes in (settings(steps=0), layouts(llm=dict(tp=3)), model(mlp_width=64), data(seed=1)):
         refusal(changes, "saved")
     assert saved.read_text() == "of the first run"
-    assert sorted(p.name for p in saved.parent.iterdir()) == ["checkpoints", "config.gin"]
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["checkpoints", "config.gin", record.OPERATIVE]
 
 
 def test_a_work_directory_that_cannot_be_written_is_refused(refusal: Any, gin: Path) -> None:

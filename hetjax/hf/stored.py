@@ -23,9 +23,9 @@ from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
 from hetjax.hf.keys import Parts, flat
 from hetjax.hf.source import Array, Extras, Sliceable, Source, read_json
+from hetjax.record import OPERATIVE
 
 PARAMS, MODEL, FILES, UNUSED = "params", "model.gin", "files", "unused.safetensors"
-OPERATIVE = "operative_config.gin"
 Tree = Any
 
 
