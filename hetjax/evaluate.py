@@ -1,12 +1,13 @@
 """What a model scores on held-out conversations: with their pictures and clips, with blank ones, and text alone."""
 
 import collections
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from hetjax.data import Sample
+from hetjax.data import Loader, Sample, blank
 from hetjax.trainer import State, Trainer
 
 Arrays = Mapping[str, np.ndarray]
@@ -36,6 +37,33 @@ def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.nda
     right = sum(hits[sample] == count for sample, count in targets.items())
     token_accuracy = hits.total() / max(targets.total(), 1)
     return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), token_accuracy, frozenset(targets))
+
+
+def values(trainer: Trainer, state: State, held_out: Loader, microbatches: int) -> dict[str, float]:
+    """Loss and accuracies on the first `microbatches` of held-out data (0: all of them), by their names in metrics."""
+    return _named(score(trainer, state, _first(held_out, microbatches)))
+
+
+def last_values(trainer: Trainer, state: State, train: Loader, held_out: Loader, microbatches: int) -> dict[str, float]:
+    """Those of the last evaluation: with pictures and clips, with blank ones (all, and of one encoder where there are
+    several), and what the questions alone give away."""
+    found = score(trainer, state, _first(held_out, microbatches))
+    named = _named(found)
+    several = {f"_blank_{item.name}": (item,) for item in held_out.items} if len(held_out.items) > 1 else {}
+    for what, items in {"_blank": held_out.items, **several}.items() if held_out.items else ():
+        unseen = ((blank(arrays, items), owner) for arrays, owner in _first(held_out, microbatches))
+        named |= _named(score(trainer, state, unseen), what)
+    asked = [held_out.samples[ordinal] for ordinal in sorted(found.samples)]
+    named["eval/accuracy_prior"] = prior_accuracy(train.samples.values(), asked)
+    return named
+
+
+def _first(held_out: Loader, microbatches: int) -> Iterator[tuple[Arrays, np.ndarray]]:
+    return itertools.islice(held_out.one_pass(), microbatches or None)
+
+
+def _named(found: Score, what: str = "") -> dict[str, float]:
+    return {f"eval/{name}{what}": getattr(found, name) for name in ("loss", "accuracy", "token_accuracy")}
 
 
 def prior_accuracy(train: Iterable[Sample], held_out: Iterable[Sample]) -> float:

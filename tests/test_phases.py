@@ -18,6 +18,7 @@ from hetjax import compare, config, experiment, train, verify
 from hetjax.checkpoint import CheckpointError, Checkpoints, to_names
 from hetjax.experiment import Experiment, Phase
 from hetjax.layout import Layout
+from hetjax.log import Log
 from hetjax.metrics import FILE
 from hetjax.optimizer import OptimizerConfig
 from hetjax.reference import Reference as Judge
@@ -119,14 +120,14 @@ def test_a_run_that_is_stopped_goes_on_in_its_phase_bit_for_bit(
     whole: Path, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, workdir = runs.load(whole.parent / "run.gin", {}), whole.parent / f"stopped{len(stops)}"
-    plain = train.Log.step
+    plain = Log.step
 
-    def step(self: train.Log, step: int, *rest: Any) -> None:
+    def step(self: Log, step: int, *rest: Any) -> None:
         plain(self, step, *rest)
         if step in stops:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.Log, "step", step)
+    monkeypatch.setattr(Log, "step", step)
     for stop in stops:
         train.train(run, workdir)
         assert curves(workdir)[-1]["step"] == stop

@@ -20,6 +20,7 @@ from hetjax.data import ItemSpec, Pictures
 from hetjax.experiment import Experiment
 from hetjax.generate.prompt import read_items
 from hetjax.graph import Graph
+from hetjax.log import Log
 from hetjax.metrics import FILE, SAMPLES, read_jsonl
 from hetjax.trainer import State, Trainer
 
@@ -183,7 +184,7 @@ def test_with_several_encoders_each_is_blank_alone_once(monkeypatch: pytest.Monk
         return evaluate.Score(seen, 0.0, 0.0, frozenset())
 
     monkeypatch.setattr(evaluate, "score", score)
-    values = train._final(None, None, HeldOut(), HeldOut(), 0)
+    values = evaluate.last_values(None, None, HeldOut(), HeldOut(), 0)
     losses = {name: value for name, value in values.items() if "loss" in name}
     chart_alone, vision_alone = "eval/loss_blank_vision", "eval/loss_blank_chart"
     assert losses == {"eval/loss": 11, "eval/loss_blank": 0, chart_alone: 10, vision_alone: 1}
@@ -234,7 +235,7 @@ def test_a_step_that_is_not_finite_is_skipped_in_every_module(running: tuple, ca
     bad = [second[0], second[1] | {"vision.pixels": pixels}]
     lines = Lines()
     with experiment.train_loader(run) as loader:
-        log = train.Log(run, trainer, loader, lines)
+        log = Log(run, trainer, loader, lines)
         state, outcome = trainer.step(state, bad)
         log.step(2, bad, outcome)
         log.settle()
