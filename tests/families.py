@@ -119,8 +119,9 @@ def _whole_clips(slots: Arrays) -> Arrays:
 
 
 def with_item_token(made: Arrays, token: int) -> Arrays:
-    """The microbatch of a model whose pictures stand at `token`, above all tokens of text."""
-    tokens = np.where(made["vision.index"] >= 0, token, made["tokens"] % token)
+    """The microbatch of a model whose pictures or clips stand at `token`, above all tokens of text."""
+    (index,) = (values for name, values in made.items() if name.endswith(".index"))
+    tokens = np.where(index >= 0, token, made["tokens"] % token)
     return made | dict(tokens=tokens, targets=np.roll(tokens, -1, 1))
 
 

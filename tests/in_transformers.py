@@ -3,7 +3,8 @@ what it writes, and directories, in each of which lie
 
 model/      an export: it must load with every key and no other, and `inputs.npz` go through it -> NAME.npz (output,
             scalar), and NAME.gradients.npz (of the scalar, by transformers' own names)
-picture.png not in all: the processor of model/ makes ids and pixels of it -> NAME.made.npz
+picture.png, sound.npy (of 16 kHz) not in all: the processor of model/ makes ids and pixels, or features, of it
+            -> NAME.made.npz
 """
 
 import json
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 import transformers
 
-TEXT = "what <image> is it ? <end> so , <end>"
+TEXT = "what {} is it ? <end> so , <end>"
+MADE = ("input_ids", "pixel_values", "input_features", "feature_attention_mask")
 
 
 def load(directory: Path, dtype: Any = torch.float32) -> Any:
@@ -64,11 +66,21 @@ def main(name: str, directories: list[str]) -> None:
         np.savez(directory / f"{name}.npz", output=output.detach().float().numpy(), scalar=scalar.item())
         gradients = {key: p.grad.float().numpy() for key, p in model.named_parameters() if p.grad is not None}
         np.savez(directory / f"{name}.gradients.npz", **gradients)
-        if (directory / "picture.png").exists():
-            processor = transformers.AutoProcessor.from_pretrained(directory / "model")
-            picture = transformers.image_utils.load_image(str(directory / "picture.png"))
-            made = processor(images=[picture], text=TEXT, return_tensors="np")
-            np.savez(directory / f"{name}.made.npz", ids=made["input_ids"], pixels=made["pixel_values"])
+        processed = _processed(directory)
+        if processed:
+            np.savez(directory / f"{name}.made.npz", **{k: processed[k] for k in MADE if k in processed})
+
+
+def _processed(directory: Path) -> Mapping[str, np.ndarray]:
+    """What the processor makes of the picture or the sound beside the model, if there is one."""
+    picture, sound = directory / "picture.png", directory / "sound.npy"
+    if not picture.exists() and not sound.exists():
+        return {}
+    process = transformers.AutoProcessor.from_pretrained(directory / "model")
+    if picture.exists():
+        images = [transformers.image_utils.load_image(str(picture))]
+        return process(images=images, text=TEXT.format("<image>"), return_tensors="np")
+    return process(audio=[np.load(sound)], text=[TEXT.format("<audio>")], sampling_rate=16000, return_tensors="np")
 
 
 if __name__ == "__main__":

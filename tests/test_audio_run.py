@@ -39,11 +39,9 @@ def changes(folder: Path, data: str) -> runs.Changes:
     return encoder | layouts | optimizer | place | run
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(root: Path) -> Path:
     """The run's workdir; beside it lie run.gin, data and the Whisper folder."""
-    root = tmp_path_factory.mktemp("audio")
-    (root / "data").mkdir()
+    (root / "data").mkdir(parents=True)
     config = hf_folders.whisper(num_mel_bins=80, max_source_positions=1500)
     folder = hf_folders.write(root / "whisper", config, dtype=np.float16)
     data = test_sounds.write(root / "data", LENGTHS)
@@ -51,6 +49,11 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gin.write_text(runs.GIN.replace("from models import decoder, vit", "from models import decoder, vit, whisper"))
     assert train.main(runs.arguments(gin, root / "run", changes(folder, data))) == 0
     return root / "run"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("audio"))
 
 
 def test_both_kinds_are_counted_and_the_frozen_encoder_is_the_folder_s(workdir: Path, tmp_path: Path) -> None:
