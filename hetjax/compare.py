@@ -26,7 +26,10 @@ class Worst(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """One step, compared: the losses, and the worst leaf of each module's gradients, optimizer state and parameters."""
+    """One step, compared: the losses, and the worst leaf of each module's gradients, optimizer state and parameters.
+
+    Parameters are those that the reference makes of the trainer's own gradients: an optimizer that divides a gradient
+    by its size (Adam) moves where that is nothing but rounding, and no two orders of summation move alike there."""
 
     step: int
     loss: float
@@ -40,9 +43,9 @@ class StepReport(NamedTuple):
         """Relative difference of the losses."""
         return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-30)
 
-    def within(self, *, loss: float, leaves: float, params: float | None = None) -> bool:
-        """Whether the loss and every leaf are within tolerance (a NaN is not); parameters within `params`, if given."""
-        bounds = ((self.gradients, leaves), (self.state, leaves), (self.params, leaves if params is None else params))
+    def within(self, *, loss: float, leaves: float, params: float) -> bool:
+        """Whether the loss and every leaf are within tolerance (a NaN is not)."""
+        bounds = ((self.gradients, leaves), (self.state, leaves), (self.params, params))
         good = [w.error <= bound for found, bound in bounds for w in found.values()]
         return self.loss_error <= loss and all(good)
 
@@ -88,10 +91,13 @@ def compare(
     params = trainer.whole(state.params)
     reference_state = reference.init_state(params)
     for n, microbatches in enumerate(steps):
+        before, states = trainer.whole(state.params), trainer.flat(state.optimizer)
         done = trainer.gradients(state, microbatches)
         got = trainer.flat(done.grads)
         state, outcome = trainer.update(state, done)
         result = reference.step(params, reference_state, microbatches, n)
+        own = (_like(reference_state, states), outcome.loss, _like(result.grads, got))
+        expected = reference.update(before, *own, n).params
         params, reference_state = result.params, result.state
         states, moved = trainer.flat(state.optimizer), trainer.flat(state.params)
         yield StepReport(
@@ -100,8 +106,16 @@ def compare(
             float(result.loss),
             {m: worst_leaf(got[m], _leaves(result.grads[m]), definitions[m]) for m in got},
             {m: worst_leaf(states[m], _leaves(reference_state[m]), definitions[m]) for m in states if states[m]},
-            {m: worst_leaf(moved[m], _leaves(params[m]), definitions[m]) for m in moved},
+            {m: worst_leaf(moved[m], _leaves(expected[m]), definitions[m]) for m in moved},
         )
+
+
+def _like(reference: dict[str, Any], flat: Flat) -> dict[str, Any]:
+    """The trainer's leaves as the trees of the reference; one that the trainer lacks stays the reference's."""
+    return {
+        module: jax.tree_util.tree_map_with_path(lambda path, leaf, m=module: flat.get(m, {}).get(path, leaf), tree)
+        for module, tree in reference.items()
+    }
 
 
 def compare_initial(trainer: Trainer) -> dict[str, Worst]:

@@ -145,9 +145,14 @@ class Reference:
         step: int,
     ) -> Result:
         """One training step over all microbatches."""
-        trainable, frozen = self.split(params)
         loss, grads = self._grad(params, whole_batch(self.graph, microbatches))
-        grads, _ = self.split(grads)
+        return self.update(params, state, loss, self.split(grads)[0], step)
+
+    def update(
+        self, params: dict[str, Tree], state: dict[str, Tree], loss: jax.Array, grads: dict[str, Tree], step: int
+    ) -> Result:
+        """What a step makes of its loss and gradients (of trainable parameters); of NaN and infinity nothing."""
+        trainable, frozen = self.split(params)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         if not bool(jnp.isfinite(norm) & jnp.isfinite(loss)):
             return Result(loss, grads, params, state)

@@ -217,7 +217,7 @@ def assert_parity(graph: experiment.Graph) -> None:
     """One step under the graph's layouts leaves the reference's gradients and momenta."""
     trainer = tiny.trainer(graph, SHAPE, SGD, dtype=jnp.float64)
     (report,) = compare.compare(trainer, [tiny.microbatches(SHAPE)], Reference(graph, SGD))
-    assert report.within(loss=1e-12, leaves=1e-11), report
+    assert report.within(loss=1e-12, leaves=1e-11, params=1e-11), report
 
 
 def test_the_notebook_runs_and_shows_equal_curves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_the_second_phase_begins_where_the_first_ended_as_on_one_device() -> Non
 
     reports = compare.compare(two, [tiny.microbatches(SHAPE, seed=9)], Judge(graph, ALL), start=state)
     (report,) = reports
-    assert report.within(loss=1e-12, leaves=1e-11), report
+    assert report.within(loss=1e-12, leaves=1e-11, params=1e-11), report
     assert set(report.gradients) == {"vision", "llm"}
 
 
