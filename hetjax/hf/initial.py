@@ -1,30 +1,24 @@
 """Step 0 of a run whose modules start from stored parameters.
 
-Every device's shard is read by itself, from the range of the file that holds it, layer by layer, and the fresh values
-of a leaf are freed before its own are read: beside the parameters a process holds the tensor that is read.
+Every device's shard is read by itself, from the range of the file that holds it, layer by layer and piece by piece, and
+the fresh values of a leaf are freed before its own are read: beside the parameters a process holds a piece of a tensor.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from hetjax import stacks
 from hetjax.data import Pictures
 from hetjax.data.items import Reader
 from hetjax.graph import Graph
-from hetjax.hf import pictures
+from hetjax.hf import pictures, pieces
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.keys import OF_DATA, OF_PROJECTOR
-from hetjax.hf.pattern import Index
-from hetjax.hf.source import Sliceable, Source
+from hetjax.hf.source import Source
 from hetjax.hf.stored import module_of, open_source
 from hetjax.parameters import Parameters
 from hetjax.stage import Stage
@@ -141,29 +135,7 @@ def _read(names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, *, s
             raise ConvertError(
                 f"{source.path}: {name} {has}, the run's is {list(wanted)}; use the model's own settings"
             )
-    if not stacked:
-        return _array(source.fetch(names)[names[0]], abstract)
-    where = NamedSharding(abstract.sharding.mesh, P(*abstract.sharding.spec[1:]))
-    layer = jax.ShapeDtypeStruct(abstract.shape[1:], abstract.dtype, sharding=where)
     leaf = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
-    for row, name in enumerate(names):  # waits: else the host's copies of several layers would be alive at once
-        leaf = jax.block_until_ready(_set_row(leaf, _array(source.fetch([name])[name], layer), row))
+    for row, name in enumerate(names):
+        leaf = pieces.put(source.fetch([name])[name], leaf, *((row,) if stacked else ()))
     return leaf
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_row(leaf: jax.Array, values: jax.Array, row: int) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(leaf, values, row, 0)
-
-
-def _array(stored: Sliceable, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas share what is read
-
-    def shard(index: Index | None) -> np.ndarray:
-        index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), abstract.shape, strict=True))
-        key = tuple((i.start, i.stop) for i in index)
-        if key not in shards:
-            shards[key] = np.ascontiguousarray(stored[index], abstract.dtype)
-        return shards[key]
-
-    return jax.block_until_ready(jax.make_array_from_callback(abstract.shape, abstract.sharding, shard))

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from hetjax import config
-from hetjax.hf import tensors
+from hetjax.hf import pieces, tensors
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, stored_tensor
 from hetjax.hf.output import written
@@ -54,7 +54,7 @@ class _Later:
         return math.prod(self.kind.shape) * self.kind.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        return self.array[(slice(None),) * len(self.kind.shape)]
+        return pieces.on_host(self.array, self.kind)
 
 
 class _InTurn(type_handlers.NumpyHandler):
