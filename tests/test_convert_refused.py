@@ -323,3 +323,17 @@ def test_an_audio_encoder_that_no_class_holds_beside_a_decoder_is_not_exported(s
     sizes = dict(num_mels=5, width=16, num_layers=2, num_heads=2, mlp_width=24, output_width=32, variant="qwen2_audio")
     with pytest.raises(ConvertError, match=f"Whisper.{setting}='{value}': the one class that holds an audio encoder"):
         audio.check_whole(Whisper(**(sizes | {setting: value})))
+
+
+def test_values_beyond_the_range_of_the_type_asked_for_are_refused_by_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = hf_folders.write(tmp_path / "hf", text("llama"))
+    tensors = hf_folders.read(folder)
+    tensors["model.norm.weight"][3] = -7e4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert run("from_hf", folder, "--out", tmp_path / "ckpt") == 0
+    assert run("to_hf", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "float16") == 2
+    assert "--dtype=float16: model.norm.weight holds 7e+04, beyond" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run("to_hf", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "bfloat16") == 0

@@ -149,7 +149,7 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
         kind = DTYPES[dtype] if dtype else stored.dtype
         fetch = fetch_rows if len(place.keys) > 1 else fetch_once
         for row, key in enumerate(place.keys):
-            read = functools.partial(_values, fetch, theirs, place, row, kind)
+            read = functools.partial(_values, fetch, theirs, place, row, kind, key)
             found[key] = Tensor(place.torch_shape, kind, read)
     if parts.whole and parts.audio is not None and parts.llm is not None and parts.llm.tied:
         # Qwen2-Audio's class in transformers 5 ties nothing: without its own copy the head would have random values
@@ -157,8 +157,18 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
     return found
 
 
-def _values(fetch: Callable[[str], Sliceable], name: str, place: keys.Place, row: int, dtype: np.dtype) -> np.ndarray:
-    return place.to_torch(fetch(name), row).astype(dtype, copy=False)
+def _values(
+    fetch: Callable[[str], Sliceable], name: str, place: keys.Place, row: int, dtype: np.dtype, key: str
+) -> np.ndarray:
+    values = place.to_torch(fetch(name), row)
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if cast is not values and not np.array_equal(np.isfinite(cast), np.isfinite(values)):
+        raise ConvertError(
+            f"--dtype={dtype.name}: {key} holds {np.abs(values[np.isfinite(values)]).max():.3g}, beyond that type's "
+            "range; take bfloat16 or float32"
+        )
+    return cast
 
 
 def _with_idle(
