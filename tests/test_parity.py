@@ -64,7 +64,12 @@ PAPER = [
 FROZEN_LLM = (("frozen", ("llm/*",)),)
 FROZEN_VISION = (("frozen", ("vision/*",)),)
 PROJECTOR = (("frozen", ("*",)), ("trainable", ("vision/last/projector/*",)))
-ROUTERS = (("frozen", ("llm/*",)), ("trainable", ("llm/layers/moe/router", "llm/layers/mlp/up")))
+ROUTERS = (
+    ("frozen", ("llm/*",)),
+    ("trainable", ("llm/layers/moe/router", "llm/layers/mlp/up")),
+    # faster ones meet a token between two experts, which float32 sends to the one or the other by its rounding
+    ("learning_rate_multipliers", {"*": 0.3}),
+)
 CLIP = (("clip_norm", 0.05),)
 LOW, HIGH = "0-3", "4-7"
 
