@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax import stacks
+from hetjax.names import flat, nested
 from hetjax.pipeline import StageKey
 from hetjax.stage import Stage
 from hetjax.trainer import State, Thunks, Trainer, is_stacked, path_parts
@@ -66,7 +67,7 @@ class Checkpoints:
             return
         with self._explained(state.step, "written"):
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(_nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
+                state=ocp.args.StandardSave(nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
             )
             saved = self._manager.save(state.step, args=args, custom_metadata={FIRST_STEP: trainer.first_step})
         if not saved:
@@ -84,9 +85,9 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: no complete checkpoint; train first, or check the path")
         data = self.check(trainer, step)
         with self._explained(step, "read"):
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(abstract_names(trainer))))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(nested(abstract_names(trainer))))
             found = self._manager.restore(step, args=args)
-        return from_names(trainer, dict(_flat(found["state"])), step), data
+        return from_names(trainer, dict(flat(found["state"])), step), data
 
     def check(self, trainer: Trainer, step: int) -> dict[str, Any]:
         """The position of the data at `step`. Reads no array.
@@ -107,7 +108,7 @@ class Checkpoints:
             )
 
     def _check_names(self, step: int, wanted: Names) -> None:
-        stored = {name: tuple(leaf.shape) for name, leaf in _flat(self._manager.item_metadata(step)["state"])}
+        stored = {name: tuple(leaf.shape) for name, leaf in flat(self._manager.item_metadata(step)["state"])}
         for name in sorted(stored.keys() | wanted.keys()):
             if name not in stored or name not in wanted:
                 side = "the checkpoint lacks it" if name in wanted else "this run has no such array"
@@ -244,22 +245,3 @@ def _join(cuts: tuple[int, ...], rows: list[jax.Array]) -> list[jax.Array]:
     """The leaves that `_copies` took apart."""
     rest = iter(rows)
     return [jnp.stack([next(rest) for _ in range(count)]) if count else next(rest) for count in cuts]
-
-
-def _nested(names: Mapping[str, Any]) -> Tree:
-    tree: Tree = {}
-    for name, leaf in names.items():
-        *parents, last = name.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
-
-
-def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value

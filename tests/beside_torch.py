@@ -18,8 +18,8 @@ import pytest
 from hetjax import stacks
 from hetjax.graph import Graph, Module, vlm
 from hetjax.hf import keys
-from hetjax.hf.stored import nested
 from hetjax.layout import Layout
+from hetjax.names import nested
 from hetjax.reference import apply_module, mean_loss
 from models.contract import ModuleDef, Part
 

@@ -8,14 +8,15 @@ transformers 5 (layout C) and state dicts in memory (B) spell some of them other
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from hetjax.hf import audio
 from hetjax.hf.pattern import Pattern, parse
 from hetjax.hf.source import Sliceable
+from hetjax.names import flat
 from models.decoder import Decoder
 from models.vit import ViT
 from models.whisper import Whisper
@@ -195,15 +196,6 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     for name, part in {"first": definition.first, **layers, "last": definition.last}.items():
         found |= {f"{name}/{path}": tuple(leaf.shape) for path, leaf in kept(part.init)}
     return {name: shape for name, shape in found.items() if name.removeprefix("last/") not in definition.tied}
-
-
-def flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of nested dicts."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def canonical(key: str, parts: Parts) -> str:

@@ -22,7 +22,8 @@ from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, stored_tensor
 from hetjax.hf.output import written
 from hetjax.hf.source import Array, Sliceable
-from hetjax.hf.stored import FILES, MODEL, PARAMS, UNUSED, nested
+from hetjax.hf.stored import FILES, MODEL, PARAMS, UNUSED
+from hetjax.names import nested
 
 AT_ONCE = 2**24  # bytes that are written together, at least: each write leaves a version of the index
 

@@ -21,8 +21,9 @@ from hetjax import config
 from hetjax.experiment import Experiment
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
-from hetjax.hf.keys import Parts, flat
+from hetjax.hf.keys import Parts
 from hetjax.hf.source import Array, Extras, Sliceable, Source, read_json
+from hetjax.names import flat, nested
 from hetjax.record import OPERATIVE
 
 PARAMS, MODEL, FILES, UNUSED = "params", "model.gin", "files", "unused.safetensors"
@@ -151,15 +152,3 @@ def module_of(source: Source, model: Any) -> str:
         kind = type(model).__name__
         raise ConvertError(f"{source.path} holds {len(names)} models of kind {kind}; name a source with exactly one")
     return names[0]
-
-
-def nested(names: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of what is named by path."""
-    tree: dict[str, Any] = {}
-    for name, leaf in names.items():
-        *parents, last = name.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
