@@ -20,9 +20,10 @@ CONFIGS = runs.ROOT / "configs"
 CACHE = runs.ROOT / "data" / "cache"
 RECIPES = ["smollm2_captions", "whisper_smollm2", "smollm2_both"]
 LIKE_SMOLLM2 = dict(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64, intermediate_size=8)
-EXPORTED = {  # first phase, held-out questions; no class of transformers holds both encoders
-    "smollm2_captions": ("encoder", "captions"),
-    "whisper_smollm2": ("projector", "spoken"),
+EXPORTED = {  # first phase, held-out questions, what is exported: no class of transformers holds both encoders
+    "smollm2_captions": ("encoder", "captions", "llm,vision"),
+    "whisper_smollm2": ("projector", "spoken", "llm,audio"),
+    "smollm2_both": ("senses", "captions", "llm,vision"),
 }
 
 
@@ -72,13 +73,14 @@ def test_a_recipe_builds_every_phase_and_its_data_fit(name: str) -> None:
 def test_a_recipes_export_answers_as_the_run_does(name: str, tmp_path: Path) -> None:
     """After a step of each phase; real weights, held-out items, greedy."""
     pytest.importorskip("transformers")
-    phase, data = EXPORTED[name]
+    phase, data, modules = EXPORTED[name]
     steps = {f"{p}/experiment.Phase.steps": 1 for p in (phase, "all")}
     short = steps | runs.settings(eval_microbatches=1) | {"all/optimizer.OptimizerConfig.decay_steps": 0}
     runs.train(CONFIGS / f"{name}.gin", tmp_path / "run", short, timeout=1000)
-    command("-m", "hetjax.convert", "to_hf", tmp_path / "run", "--out", tmp_path / "export")
+    exported = tmp_path / "export"
+    command("-m", "hetjax.convert", "to_hf", tmp_path / "run", "--out", exported, f"--modules={modules}")
     questions = CACHE / "tuxpaint" / f"{data}.test.json"
-    said = command("scripts/same_answers.py", tmp_path / "run", tmp_path / "export", questions, "--count", 4)
+    said = command("scripts/same_answers.py", tmp_path / "run", exported, questions, "--count", 4)
     assert "4 of 4 answers are the same" in said
 
 
