@@ -145,6 +145,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def any_in(directory: Path) -> bool:
+    """Whether `directory` has checkpoints. Makes nothing, as `Checkpoints` does."""
+    return any(path.name.isdigit() for path in directory.glob("*"))
+
+
 def programs(trainer: Trainer) -> Thunks:
     """What a save runs, to be compiled with the rest; without it the first save compiles."""
     return [

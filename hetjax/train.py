@@ -54,11 +54,20 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         held_out = experiment.held_out_loader(run)
         if held_out is not None:
             stack.enter_context(held_out)
+        directory, readers = workdir / "checkpoints", {e.name: e.items.reader for e in run.encoders}
+        resumes = checkpoint.any_in(directory)
+        starts = {} if resumes else initial.open_starts(trainers[0].graph, run.init_from, readers)
         record.make(workdir)
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=run.keep))
+        checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep))
         resumed = checkpoints.latest
+        if resumes and (resumed is None or resumed > run.ends[-1]):
+            what = "none is complete" if resumed is None else f"the newest is of step {resumed}"
+            raise CheckpointError(
+                f"{directory} has checkpoints, of which {what}; this run ends at step {run.ends[-1]}: set its steps "
+                "(Experiment.steps, or those of its phases) to at least that, or use another workdir"
+            )
         first = run.phase_of(resumed or 0)
-        state = _ready(run, trainers, first, loader, checkpoints)
+        state = _ready(run, trainers, first, loader, checkpoints, starts)
         record.write(workdir, asked or {}, resumed)
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
@@ -91,7 +100,14 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         _report_data(loader)
 
 
-def _ready(run: Experiment, trainers: Sequence[Trainer], first: int, loader: Loader, checkpoints: Checkpoints) -> State:
+def _ready(
+    run: Experiment,
+    trainers: Sequence[Trainer],
+    first: int,
+    loader: Loader,
+    checkpoints: Checkpoints,
+    starts: Mapping[str, initial.Start],
+) -> State:
     """The state from which phase `first` goes on, with all programs compiled: of the newest checkpoint, else step 0."""
     resumed = checkpoints.latest
     if resumed is not None:  # whatever is wrong shows before the long part
@@ -100,8 +116,6 @@ def _ready(run: Experiment, trainers: Sequence[Trainer], first: int, loader: Loa
         except OtherArraysError as error:
             changed = record.changed(checkpoints.directory.parent, config.operative(run))
             raise OtherArraysError(f"{changed}: {error}" if changed else str(error)) from error
-    readers = {e.name: e.items.reader for e in run.encoders}
-    starts = initial.open_starts(trainers[0].graph, run.init_from, readers) if resumed is None else {}
     for phase, trainer in enumerate(trainers[first:], first):
         if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
             print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         experiment.start(run)
         trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
         print(f"{trainers[0].picture()}\n", flush=True)
+        if run.init_from:
+            print("Experiment.init_from is not read here: both sides start from the values drawn for Experiment.seed")
         reference, failed = Reference(trainers[0].graph, trainers[0].config), 0
         failed += _print_initial(compare_initial(trainers[0]))
         with experiment.train_loader(run) as loader:

@@ -35,7 +35,10 @@ def main() -> int:
     fields = {item.field: item.reader for item in ours.chat.items}
     asked = [(s["conversations"][0]["value"], {f: str(root / s[f]) for f in fields if f in s}) for s in samples]
     prompts = [generate.ask(question, **files) for question, files in asked]
-    answers = [answer.text for answer in ours(prompts, max_new_tokens=arguments.max_new_tokens)]
+    try:
+        answers = [answer.text for answer in ours(prompts, max_new_tokens=arguments.max_new_tokens)]
+    except ValueError as error:
+        raise SystemExit(f"error: {error}; pictures and clips are looked for beside {arguments.questions}") from error
     theirs = Transformers(arguments.export, fields)
     different = 0
     for sample, (question, files), answer in zip(samples, asked, answers, strict=True):

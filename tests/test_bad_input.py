@@ -245,6 +245,9 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(
 def test_a_refused_run_writes_no_record(refusal: Any, gin: Path) -> None:
     """Neither of itself in a new directory, nor over that of the run which is there."""
     refusal(settings(steps=0), "fresh")
+    assert "Experiment.init_from: llm: nosuch: no such directory" in refusal(
+        settings(init_from={"llm": "nosuch"}), "fresh"
+    )
     assert not (gin.parent / "fresh").exists()
     saved = gin.parent / "saved" / "config.gin"
     saved.write_text("of the first run")

@@ -15,7 +15,7 @@ import runs
 from conftest import Counter
 
 from hetjax import config, evaluate, experiment, generate, reference, train
-from hetjax.checkpoint import Checkpoints, to_names
+from hetjax.checkpoint import CheckpointError, Checkpoints, to_names
 from hetjax.data import ItemSpec, Pictures
 from hetjax.experiment import Experiment
 from hetjax.generate.prompt import read_items
@@ -202,6 +202,15 @@ def test_a_finished_run_called_again_repeats_nothing(whole: tuple[Path, runs.Cha
     before = (workdir / FILE).read_text()
     train.train(runs.load(gin, changes), workdir)
     assert (workdir / FILE).read_text() == before
+
+
+def test_a_run_that_ends_before_its_checkpoint_is_refused(whole: tuple[Path, runs.Changes], gin: Path) -> None:
+    workdir, changes = whole
+    before = (workdir / "config.gin").read_text()
+    shorter = runs.load(gin, changes | runs.settings(steps=STEPS - 1))
+    with pytest.raises(CheckpointError, match=f"the newest is of step {STEPS}; this run ends at step {STEPS - 1}: set"):
+        train.train(shorter, workdir, {"config.gin": "of the shorter run"})
+    assert (workdir / "config.gin").read_text() == before
 
 
 # -- one step after another, in this process -------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def parse_size(text: str) -> int:
     """Bytes of "5GB"."""
     match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.upper())
     if match is None or int(match[1]) == 0:
-        raise ConvertError(f"--max_shard_size={text}; write a number and a unit, such as 5GB or 500MB")
+        raise ConvertError(f"--max_shard_size={text}; write a whole number, at least 1, and KB, MB or GB: 5GB, 500MB")
     return int(match[1]) * SIZES[match[2]]
 
 

@@ -49,8 +49,9 @@ def open_starts(
         names = [m.name for m in graph.modules]
         if name not in names:
             raise ConvertError(f"Experiment.init_from names {name!r}; the modules are {', '.join(names)}")
-        source, model = open_source(path), graph.module(name).definition.config
+        model = graph.module(name).definition.config
         try:
+            source = open_source(path)
             starts[name] = start = Start(source, module_of(source, model))
         except ConvertError as error:
             raise ConvertError(f"Experiment.init_from: {name}: {error}") from error

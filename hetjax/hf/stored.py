@@ -120,7 +120,10 @@ class Workdir:
         try:
             source = open_source(start)
         except ConvertError as error:
-            raise ConvertError(f"{name} started from {start}, whose files belong to the export: {error}") from error
+            raise ConvertError(
+                f"{name} started from {start} (Experiment.init_from), whose tokenizer and settings are needed with it: "
+                f"{error}; a relative path counts from where this command runs, so run it where the training ran"
+            ) from error
         return source.extras[module_of(source, self.models[name])]
 
     def fetch(self, names: Sequence[str]) -> Mapping[str, Sliceable]:
@@ -150,5 +153,8 @@ def module_of(source: Source, model: Any) -> str:
     names = [name for name, other in source.models.items() if type(other) is type(model)]
     if len(names) != 1:
         kind = type(model).__name__
-        raise ConvertError(f"{source.path} holds {len(names)} models of kind {kind}; name a source with exactly one")
+        held = ", ".join(type(other).__name__ for other in source.models.values())
+        raise ConvertError(
+            f"{source.path} holds {len(names)} models of kind {kind} (of {held}); name a source with exactly one"
+        )
     return names[0]
