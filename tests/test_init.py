@@ -13,7 +13,11 @@ from hetjax.trainer import Trainer
 from models.moe import Experts
 
 
-@pytest.mark.parametrize("experts", [None, tiny.EXPERTS], ids=["one kind of layer", "two kinds"])
+@pytest.mark.parametrize(
+    "experts",
+    [pytest.param(None, marks=pytest.mark.slow), tiny.EXPERTS],
+    ids=["one kind of layer", "two kinds"],
+)
 def test_values_at_step_0_are_those_of_one_device_whatever_the_layouts(experts: Experts | None) -> None:
     shape = tiny.Shape()
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.microbatches(shape)[0].items()}
