@@ -145,9 +145,9 @@ class Checkpoints:
         self._manager.close()
 
 
-def any_in(directory: Path) -> bool:
-    """Whether `directory` has checkpoints. Makes nothing, as `Checkpoints` does."""
-    return any(path.name.isdigit() for path in directory.glob("*"))
+def steps_in(directory: Path) -> list[int]:
+    """The steps whose checkpoints lie in `directory`. Makes nothing, as `Checkpoints` does."""
+    return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
 
 
 def programs(trainer: Trainer) -> Thunks:

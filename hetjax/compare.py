@@ -88,10 +88,10 @@ def compare(
     `start`, where the trainer's first step begins with other parameters than its initial ones, is consumed."""
     definitions = {module.name: module.definition for module in trainer.graph.modules}
     state: State = trainer.init() if start is None else start
-    params = trainer.whole(state.params)
+    before = params = trainer.whole(state.params)
+    states = trainer.flat(state.optimizer)
     reference_state = reference.init_state(params)
     for n, microbatches in enumerate(steps):
-        before, states = trainer.whole(state.params), trainer.flat(state.optimizer)
         done = trainer.gradients(state, microbatches)
         got = trainer.flat(done.grads)
         state, outcome = trainer.update(state, done)
@@ -108,6 +108,7 @@ def compare(
             {m: worst_leaf(states[m], _leaves(reference_state[m]), definitions[m]) for m in states if states[m]},
             {m: worst_leaf(moved[m], _leaves(expected[m]), definitions[m]) for m in moved},
         )
+        before = _like(params, moved)
 
 
 def _like(reference: dict[str, Any], flat: Flat) -> dict[str, Any]:

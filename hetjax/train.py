@@ -55,7 +55,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         if held_out is not None:
             stack.enter_context(held_out)
         directory, readers = workdir / "checkpoints", {e.name: e.items.reader for e in run.encoders}
-        resumes = checkpoint.any_in(directory)
+        resumes = bool(checkpoint.steps_in(directory))
         starts = {} if resumes else initial.open_starts(trainers[0].graph, run.init_from, readers)
         record.make(workdir)
         checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep))

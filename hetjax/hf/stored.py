@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hetjax import config
+from hetjax import checkpoint, config
 from hetjax.experiment import Experiment
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
@@ -103,7 +103,7 @@ class Workdir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.run = config.load([str(path / OPERATIVE)], [], Experiment)
-        steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+        steps = checkpoint.steps_in(path / "checkpoints")
         if not steps:
             raise ConvertError(f"{path}: no checkpoint in checkpoints/; train first, or check the path")
         encoders = {e.name: e.model for e in self.run.encoders}
