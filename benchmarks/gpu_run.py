@@ -13,6 +13,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -141,10 +142,9 @@ def page(results: list[dict[str, Any]]) -> str:
     lines += [
         f"| {r['part']} | {'out of time' if r['status'] is None else r['status']} | {r['seconds']} |" for r in results
     ]
+    logged = re.compile(r"[WEI]\d{4} ")  # XLA's own lines
     for r in results:
-        shown = [
-            line for line in r["said"].splitlines() if "WARNING" not in line and not line.startswith(("W0", "E0", "I0"))
-        ]
+        shown = [line for line in r["said"].splitlines() if not logged.match(line)]
         lines += ["", f"## {r['part']}", "", *(f"    {line}" for line in shown[-45:])]
     return "\n".join(lines) + "\n"
 
