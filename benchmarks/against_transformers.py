@@ -17,7 +17,7 @@ import torch
 import transformers
 from synthetic import Timed, Workload, median_seconds
 
-from hetjax.layout import Layout
+from hetjax.core.layout import Layout
 from models.decoder import Decoder
 from models.vit import ViT
 

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from mfu import SIZES
 
-from hetjax.graph import Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.stage import Stage
-from hetjax.trainer import Trainer
+from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.stage import Stage
+from hetjax.core.trainer import Trainer
 from models import attention
 
 # From the data sheet and `cudaGetDeviceProperties`.

@@ -2,7 +2,7 @@
 
     python benchmarks/mfu.py [--size 1b|7b] [--repeats 10]
 
-Needs a device whose peak `hetjax.flops` knows. A 7B model with float32 weights and gradients needs some 60 GiB.
+Needs a device whose peak `hetjax.core.flops` knows. A 7B model with float32 weights and gradients needs some 60 GiB.
 """
 
 import argparse
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from synthetic import Timed, Workload, median_seconds
 
-from hetjax import flops
-from hetjax.graph import Remat
-from hetjax.layout import Layout
+from hetjax.core import flops
+from hetjax.core.graph import Remat
+from hetjax.core.layout import Layout
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -35,7 +35,7 @@ def main() -> None:
     kind = jax.devices()[0].device_kind
     peak = flops.peak_flops(kind)
     if peak is None:
-        raise SystemExit(f"error: the peak of {kind!r} is not known; MFU needs an accelerator that hetjax.flops lists")
+        raise SystemExit(f"error: the peak of {kind!r} is not known; MFU needs an accelerator of hetjax.core.flops")
     llm = SIZES[flags.size]
     work = Workload(
         llm=llm,

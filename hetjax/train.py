@@ -15,13 +15,14 @@ from pathlib import Path
 
 import jax
 
-from hetjax import checkpoint, command, config, evaluate, experiment, memory, metrics, record, samples
-from hetjax.checkpoint import CheckpointError, Checkpoints, OtherArraysError
+from hetjax.core import memory
+from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
-from hetjax.experiment import Experiment
 from hetjax.hf import initial
-from hetjax.log import Log
-from hetjax.trainer import State, Trainer
+from hetjax.run import checkpoint, command, config, evaluate, experiment, metrics, record, samples
+from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
+from hetjax.run.experiment import Experiment
+from hetjax.run.log import Log
 
 
 def main(argv: Sequence[str]) -> int:

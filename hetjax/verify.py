@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from hetjax import command, config, experiment
-from hetjax.compare import StepReport, Worst, compare, compare_initial
-from hetjax.experiment import Experiment
-from hetjax.reference import Reference
-from hetjax.shrink import shrunk
+from hetjax.judge.compare import StepReport, Worst, compare, compare_initial
+from hetjax.judge.reference import Reference
+from hetjax.run import command, config, experiment
+from hetjax.run.experiment import Experiment
+from hetjax.run.shrink import shrunk
 
 
 class Tolerance(NamedTuple):

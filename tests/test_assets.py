@@ -16,14 +16,14 @@ from tokenizers import Tokenizer
 
 from hetjax import generate
 from hetjax.assets import fetch, smollm2, tuxpaint, whisper_tiny
+from hetjax.core.graph import Module, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.trainer import Trainer
 from hetjax.data import DataError
-from hetjax.graph import Module, vlm
 from hetjax.hf import initial, pretrained
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.reference import apply_module
-from hetjax.trainer import Trainer
+from hetjax.judge.reference import apply_module
 
 CACHE = Path(__file__).parent.parent / "data" / "cache"
 SMOLLM2 = CACHE / "smollm2"

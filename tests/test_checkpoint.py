@@ -11,10 +11,10 @@ import pytest
 import tiny
 from conftest import Counter
 
-from hetjax.checkpoint import CheckpointError, Checkpoints, programs, to_names
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import State, Trainer
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.trainer import State, Trainer
+from hetjax.run.checkpoint import CheckpointError, Checkpoints, programs, to_names
 
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=2)
 ADAMW = OptimizerConfig(learning_rate=1e-2)

@@ -20,13 +20,13 @@ from hf_folders import hearing, llava, qwen2_audio, text, vision, whisper
 from safetensors.numpy import load_file, save_file
 
 from hetjax import convert, train
-from hetjax.graph import Graph, Module, vlm
+from hetjax.core.graph import Graph, Module, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.trainer import Trainer
 from hetjax.hf import initial, keys, pieces, read_config, tensors, write_config
 from hetjax.hf.pattern import parse
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from beside_torch import in_transformers, torch
 
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.trainer import Trainer
 from hetjax.hf import export, initial
 from hetjax.hf.source import Source
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
 
 pytestmark = beside_torch.QUIET
 RATE = 0.5

@@ -16,11 +16,13 @@ import nbclient
 import pytest
 import tiny
 
-from hetjax import command, compare, config, experiment, layout, optimizer
+from hetjax.core import layout, optimizer
+from hetjax.core.graph import Module, vlm
+from hetjax.core.layout import Layout
 from hetjax.data import settings
-from hetjax.graph import Module, vlm
-from hetjax.layout import Layout
-from hetjax.reference import Reference
+from hetjax.judge import compare
+from hetjax.judge.reference import Reference
+from hetjax.run import command, config, experiment
 from models import attention, decoder, moe, vit, whisper
 
 ROOT = Path(__file__).parent.parent

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny
 
-from hetjax import compare
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.trainer import Trainer
+from hetjax.judge import compare
 from models.moe import Experts
 
 

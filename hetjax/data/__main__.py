@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hetjax import command, config, experiment
 from hetjax.data import inspect
+from hetjax.run import command, config, experiment
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetjax import stacks
-from hetjax.reference import Reference, initial_params
-from hetjax.trainer import Path, State, Trainer, is_stacked, path_parts
+from hetjax.core import stacks
+from hetjax.core.trainer import Path, State, Trainer, is_stacked, path_parts
+from hetjax.judge.reference import Reference, initial_params
 from models.contract import ModuleDef
 
 Flat = Mapping[str, Mapping[Path, np.ndarray]]

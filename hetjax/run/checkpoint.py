@@ -18,11 +18,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import stacks
-from hetjax.names import flat, nested
-from hetjax.pipeline import StageKey
-from hetjax.stage import Stage
-from hetjax.trainer import State, Thunks, Trainer, is_stacked, path_parts
+from hetjax.core import stacks
+from hetjax.core.pipeline import StageKey
+from hetjax.core.stage import Stage
+from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
+from hetjax.run.names import flat, nested
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not

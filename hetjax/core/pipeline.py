@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetjax.boundary import Boundary
-from hetjax.graph import Graph, Module
-from hetjax.layout import StagePlan, plan_stages, sharding, zigzag
-from hetjax.optimizer import OptimizerConfig
-from hetjax.parameters import Parameters
-from hetjax.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
-from hetjax.stage import Abstract, Stage
+from hetjax.core.boundary import Boundary
+from hetjax.core.graph import Graph, Module
+from hetjax.core.layout import StagePlan, plan_stages, sharding, zigzag
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.parameters import Parameters
+from hetjax.core.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
+from hetjax.core.stage import Abstract, Stage
 
 IN_FLIGHT = 8
 StageKey = tuple[str, int]

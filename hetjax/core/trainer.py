@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax import optimizer
-from hetjax.finish import Finish, Outcome
-from hetjax.graph import Graph
-from hetjax.layout import check_batch, picture
-from hetjax.pipeline import HostTimes, Pipeline, StageKey
-from hetjax.stacks import LAYERS
-from hetjax.stage import Abstract
+from hetjax.core import optimizer
+from hetjax.core.finish import Finish, Outcome
+from hetjax.core.graph import Graph
+from hetjax.core.layout import check_batch, picture
+from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.core.stacks import LAYERS
+from hetjax.core.stage import Abstract
 
 Tree = Any
 Path = tuple[Any, ...]  # key path of a leaf, as jax.tree_util gives it

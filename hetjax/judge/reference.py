@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetjax import optimizer
-from hetjax.graph import Graph
+from hetjax.core import optimizer
+from hetjax.core.graph import Graph
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 

@@ -20,14 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hetjax import command
+from hetjax.core.graph import Graph, Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.trainer import Trainer
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
 from hetjax.data.items import Reader
 from hetjax.data.microbatch import abstract
-from hetjax.graph import Graph, Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
+from hetjax.run import command
 
 PRECISIONS = ("bfloat16", "float32", "float64")
 SEES, HEARS = ("vision", "image", "<image>"), ("audio", "audio", "<audio>")  # name, field and placeholder of an encoder

@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import optimizer
-from hetjax.boundary import Boundary
-from hetjax.pipeline import HostTimes, Pipeline, StageKey
-from hetjax.stage import Stage
+from hetjax.core import optimizer
+from hetjax.core.boundary import Boundary
+from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.core.stage import Stage
 
 Tree = Any
 
