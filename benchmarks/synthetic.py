@@ -13,6 +13,7 @@ import numpy as np
 from hetjax.core.graph import Module, Remat, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import State, Trainer
 from models.decoder import Decoder
 from models.vit import ViT
@@ -39,15 +40,16 @@ class Workload:
         decoder = self.llm.module(self.dtype, encoders=("vision",), packed=False)
         graph = vlm((encoder,), Module("llm", decoder, llm, self.remat))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
-        trainer = Trainer(
-            graph,
+        spec = TrainSpec(
+            graph=graph,
             devices=jax.devices(),
             batch=abstract,
             groups=self.samples,
             num_microbatches=self.num_microbatches,
-            config=OptimizerConfig(name="sgd", clip_norm=1.0),
+            optimizer=OptimizerConfig(name="sgd", clip_norm=1.0),
             **options,
         )
+        trainer = Trainer(spec)
         trainer.compile()
         return trainer
 

@@ -119,7 +119,7 @@ def _ready(
             raise OtherArraysError(f"{changed}: {error}" if changed else str(error)) from error
     for phase, trainer in enumerate(trainers[first:], first):
         if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
-            print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
+            print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.spec.first_step + 1} to {run.ends[phase]}")
             _compile(trainer, evaluates=run.held_out is not None)
     if resumed is None:
         return initial.state(trainers[0], starts)

@@ -23,6 +23,7 @@ from hetjax import convert, train
 from hetjax.core.graph import Graph, Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
 from hetjax.hf import initial, keys, pieces, read_config, tensors, write_config
 from hetjax.hf.pattern import parse
@@ -242,7 +243,7 @@ def trainer(source: Any, layouts: dict[str, Layout]) -> Trainer:
     batch["vision.pixels"] = jax.ShapeDtypeStruct((8, 8, 8, 3), np.float32)
     assert rows == 4
     config = OptimizerConfig(name="sgd", clip_norm=None)
-    return Trainer(graph, devices=jax.devices(), batch=batch, groups=8, num_microbatches=1, config=config)
+    return Trainer(TrainSpec(graph, jax.devices(), batch, groups=8, num_microbatches=1, optimizer=config))
 
 
 @pytest.fixture(scope="module")
