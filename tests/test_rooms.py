@@ -1,6 +1,8 @@
 """What was written before the modules had rooms goes on: a workdir resumes, exports and answers, and gin files load."""
 
 import json
+import runpy
+import sys
 import tarfile
 from pathlib import Path
 
@@ -39,6 +41,15 @@ def test_a_workdir_of_before_answers_and_is_exported(old: Path) -> None:
     assert convert.main(["to_hf", "run", "--out", "exported"]) == 0
     kind = json.loads((old / "exported" / "config.json").read_text())["architectures"]
     assert kind == ["LlavaForConditionalGeneration"] and (old / "exported" / "model.safetensors").is_file()
+
+
+def test_data_inspect_is_called_as_it_was(
+    old: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["data", "inspect", "--gin_file=run.gin", "--rows=1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hetjax.data", run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("[0] ")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from hetjax import generate
 model = generate.load("runs/quickstart")  # a run; or a Hugging Face folder, or a converted checkpoint
 answers = model(["Hello", generate.ask("Which colour is it?", image="a.png")], max_new_tokens=16)
 print(answers[0].text)
+
+Imports point down, to the Hugging Face folders, the core and the data; commands stand above. A run's own samples do
+without (hetjax/run/samples.py).
 """
 
 from hetjax.generate.generator import Answer, Generator, load
