@@ -25,7 +25,7 @@ import transformers
 from mfu import DECODERS
 from synthetic import Time, Timed, Workload, measured
 
-from hetjax.layout import Layout
+from hetjax.core.layout import Layout
 from models.decoder import Decoder
 from models.vit import ViT
 

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from mfu import DECODERS
 
-from hetjax.graph import Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.stage import Stage
-from hetjax.trainer import Trainer
+from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.stage import Stage
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
 from models import attention
 
 # From the data sheet and `cudaGetDeviceProperties`.
@@ -58,15 +59,15 @@ def compiled(size: str, seq_len: int, *, packed: bool, cp: int) -> Stage:
     definition = DECODERS[size].module(jnp.bfloat16, packed=packed)
     row = {k: jax.ShapeDtypeStruct((1, seq_len), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
     row["weights"] = jax.ShapeDtypeStruct((1, seq_len), jnp.float32)
-    trainer = Trainer(
-        vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
+    spec = TrainSpec(
+        graph=vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
         devices=devices,
         batch=row,
         groups=1,
         num_microbatches=1,
-        config=OptimizerConfig(),
+        optimizer=OptimizerConfig(),
     )
-    stage = trainer.pipeline.stages["llm", 0]
+    stage = Trainer(spec).pipeline.stages["llm", 0]
     thunks = stage.thunks(evaluate=False)
     for name in ("forward", "backward"):
         thunks[name]()

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 SAMPLES = 64
 GIN = """
-from hetjax import experiment, layout, optimizer
+from hetjax.core import layout, optimizer
 from hetjax.data import settings
+from hetjax.run import experiment
 from models import decoder, vit
 
 experiment.Experiment.encoders = [@vision/experiment.Encoder()]

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from dearest import Kernels, read_trace
 from synthetic import Timed, Workload, median_seconds
 
-from hetjax import flops
-from hetjax.graph import Remat
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
+from hetjax.core import flops
+from hetjax.core.graph import Remat
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
 from models.decoder import Decoder
 from models.vit import ViT
 

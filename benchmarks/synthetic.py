@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.graph import Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import State, Trainer
+from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import State, Trainer
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -42,15 +43,16 @@ class Workload:
         decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=False)
         graph = vlm(encoders, Module("llm", decoder, llm, self.remat))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
-        trainer = Trainer(
-            graph,
+        spec = TrainSpec(
+            graph=graph,
             devices=jax.devices(),
             batch=abstract,
             groups=self.samples,
             num_microbatches=self.num_microbatches,
-            config=self.optimizer,
+            optimizer=self.optimizer,
             **options,
         )
+        trainer = Trainer(spec)
         trainer.compile()
         return trainer
 

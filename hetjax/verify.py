@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import jax
 
-from hetjax import command, config, experiment
-from hetjax.compare import StepReport, Worst, compare, compare_initial
-from hetjax.experiment import Experiment
-from hetjax.reference import Reference
-from hetjax.shrink import shrunk
+from hetjax.judge.compare import StepReport, Worst, compare, compare_initial
+from hetjax.judge.reference import Reference
+from hetjax.run import command, config, experiment
+from hetjax.run.experiment import Experiment
+from hetjax.run.shrink import shrunk
 
 
 class Tolerance(NamedTuple):
@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"{trainers[0].picture()}\n", flush=True)
         if run.init_from:
             print("Experiment.init_from is not read here: both sides start from the values drawn for Experiment.seed")
-        reference, failed = Reference(trainers[0].graph, trainers[0].config), 0
+        reference, failed = Reference(trainers[0].graph, trainers[0].spec.optimizer), 0
         failed += _print_initial(compare_initial(trainers[0]))
         with experiment.train_loader(run) as loader:
             for phase, trainer in enumerate(trainers, 1):
                 print(f"phase {phase} of {len(trainers)}", flush=True)
                 trainer.compile()
                 steps = (loader.next_step(run.num_microbatches) for _ in range(flags.steps))
-                reports = compare(trainer, steps, reference.with_config(trainer.config))
+                reports = compare(trainer, steps, reference.with_config(trainer.spec.optimizer))
                 failed += _print_reports(reports, TOLERANCES[flags.dtype])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

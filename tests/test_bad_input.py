@@ -14,10 +14,12 @@ import pytest
 import runs
 from runs import ROOT, Reference, layouts, settings
 
-from hetjax import config, experiment, memory, record, train, verify
-from hetjax.checkpoint import Checkpoints
-from hetjax.memory import DeviceMemory
-from hetjax.trainer import Trainer
+from hetjax import train, verify
+from hetjax.core import memory
+from hetjax.core.memory import DeviceMemory
+from hetjax.core.trainer import Trainer
+from hetjax.run import config, experiment, record
+from hetjax.run.checkpoint import Checkpoints
 
 TWO = Reference("[@vision/experiment.Encoder(), @vision/experiment.Encoder()]")
 

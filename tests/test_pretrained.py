@@ -11,14 +11,14 @@ import pytest
 import runs
 from hf_folders import llava, text, vision
 
-from hetjax import config, experiment
 from hetjax.data import Pictures
-from hetjax.experiment import Experiment
 from hetjax.hf import initial, pictures, pretrained
 from hetjax.hf.stored import open_source
+from hetjax.run import config, experiment
+from hetjax.run.experiment import Experiment
 
 GIN = """
-from hetjax import experiment
+from hetjax.run import experiment
 from hetjax.data import settings
 from hetjax.hf import initial, pictures, pretrained
 

@@ -16,7 +16,7 @@ import numpy as np
 from hetjax.hf import audio
 from hetjax.hf.pattern import Pattern, parse
 from hetjax.hf.source import Sliceable
-from hetjax.names import flat
+from hetjax.run.names import flat
 from models.decoder import Decoder
 from models.vit import ViT
 from models.whisper import Whisper

@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 
 from hetjax.data import Pictures, Sounds
 from hetjax.data.items import ItemSpec, Reader
-from hetjax.experiment import Encoder, Experiment
 from hetjax.hf import audio, chat_template, older, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import TOKENIZER
 from hetjax.hf.keys import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
+from hetjax.run.experiment import Encoder, Experiment
 
 GENERATION, OLD_TEMPLATE = "generation_config.json", "chat_template.json"
 PROCESSORS = (pictures.FILE, pictures.NESTED)
