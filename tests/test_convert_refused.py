@@ -20,7 +20,10 @@ from safetensors.numpy import save_file
 from hetjax import convert
 from hetjax.hf import audio, read_config
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
+from hetjax.hf.parts import Parts
 from hetjax.hf.stored import open_source
+from models.decoder import Decoder
 from models.whisper import Whisper
 
 CLIP_LLAMA = llava(text("llama"), vision("clip"))
@@ -322,7 +325,9 @@ def test_features_that_are_not_computed_are_refused_by_field() -> None:
 def test_an_audio_encoder_that_no_class_holds_beside_a_decoder_is_not_exported(setting: str, value: str) -> None:
     sizes = dict(num_mels=5, width=16, num_layers=2, num_heads=2, mlp_width=24, output_width=32, variant="qwen2_audio")
     with pytest.raises(ConvertError, match=f"Whisper.{setting}='{value}': the one class that holds an audio encoder"):
-        audio.check_whole(Whisper(**(sizes | {setting: value})))
+        registry.WHOLE_OF_KIND["qwen2_audio"].check(
+            Parts(Decoder(48, 32, 2, 4, 2, 40), audio=Whisper(**(sizes | {setting: value})))
+        )
 
 
 def test_values_beyond_the_range_of_the_type_asked_for_are_refused_by_key(

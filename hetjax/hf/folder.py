@@ -100,7 +100,7 @@ class Folder:
     def _check_keys(self, wanted: set[str], found: set[str]) -> None:
         llm = self.parts.llm
         if llm is not None and llm.tied:  # some files store the shared leaf twice
-            head = (keys.LLM if self.parts.whole else "") + "lm_head.weight"
+            head = keys.prefix(self.parts, "llm") + "lm_head.weight"
             if head in found:
                 self._check_tie(head)
                 found = found - {head}

@@ -17,7 +17,7 @@ from hetjax.data.items import Reader
 from hetjax.graph import Graph
 from hetjax.hf import pictures, pieces
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.keys import OF_DATA, OF_PROJECTOR
+from hetjax.hf.parts import OF_DATA, OF_PROJECTOR
 from hetjax.hf.source import Source
 from hetjax.hf.stored import module_of, open_source
 from hetjax.parameters import Parameters

@@ -21,7 +21,7 @@ from hetjax import checkpoint, config
 from hetjax.experiment import Experiment
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
-from hetjax.hf.keys import Parts
+from hetjax.hf.parts import Parts
 from hetjax.hf.source import Array, Extras, Sliceable, Source, read_json
 from hetjax.names import flat, nested
 from hetjax.record import OPERATIVE
