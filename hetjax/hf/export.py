@@ -146,7 +146,7 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
             read = functools.partial(_values, fetch, theirs, place, row, kind, key)
             found[key] = Tensor(place.torch_shape, kind, read)
     whole = registry.whole_of(parts)
-    if whole is not None and whole.copies_head and parts.llm is not None and parts.llm.tied:
+    if whole is not None and not whole.ties and parts.llm is not None and parts.llm.tied:
         before = keys.prefix(parts, "llm")
         found[f"{before}lm_head.weight"] = found[f"{before}model.embed_tokens.weight"]
     return found

@@ -90,8 +90,9 @@ def _answers(
 
 
 def item_token(extras: Extras, field: str) -> int | None:
-    """The id that stands for the rows of a picture ("image") or clip ("audio") in the source's config.json."""
-    values = ((extras.config or {}).get(f"{field}_token_{name}") for name in ("index", "id"))
+    """The id that stands for the rows of a picture ("image") or clip ("audio") in the source's config.json: of its two
+    names "id" precedes "index" in all versions of transformers."""
+    values = ((extras.config or {}).get(f"{field}_token_{name}") for name in ("id", "index"))
     return next((value for value in values if isinstance(value, int)), None)
 
 

@@ -48,7 +48,6 @@ def _parts(config: Config, where: str) -> Parts:
     read = lambda part, **changes: registry.OF_KIND[found[part]["model_type"]].read(
         found[part], f"{where}: {whole.fields[part]}", **changes
     )
-    found["llm"].setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     choices = whole.choices(config, where)
     llm = read("llm")
     return Parts(**{"llm": llm, whole.encoder: read(whole.encoder, output_width=llm.width, **choices)})

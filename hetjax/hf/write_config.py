@@ -12,6 +12,8 @@ from typing import Any
 from hetjax.hf import read_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
+from hetjax.hf.families.decoder import told_rope
+from hetjax.hf.fields import VERSION
 from hetjax.hf.parts import OF_DATA, OF_PROJECTOR, Model, Parts
 
 Config = dict[str, Any]
@@ -26,7 +28,7 @@ def write(
     sources = dict(sources or {})
     found = [sources.get(part) for part in parts.models]
     if found[0] is not None and all(source == found[0] for source in found) and _same(found[0], parts):
-        return _modernised(copy.deepcopy(found[0])) | _dtype(dtype)
+        return _modernised(copy.deepcopy(found[0]), dtype) | _dtype(dtype)
     inner = {part: _one(part, model, sources.get(part)) for part, model in parts.models.items()}
     whole = registry.whole_of(parts)
     if whole is None:
@@ -78,21 +80,29 @@ def _same(source: Config, parts: Parts) -> bool:
         return False
 
 
-def _modernised(config: Config) -> Config:
-    """A source's config as 4.x and 5 both read it."""
-    for inner in (config, config.get("text_config")):
-        if not isinstance(inner, dict):
-            continue
+def _modernised(config: Config, dtype: str | None = None) -> Config:
+    """A source's config as 4.x and 5 both read it, each fact told the same wherever it stands; `dtype` None is left."""
+    _, tied = registry.tie(config)
+    whole = registry.WHOLE_OF_KIND.get(config["model_type"])
+    inside = [] if whole is None else [config[field] for field in whole.fields.values() if config.get(field)]
+    for inner in (config, *inside):
         family = registry.OF_KIND.get(inner.get("model_type", ""))
         for new, old in family.renamed.items() if family is not None else ():
             if new in inner:
                 inner[old] = inner.pop(new)
-        rope = dict(inner.pop("rope_parameters", None) or {})
-        if rope:
-            inner["rope_theta"] = rope.pop("rope_theta", inner.get("rope_theta", 10000.0))
-            inner["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-    if isinstance(config.get("text_config"), dict):
-        text = config["text_config"]
-        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-        config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
+        if "rope_parameters" in inner:
+            _write_rope(inner, config.get(VERSION))
+        inner |= {name: dtype for name in _dtype("") if dtype and name in inner}
+    if whole is not None and config.get(whole.fields["llm"]):
+        config[registry.TIE] = config[whole.fields["llm"]][registry.TIE] = tied
     return config
+
+
+def _write_rope(config: Config, version: str | None) -> None:
+    """The rotary settings in the fields of version 4."""
+    field, rope = told_rope({VERSION: version, **config})
+    config.pop("rope_parameters")
+    if field == "rope_parameters":
+        if "rope_theta" in rope:
+            config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope

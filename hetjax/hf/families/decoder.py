@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hetjax.hf.families.family import HEAD_BIAS, HEADS, LINEAR, VECTOR, Family, Table
-from hetjax.hf.fields import Config, only, present, refused
+from hetjax.hf.fields import Config, is_of_4, only, present, refused
 from models.attention import RopeScaling
 from models.decoder import Decoder
 from models.layers import MOST_LAYERS
@@ -112,10 +112,18 @@ def _read(config: Config, c: Config, traits: Traits, where: str) -> Decoder:
     )
 
 
+def told_rope(config: Config) -> tuple[str, dict[str, Any]]:
+    """(field that tells of rotary positions, what it says): rope_scaling, of transformers 4, precedes rope_parameters,
+    of version 5, which version 4 does not read."""
+    old = config.get("rope_scaling")
+    if old or (is_of_4(config) and "rope_theta" in config):
+        return "rope_scaling", dict(old or {})
+    return "rope_parameters", dict(config.get("rope_parameters") or {})
+
+
 def _rope(config: Config, theta: float, where: str) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling): from rope_parameters (transformers 5), else from rope_theta and rope_scaling."""
-    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = dict(config.get(field) or {})
+    """(theta, scaling); `theta` where the rotary settings do not tell it."""
+    field, rope = told_rope(config)
     theta = float(rope.pop("rope_theta", theta))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)

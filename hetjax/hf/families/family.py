@@ -55,7 +55,7 @@ class Whole:
     kinds: tuple[str, ...]  # of its encoder
     holders: Mapping[str, str]  # module -> what stands before its keys
     projector: Table
-    copies_head: bool  # whether the class ties nothing, and a tied head needs its own copy
+    ties: bool  # whether its class in transformers 5 ties the head; where not, a tied head needs its own copy
     choices: Callable[[Config, str], dict[str, Any]]  # (config, where) -> settings of the encoder that it holds
     write: Callable[[Parts], dict[str, Any]]  # its own fields
     check: Callable[[Parts], None]  # raises ConvertError unless the class computes what the models do

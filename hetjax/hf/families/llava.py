@@ -107,7 +107,7 @@ FAMILY = Whole(
         "last/projector/out": ("linear_2.weight", LINEAR),
         "last/projector/out_bias": ("linear_2.bias", VECTOR),
     },
-    copies_head=False,
+    ties=True,
     choices=choices,
     write=write,
     check=check,

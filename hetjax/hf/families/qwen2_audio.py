@@ -60,7 +60,7 @@ FAMILY = Whole(
         "last/projector/weight": ("linear.weight", LINEAR),
         "last/projector/bias": ("linear.bias", VECTOR),
     },
-    copies_head=True,  # without it the head would have random values in transformers 5
+    ties=False,  # without a copy the head would have random values in transformers 5
     choices=lambda config, where: {},
     write=lambda parts: {},
     check=check,

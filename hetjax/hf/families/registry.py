@@ -16,7 +16,7 @@ from hetjax.hf.families import (
     whisper,
 )
 from hetjax.hf.families.family import Family, Whole
-from hetjax.hf.fields import Config
+from hetjax.hf.fields import VERSION, Config, is_of_4
 from hetjax.hf.parts import PART_OF, Model, Parts
 
 FAMILIES = (
@@ -28,6 +28,7 @@ WHOLES = (llava.FAMILY, qwen2_audio.FAMILY)
 OF_KIND = {family.kind: family for family in FAMILIES}
 WHOLE_OF_KIND = {whole.kind: whole for whole in WHOLES}
 PAIRS = {family.pair: family for family in FAMILIES if family.pair}
+TIE = "tie_word_embeddings"
 KINDS = sorted({*OF_KIND, *WHOLE_OF_KIND, *PAIRS})
 
 
@@ -39,6 +40,12 @@ def family_of(model: Model) -> Family:
 def whole_of(parts: Parts) -> Whole | None:
     """The family of a language model with an encoder; None for either alone."""
     return next(w for w in WHOLES if w.encoder == parts.encoder) if parts.whole else None
+
+
+def field(parts: Parts, module: str) -> str:
+    """What stands before the fields of a module in config.json."""
+    whole = whole_of(parts)
+    return "" if whole is None else f"{whole.fields[module]}."
 
 
 def inner(config: Config) -> dict[str, dict[str, Any]]:
@@ -54,4 +61,21 @@ def inner(config: Config) -> dict[str, dict[str, Any]]:
     for part, default in whole.defaults.items():
         given = config.get(whole.fields[part])
         found[part] = {"model_type": default["model_type"], **given} if given else dict(default)
+    _, found["llm"][TIE] = tie(config)
+    if VERSION in config:
+        found["llm"].setdefault(VERSION, config[VERSION])
     return found
+
+
+def tie(config: Config) -> tuple[str, bool]:
+    """(field that tells, whether the head is the embedding). transformers 5 ties a whole if one of two places says so;
+    version 4, and a class of 5 that ties nothing itself, look into the config inside."""
+    whole = WHOLE_OF_KIND.get(config["model_type"])
+    if whole is None:
+        return TIE, config.get(TIE) or False
+    field = whole.fields["llm"]
+    inside = (config.get(field) or {}).get(TIE)
+    told_inside = (is_of_4(config) or not whole.ties) and inside is not None
+    if told_inside or (inside and not config.get(TIE)):
+        return f"{field}.{TIE}", bool(inside)
+    return TIE, config.get(TIE) or False
