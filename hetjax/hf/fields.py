@@ -28,6 +28,11 @@ def only(config: Config, allowed: Config, where: str) -> None:
             raise refused(where, name, config[name], why)
 
 
+def nonzero(config: Config, *names: str) -> dict[str, Any]:
+    """Those of the fields that would have an effect."""
+    return {name: config[name] for name in names if config.get(name)}
+
+
 def is_of_4(config: Config) -> bool:
     """Whether transformers 4.x wrote the config: where two fields tell one fact, its writer's precedence holds, and
     that of version 5 where nothing tells of one."""

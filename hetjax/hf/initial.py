@@ -5,6 +5,7 @@ the fresh values of a leaf are freed before its own are read: beside the paramet
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from hetjax import stacks
 from hetjax.data import Pictures
 from hetjax.data.items import Reader
 from hetjax.graph import Graph
-from hetjax.hf import pictures, pieces
+from hetjax.hf import pictures, pieces, read_config
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.parts import OF_DATA, OF_PROJECTOR
+from hetjax.hf.parts import OF_DATA, OF_PROJECTOR, PART_OF
 from hetjax.hf.source import Source
 from hetjax.hf.stored import module_of, open_source
 from hetjax.parameters import Parameters
@@ -26,6 +27,7 @@ from hetjax.trainer import Path, State, Trainer, is_stacked, path_parts
 from models.vit import ViT
 from models.whisper import Whisper
 
+LOG = logging.getLogger(__name__)
 PROJECTOR = "last/projector/"
 
 
@@ -56,10 +58,20 @@ def open_starts(
         except ConvertError as error:
             raise ConvertError(f"Experiment.init_from: {name}: {error}") from error
         _check_same(name, model, start)
+        _name_unapplied(name, model, start)
         reader = (readers or {}).get(name)
         if isinstance(reader, Pictures):
             pictures.check(name, reader, source.extras[start.module].files)
     return starts
+
+
+def _name_unapplied(name: str, model: Any, start: Start) -> None:
+    config = start.source.extras[start.module].config
+    found = "" if config is None else read_config.unapplied(config, PART_OF[type(model)])
+    if found:
+        LOG.warning(
+            f"{name}: {found} of {start.source.path} is not applied: it stays in exports, and training is exact"
+        )
 
 
 def has_projector(source: Source, module: str) -> bool:

@@ -64,3 +64,12 @@ def _check_inner(whole: Whole, found: Mapping[str, dict[str, Any]], where: str) 
             )
         if config.get("quantization_config"):
             raise refused(where, f"{field}.quantization_config", "...", "quantised weights are not read")
+
+
+def unapplied(config: Config, part: str) -> str:
+    """The fields of config.json, with their values, that transformers applies to a module in training, and we do not:
+    they change no parameter and no evaluation. Empty if there are none. `config` is one that was read."""
+    whole, inner = registry.WHOLE_OF_KIND.get(config["model_type"]), registry.inner(config)[part]
+    before = "" if whole is None else f"{whole.fields[part]}."
+    found = registry.OF_KIND[inner["model_type"]].unapplied(inner)
+    return ", ".join(f"{before}{name}={value!r}" for name, value in found.items())

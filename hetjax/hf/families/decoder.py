@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hetjax.hf.families.family import HEAD_BIAS, HEADS, LINEAR, VECTOR, Family, Table
-from hetjax.hf.fields import Config, is_of_4, only, present, refused
+from hetjax.hf.fields import Config, is_of_4, nonzero, only, present, refused
 from models.attention import RopeScaling
 from models.decoder import Decoder
 from models.layers import MOST_LAYERS
@@ -38,14 +38,12 @@ DEFAULTS: dict[str, Any] = dict(
     hidden_act="silu",
     tie_word_embeddings=False,
 )
-# Fields with one value that our models compute, those of mixtures and of noise in training among them; another one is
-# refused. None stands for absent.
+# Fields with one value that our models compute, those of other mixtures among them; another one is refused. None stands
+# for absent.
 ONLY: dict[str, Any] = dict(
     attention_bias=False,
     mlp_bias=False,
-    attention_dropout=0,
     partial_rotary_factor=1.0,
-    router_jitter_noise=0,
     shared_expert_intermediate_size=0,
     num_shared_experts=0,
     n_shared_experts=0,
@@ -65,6 +63,7 @@ def family(
     fields: Callable[[Decoder], dict[str, Any]],
     keys: Table | None = None,
     renamed: Mapping[str, str] | None = None,
+    unapplied: Callable[[Config], dict[str, Any]] = lambda config: nonzero(config, "attention_dropout"),
 ) -> Family:
     """A family of decoders: `traits` of a config are settings of the model, `fields` of a model are in its config."""
 
@@ -85,6 +84,7 @@ def family(
         read=read,
         write=write,
         renamed=renamed or {},
+        unapplied=unapplied,
     )
 
 

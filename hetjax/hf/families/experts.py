@@ -8,7 +8,7 @@ export; that loss is not added here, as LLaVA's class in transformers does not a
 from typing import Any
 
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.fields import Config
+from hetjax.hf.fields import Config, nonzero
 from models.moe import Experts
 
 COUNTS = ("num_local_experts", "num_experts")
@@ -22,6 +22,12 @@ def count(c: Config, where: str, *, default: int) -> int:
         raise ConvertError(f"{where}: {both} contradict each other; remove the one that is wrong")
     found: int = next(iter(given.values()), default)
     return found
+
+
+def unapplied(config: Config, *names: str) -> dict[str, Any]:
+    """Noise in training, of `names` too, and the weight of the router's loss where transformers adds that."""
+    loss = ("router_aux_loss_coef",) if config.get("output_router_logits") else ()
+    return nonzero(config, "attention_dropout", *names, *loss)
 
 
 def write(experts: Experts) -> dict[str, Any]:

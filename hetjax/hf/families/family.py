@@ -8,7 +8,7 @@ from typing import Any
 
 from hetjax.data.items import Reader
 from hetjax.experiment import Encoder
-from hetjax.hf.fields import Config
+from hetjax.hf.fields import Config, nonzero
 from hetjax.hf.parts import Parts
 
 # Our name, without module and the layer's number ("layers/attention/q") -> (key, pattern). In a key N is the layer's
@@ -36,6 +36,8 @@ class Family:
     pair: str | None = None  # model_type of folders that hold it, in vision_config, and a text tower beside it
     bare: Mapping[str, str] = dataclasses.field(default_factory=dict)  # class -> what its keys lack at the front
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # field of transformers 5 -> of 4
+    # the fields of a config that transformers applies in training alone, and we do not
+    unapplied: Callable[[Config], dict[str, Any]] = lambda config: nonzero(config, "attention_dropout")
     # (model, keys that came behind its prefix) -> (the model without what did not come, constants in its place)
     shortened: Callable[[Any, Collection[str]], tuple[Any, Mapping[str, tuple[tuple[int, ...], float]]]] = (
         lambda model, came: (model, {})

@@ -62,4 +62,5 @@ FAMILY = decoder.family(
     fields=fields,
     keys=KEYS,
     renamed={"num_experts": "num_local_experts"},
+    unapplied=lambda config: experts.unapplied(config, "router_jitter_noise"),
 )

@@ -70,4 +70,5 @@ FAMILY = decoder.family(
     fields=fields,
     keys=KEYS,
     renamed={"num_local_experts": "num_experts"},
+    unapplied=experts.unapplied,
 )

@@ -46,7 +46,7 @@ def family(variant: str, architecture: str, *, keys: Table, defaults: Config, fi
 
     def read(config: Config, where: str, **changes: Any) -> ViT:
         c = DEFAULTS | dict(defaults) | present(config)
-        only(c, {"num_channels": 3, "attention_dropout": 0, **fixed}, where)
+        only(c, {"num_channels": 3, **fixed}, where)
         return _read(c, where, {"variant": variant, **changes})
 
     def write(model: ViT) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families.family import HEAD_BIAS, HEADS, LINEAR, VECTOR, Family, Table
-from hetjax.hf.fields import Config, only, present
+from hetjax.hf.fields import Config, nonzero, only, present
 from models.whisper import Whisper
 
 KERNEL = "k i o -> o i k"
@@ -41,20 +41,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120
     ),
 }
-ONLY: dict[str, Any] = dict(
-    activation_function="gelu",
-    scale_embedding=False,
-    dropout=0.0,
-    attention_dropout=0.0,
-    activation_dropout=0.0,
-    encoder_layerdrop=0.0,
-)
+ONLY: dict[str, Any] = dict(activation_function="gelu", scale_embedding=False)
+NOISE = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
+MASKS = {"mask_time_prob": 0.05, "mask_feature_prob": 0.0}  # of SpecAugment, with transformers' defaults
 
 
 def _read(variant: str, config: Config, where: str, changes: Config) -> Whisper:
     """The encoder of a Whisper config or of an encoder's own; alone, its output stays as wide as it is."""
     c = DEFAULTS[variant] | present(config)
-    only(c, ONLY | {"apply_spec_augment": False}, where)
+    only(c, ONLY, where)
     sizes: dict[str, Any] = dict(
         num_mels=c["num_mel_bins"],
         width=c["d_model"],
@@ -79,7 +74,13 @@ def _write(model: Whisper) -> dict[str, Any]:
         "encoder_ffn_dim": model.mlp_width,
         "max_source_positions": model.num_positions,
         **ONLY,
+        **dict.fromkeys(NOISE, 0.0),
     }
+
+
+def _unapplied(config: Config) -> dict[str, Any]:
+    masks = any((MASKS | present(config))[name] for name in MASKS)
+    return nonzero(config, *NOISE, *(("apply_spec_augment",) if masks else ()))
 
 
 def _never(model: Whisper) -> dict[str, Any]:
@@ -101,6 +102,7 @@ FAMILY = Family(
     canonical=lambda key: key if key.startswith(("model.", "proj_out.")) else f"model.{key}",
     beside=re.compile(r"(model\.decoder|proj_out)\..+"),
     bare={"WhisperModel": "model."},
+    unapplied=_unapplied,
 )
 ENCODER = Family(
     kind="qwen2_audio_encoder",
@@ -110,4 +112,5 @@ ENCODER = Family(
     keys=KEYS,
     read=lambda config, where, **changes: _read("qwen2_audio", config, where, changes),
     write=_write,
+    unapplied=lambda config: nonzero(config, *NOISE),  # the class masks nothing
 )
