@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 LARGE = 2**26  # pixels
@@ -124,5 +125,15 @@ def padded(photo: Photo, colour: tuple[int, int, int]) -> Photo:
     left, top = (p + start - margin for p, start, margin in zip(place, photo.box, margins, strict=False))
     right, bottom = left + side / reduction, top + side / reduction
     square = Image.new("RGB", (math.ceil(right), math.ceil(bottom)), colour)
-    square.paste(photo.image, (place[0], place[1]))
+    square.paste(photo.image, (place[0], place[1]), None if reduction == 1 else _share(photo))
     return Photo(square, (side, side), (left, top, right, bottom))
+
+
+def _share(photo: Photo) -> Image.Image:
+    """How much of each pixel is the picture's, in 255ths, where the shorter side begins and ends."""
+    axis = int(photo.size[0] > photo.size[1])
+    start, end = photo.box[axis], photo.box[axis + 2]
+    pixels = np.arange(photo.image.size[axis])
+    share = np.clip(np.minimum(pixels + 1, end) - np.maximum(pixels, start), 0, 1)
+    line = np.rint(255 * share).astype(np.uint8)
+    return Image.fromarray(line[:, None] if axis else line[None]).resize(photo.image.size)
