@@ -54,7 +54,7 @@ class ViT:
                 raise ValueError(f"ViT.{name}={getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.image_size < self.patch_size:
             raise ValueError(
-                f"ViT.image_size={self.image_size} holds no patch of patch_size={self.patch_size}; make it at least that"
+                f"ViT.image_size={self.image_size} holds no patch of patch_size={self.patch_size}; make it that or more"
             )
         if self.width % self.num_heads:
             raise ValueError(f"ViT.width={self.width} is not a multiple of num_heads={self.num_heads}; change either")

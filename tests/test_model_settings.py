@@ -33,7 +33,7 @@ EXPERTS = Experts(4, 2, 8)
         (DECODER, {"experts": Experts(4, 2, 8, dense_layers=(0, 1))}, "Experts.dense_layers names all 2 layers, so"),
         (EXPERTS, {"per_token": 5}, "Experts.per_token=5 is more than count=4; a token goes to an expert once"),
         (EXPERTS, {"width": 0}, "Experts.width=0; it must be a whole number of at least 1"),
-        (VIT, {"patch_size": 9}, "ViT.image_size=8 holds no patch of patch_size=9; make it at least that"),
+        (VIT, {"patch_size": 9}, "ViT.image_size=8 holds no patch of patch_size=9; make it that or more"),
         (VIT, {"num_heads": 3}, "ViT.width=16 is not a multiple of num_heads=3; change either"),
         (VIT, {"variant": "dino"}, "ViT.variant='dino'; it must be one of siglip, clip"),
         (VIT, {"select": "cls"}, "ViT.select='cls'; it must be one of full, default"),

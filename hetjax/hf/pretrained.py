@@ -9,8 +9,8 @@
     vision/experiment.Encoder.mean = @pretrained.mean()
     pretrained.mean.path = "models/siglip"
 
-and so std, shortest_edge, pad_to_square and resampling. A path is whatever `init_from` takes. Only settings come from it; `Experiment.init_from`
-brings the parameters.
+and so std, shortest_edge, pad_to_square and resampling. A path is whatever `init_from` takes. Only settings come from
+it; `Experiment.init_from` brings the parameters.
 """
 
 import dataclasses

@@ -166,7 +166,7 @@ def _tower(model: ViT, sources: Mapping[str, Config]) -> Config:
     source = sources.get("vision")
     if source is None:
         return tower(model)
-    source = dict(read_config.vision_config(source))
+    source = dict(read_config.vision_config(source)) | {"image_size": model.image_size}  # a run may have another
     behind = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name in OF_PROJECTOR}
     return source if _reads(read_config.tower, source, **behind) == model else tower(model)
 
