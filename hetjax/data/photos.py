@@ -51,11 +51,10 @@ def read(path: Path, surplus: Callable[[Size], float]) -> Photo:
         if math.prod(size) <= LARGE:
             return _whole(image)
         reduction = _reduce(image, surplus(size))
-        if math.prod(size) > MAX_REDUCED or math.prod(image.size) > MAX_PIXELS:
-            raise ValueError(
-                f"it is {size[0]} x {size[1]} pixels; of a JPEG at most {MAX_REDUCED} are read, of other formats and "
-                f"where it cannot be reduced {MAX_PIXELS}: make it smaller"
-            )
+        limit = MAX_PIXELS if reduction == 1 else MAX_REDUCED
+        if math.prod(size) > limit:
+            more = "" if reduction > 1 else f", or a JPEG, of which up to {MAX_REDUCED} are read at a reduced size"
+            raise ValueError(f"it is {size[0]} x {size[1]} pixels, more than {limit}; make it smaller{more}")
         with _DECODING:
             return _whole(image) if reduction == 1 else _reduced(image, size, reduction)
 

@@ -145,11 +145,7 @@ def write(reader: Pictures) -> dict[str, Any]:
 
 
 def rewritten(files: Mapping[str, Path], reader: Pictures) -> dict[str, dict[str, Any]]:
-    """Those of a tower's processor files that tell of other pictures than `reader` makes, with what it does."""
+    """What takes the place of a tower's processor file if that tells of other pictures than `reader` makes."""
     if read(files) in (None, reader):
         return {}
-    made = {FILE: {name: value for name, value in write(reader).items() if name != "processor_class"}}
-    nested = read_json(files[NESTED]) if NESTED in files else {}
-    if "image_processor" in nested:
-        made[NESTED] = nested | {"image_processor": made[FILE]}
-    return made
+    return {FILE: {name: value for name, value in write(reader).items() if name != "processor_class"}}
