@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from hetjax.data import Pictures
 from hetjax.data.items import ItemSpec
 from hetjax.experiment import Experiment
 from hetjax.hf import chat_template, older, pictures
@@ -46,6 +47,10 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
     tokens = (item_token(found, whole.item) for found in extras.values() if whole is not None)
     token = next((t for t in tokens if t is not None), None)
     made: dict[str, Any] = older.rewritten(came)
+    if isinstance(source, Workdir) and parts.llm is None and parts.vision is not None:
+        reader = next(e.items.reader for e in source.run.encoders if e.name == named["vision"])
+        assert isinstance(reader, Pictures)
+        made |= pictures.rewritten(came, reader)
     if not isinstance(source, Workdir) or parts.llm is None:
         return Beside({n: p for n, p in came.items() if n not in made}, made, token)
     run = source.run

@@ -61,10 +61,12 @@ def _one(part: str, model: Model, source: Config | None) -> Config:
     it."""
     theirs = {} if source is None else registry.inner(source).get(part)
     if theirs:
+        family = registry.OF_KIND[theirs["model_type"]]
+        theirs |= {name: getattr(model, name) for name in family.resized}
         left_open = {*OF_PROJECTOR, *OF_DATA} - {"variant"}
         behind = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name in left_open}
         try:
-            if registry.OF_KIND[theirs["model_type"]].read(theirs, "config.json", **behind) == model:
+            if family.read(theirs, "config.json", **behind) == model:
                 return _modernised(copy.deepcopy(theirs))
         except ValueError:
             pass

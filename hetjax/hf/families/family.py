@@ -36,6 +36,7 @@ class Family:
     pair: str | None = None  # model_type of folders that hold it, in vision_config, and a text tower beside it
     bare: Mapping[str, str] = dataclasses.field(default_factory=dict)  # class -> what its keys lack at the front
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # field of transformers 5 -> of 4
+    resized: tuple[str, ...] = ()  # settings, fields of the config too, that a run may have otherwise than its source
     # the fields of a config that transformers applies in training alone, and we do not
     unapplied: Callable[[Config], dict[str, Any]] = lambda config: nonzero(config, "attention_dropout")
     # (model, keys that came behind its prefix) -> (the model without what did not come, constants in its place)

@@ -65,6 +65,7 @@ def family(variant: str, architecture: str, *, keys: Table, defaults: Config, fi
         idle=BEHIND,
         beside=PAIRED,
         pair=variant,
+        resized=("image_size",),
         shortened=_shortened,
     )
 
