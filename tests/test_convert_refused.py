@@ -37,6 +37,10 @@ def run(*arguments: object) -> int:
 REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt2"}, "model_type='gpt2': this architecture is not supported; supported are"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8': quantised weights are not read"),
+    (
+        {"model_type": "siglip2"},
+        "model_type='siglip2': SigLIP 2 with pictures of any shape (NaFlex) is not supported; take",
+    ),
     ({"hidden_act": "gelu"}, "hidden_act='gelu': decoders are computed with 'silu' only"),
     ({"attention_bias": True}, "attention_bias=True: only False is computed"),
     ({"mlp_bias": True}, "mlp_bias=True: only False is computed"),
@@ -59,6 +63,10 @@ REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
     ({"vision_feature_layer": "last"}, "feature_layer='last'; it must be a number from -4 to 3"),
     ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu': only the exact 'gelu'"),
     ({"text_config": {"model_type": "qwen2_moe"}}, "text_config.model_type='qwen2_moe': not supported"),
+    (
+        {"vision_config": {"model_type": "siglip2_vision_model"}},
+        "vision_config.model_type='siglip2_vision_model': SigLIP 2",
+    ),
     ({"vision_feature_select_strategy": "patch"}, "select='patch'; it must be one of full, default"),
     ({"vision_config": vision("clip", hidden_act="gelu")}, "vision_config: hidden_act='gelu': only 'quick_gelu'"),
     ({"vision_config": vision("clip", num_hidden_layers=10**9)}, "ViT.num_layers=1000000000; a model has at most"),

@@ -35,6 +35,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
 }
 DEFAULTS[LLAVA] = DEFAULTS[CLIP]
+NAFLEX = (
+    "SigLIP 2 with pictures of any shape (NaFlex) is not supported; take one of fixed size, such as "
+    "google/siglip2-base-patch16-256, whose model_type is siglip"
+)
 SETTINGS = {field.name: field.name for field in dataclasses.fields(Pictures)} | dict.fromkeys(
     ("height", "width"), "image_size"
 )
@@ -48,6 +52,8 @@ def read(files: Mapping[str, Path]) -> Pictures | None:
         return None
     kind = config.get("image_processor_type", config.get("feature_extractor_type", ""))
     name = plain_name(kind).replace("FeatureExtractor", "ImageProcessor")
+    if name == "Siglip2ImageProcessor":
+        raise refused(where, "image_processor_type", kind, NAFLEX)
     if name not in DEFAULTS:
         raise _refused(where, "image_processor_type", kind, f"pictures are read as {' and '.join(DEFAULTS)} do")
     c = DEFAULTS[name] | present(config)

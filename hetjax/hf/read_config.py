@@ -18,8 +18,8 @@ def read(config: Config, where: str) -> Parts:
     """The models of config.json, which `where` names in messages. Raises ConvertError."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in registry.KINDS:
-        known = ", ".join(registry.KINDS)
-        raise refused(where, "model_type", kind, f"this architecture is not supported; supported are {known}")
+        why = f"this architecture is not supported; supported are {', '.join(registry.KINDS)}"
+        raise refused(where, "model_type", kind, registry.REFUSED.get(str(kind), why))
     for name in ("quantization_config", "compression_config"):
         if config.get(name):
             method = config[name].get("quant_method", "?") if isinstance(config[name], Mapping) else config[name]
@@ -59,9 +59,8 @@ def _check_inner(whole: Whole, found: Mapping[str, dict[str, Any]], where: str) 
     for part, config in found.items():
         field, kinds = whole.fields[part], decoders if part == "llm" else whole.kinds
         if config["model_type"] not in kinds:
-            raise refused(
-                where, f"{field}.model_type", config["model_type"], f"not supported; these are: {', '.join(kinds)}"
-            )
+            kind, why = config["model_type"], f"not supported; these are: {', '.join(kinds)}"
+            raise refused(where, f"{field}.model_type", kind, registry.REFUSED.get(str(kind), why))
         if config.get("quantization_config"):
             raise refused(where, f"{field}.quantization_config", "...", "quantised weights are not read")
 

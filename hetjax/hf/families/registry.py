@@ -18,6 +18,7 @@ from hetjax.hf.families import (
 from hetjax.hf.families.family import Family, Whole
 from hetjax.hf.fields import VERSION, Config, is_of_4
 from hetjax.hf.parts import PART_OF, Model, Parts
+from hetjax.hf.pictures import NAFLEX
 
 FAMILIES = (
     *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mixtral.FAMILY, qwen3_moe.FAMILY),
@@ -28,6 +29,8 @@ WHOLES = (llava.FAMILY, qwen2_audio.FAMILY)
 OF_KIND = {family.kind: family for family in FAMILIES}
 WHOLE_OF_KIND = {whole.kind: whole for whole in WHOLES}
 PAIRS = {family.pair: family for family in FAMILIES if family.pair}
+# Kinds that are known and not read -> why, and what to take
+REFUSED = dict.fromkeys(("siglip2", "siglip2_vision_model"), NAFLEX)
 TIE = "tie_word_embeddings"
 KINDS = sorted({*OF_KIND, *WHOLE_OF_KIND, *PAIRS})
 
