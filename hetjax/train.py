@@ -57,7 +57,8 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
             stack.enter_context(held_out)
         directory, readers = workdir / "checkpoints", {e.name: e.items.reader for e in run.encoders}
         resumes = bool(checkpoint.steps_in(directory))
-        starts = {} if resumes else initial.open_starts(trainers[0].graph, run.init_from, readers)
+        resized = [e.name for e in run.encoders if e.resize_positions]
+        starts = {} if resumes else initial.open_starts(trainers[0].graph, run.init_from, readers, resized=resized)
         record.make(workdir)
         checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep))
         resumed = checkpoints.latest

@@ -133,7 +133,7 @@ MODULES = [
     ),
     (optimizer(learning_rate=-1.0), "OptimizerConfig.learning_rate=-1.0; it must be finite and not negative"),
     (model(num_kv_heads=3), "Decoder.num_heads=4 is not a multiple of num_kv_heads=3"),
-    (vit(patch_size=3), "ViT.image_size=8 is not a multiple of patch_size=3; 6 is"),
+    (vit(patch_size=9), "ViT.image_size=8 holds no patch of patch_size=9; make it that or more"),
 ]
 LAYOUTS = [
     (

@@ -25,7 +25,9 @@ from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
-from hetjax.hf import initial, keys, pieces, read_config, tensors, write_config
+from hetjax.hf import initial, pieces, read_config, tensors, write_config
+from hetjax.hf.families import registry
+from hetjax.hf.parts import Parts
 from hetjax.hf.pattern import parse
 from hetjax.hf.stored import open_source
 from models.decoder import Decoder
@@ -67,6 +69,11 @@ CLIP_LLAMA = FAMILIES["clip + llama"][0]
 
 def run(*arguments: object) -> int:
     return convert.main([str(a) for a in arguments])
+
+
+def test_every_family_is_among_those_that_go_in_and_out() -> None:
+    tried = {config["model_type"] for config, _ in FAMILIES.values()}
+    assert tried == {*registry.OF_KIND, *registry.WHOLE_OF_KIND}
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -216,12 +223,12 @@ def test_a_qwen3_moe_whose_layers_are_all_dense_is_a_qwen3() -> None:
 def test_experts_that_no_family_has_are_not_exported(experts: Experts, changes: dict, setting: str) -> None:
     model = Decoder(48, 32, 2, 4, 2, 40, experts=experts, **changes)
     with pytest.raises(ValueError, match=re.escape(f"{setting} beside experts, without Decoder.qk_norm")):
-        write_config.write(keys.Parts(model), dtype="float32")
+        write_config.write(Parts(model), dtype="float32")
 
 
 def test_a_tower_trained_here_is_exported_to_the_layer_that_is_read(tmp_path: Path) -> None:
     vit = ViT(8, 4, 16, 3, 2, 24, 32, "siglip", feature_layer=-2)
-    config = write_config.write(keys.Parts(Decoder(48, 32, 2, 4, 2, 40), vit), dtype="float32", item_token=47)
+    config = write_config.write(Parts(Decoder(48, 32, 2, 4, 2, 40), vit), dtype="float32", item_token=47)
     assert config["vision_config"]["vision_use_head"] is False and config["text_config"]["model_type"] == "llama"
 
 
@@ -243,7 +250,8 @@ def trainer(source: Any, layouts: dict[str, Layout]) -> Trainer:
     batch["vision.pixels"] = jax.ShapeDtypeStruct((8, 8, 8, 3), np.float32)
     assert rows == 4
     config = OptimizerConfig(name="sgd", clip_norm=None)
-    return Trainer(TrainSpec(graph, jax.devices(), batch, groups=8, num_microbatches=1, optimizer=config))
+    sizes = dict(devices=jax.devices(), batch=batch, groups=8, num_microbatches=1)
+    return Trainer(TrainSpec(graph=graph, **sizes, optimizer=config))
 
 
 @pytest.fixture(scope="module")

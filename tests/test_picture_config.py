@@ -24,10 +24,18 @@ SIGLIP = dict(image_processor_type="SiglipImageProcessor", size=dict(height=8, w
             {"image_processor_type": "ViTImageProcessor"},
             "image_processor_type='ViTImageProcessor': pictures are read as",
         ),
-        ({"resample": 2}, "resample=2: pictures are read with 3"),
+        ({"resample": 0}, "resample=0: pictures are resized with one of 3 (bicubic), 2 (bilinear); remove the file"),
+        (
+            {"image_processor_type": "Siglip2ImageProcessorFast"},
+            "image_processor_type='Siglip2ImageProcessorFast': SigLIP 2 with pictures of any shape (NaFlex) is not",
+        ),
         ({"do_resize": False}, "do_resize=False: pictures are read with True"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0: pictures are read with 0.0039"),
-        ({"do_pad": True}, "do_pad=True: pictures are read with False; remove the file to train"),
+        ({"do_pad": True}, "do_pad=True: pictures are padded as LlavaImageProcessor does before it normalises"),
+        (
+            {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_normalize": False},
+            "do_pad=True: pictures are padded as LlavaImageProcessor does before it normalises, which this file",
+        ),
         ({"size": {"shortest_edge": 8}}, "size={'shortest_edge': 8}: without a crop pictures must have one height"),
         ({"size": {"longest_edge": 8}}, "size={'longest_edge': 8}: without a crop"),
         (

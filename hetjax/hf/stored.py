@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
-from hetjax.hf.keys import Parts
+from hetjax.hf.parts import Parts
 from hetjax.hf.source import Array, Extras, Sliceable, Source, read_json
 from hetjax.run import checkpoint, config
 from hetjax.run.experiment import Experiment

@@ -31,6 +31,7 @@ from hetjax.data.microbatch import abstract
 from hetjax.run import command
 
 PRECISIONS = ("bfloat16", "float32", "float64")
+OF_PICTURES = ("mean", "std", "shortest_edge", "pad_to_square", "resampling", "resize_positions")
 SEES, HEARS = ("vision", "image", "<image>"), ("audio", "audio", "<audio>")  # name, field and placeholder of an encoder
 
 
@@ -47,6 +48,9 @@ class Encoder:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off; pictures alone
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by; pictures alone
     shortest_edge: int | None = None  # pixels of the shorter side when the middle is cut out; None: nothing is cut off
+    pad_to_square: bool = False  # with the mean colour, before all else, as LLaVA-1.5 was trained; pictures alone
+    resampling: str = "bicubic"  # or bilinear, as SigLIP 2; pictures alone
+    resize_positions: bool = False  # init_from's position table, to the model's image_size; pictures alone
     on_long_clip: str = "truncate"  # a clip longer than the model's context: truncate or skip; sounds alone
     remat: str = "full"  # full, dots or none
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
@@ -82,13 +86,14 @@ class Encoder:
 
     def _reader(self) -> Reader:
         model, fields = self.model, {f.name: f for f in dataclasses.fields(self)}
-        for name in ("mean", "std", "shortest_edge") if self.hears else ("on_long_clip",):
+        for name in OF_PICTURES if self.hears else ("on_long_clip",):
             if getattr(self, name) != fields[name].default:
                 kind = "clips" if self.hears else "pictures"
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to an encoder of {kind}; leave it out")
         if self.hears:
             return Sounds(model.num_mels, model.frames, model.context, model.rows_of, self.on_long_clip)
-        return Pictures(model.image_size, model.image_size, self.mean, self.std, self.shortest_edge)
+        size = (model.image_size, model.image_size)
+        return Pictures(*size, self.mean, self.std, self.shortest_edge, self.pad_to_square, self.resampling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +181,12 @@ class Experiment:
                 )
         check_choice("Experiment.schedule", self.schedule, ("1f1b", "gpipe"))
         check_choice("Experiment.param_dtype", self.param_dtype, ("float32", "float64"))
+        for encoder in self.encoders:
+            if encoder.resize_positions and encoder.name not in self.init_from:
+                raise ValueError(
+                    f"{encoder.name}: resize_positions=True, but Experiment.init_from names no folder whose position "
+                    "table could be resized; name one, or leave it out"
+                )
         for name in ("eval_every", "eval_samples"):
             if getattr(self, name) and self.held_out is None:
                 raise ValueError(
