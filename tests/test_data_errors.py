@@ -51,7 +51,10 @@ def load(directory: Path, text: str, name: str = "data.json", **settings: Any) -
         (entry(HUMAN, GPT, image="gone.png"), r"gone\.png\): there is no such file"),
         (entry(HUMAN, GPT, image="cut.png"), r"cut\.png\): cannot be read as a picture: .*truncated"),
         (entry(HUMAN, GPT, image="text.png"), r"text\.png\): cannot be read as a picture: cannot identify"),
-        (entry(HUMAN, GPT, image="bomb.png"), r"bomb\.png\): cannot be read as a picture: it is 60000 x 60000 pixels, more"),
+        (
+            entry(HUMAN, GPT, image="bomb.png"),
+            r"bomb\.png\): cannot be read as a picture: it is 60000 x 60000 pixels, more",
+        ),
         (entry(HUMAN, GPT, image="large.png"), r"large\.png\): .*it is 20000 x 7000 pixels, more than 134217728"),
         (entry(HUMAN, GPT, image="deep.png"), r"deep\.png\): .*its mode I;16 has more than 8 bits a channel; convert"),
         (entry(HUMAN, GPT, image="folder"), r"folder\): cannot be read as a picture: .*[Dd]irectory"),
