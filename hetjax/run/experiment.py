@@ -223,12 +223,12 @@ def build_graph(experiment: Experiment) -> Graph:
 
 
 def in_precision(experiment: Experiment, dtype: str) -> Experiment:
-    """The experiment with parameters and activations of every module in `dtype`."""
+    """The experiment with activations of every module in `dtype`, and parameters too if it is as precise as float32."""
     return dataclasses.replace(
         experiment,
         llm=dataclasses.replace(experiment.llm, compute_dtype=dtype),
         encoders=tuple(dataclasses.replace(e, compute_dtype=dtype) for e in experiment.encoders),
-        param_dtype=dtype,
+        param_dtype="float32" if dtype == "bfloat16" else dtype,
     )
 
 
