@@ -118,6 +118,20 @@ def test_qwen2_audio_is_tied_by_its_text_config_alone() -> None:
         assert llm is not None and not llm.tied
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_of_two_configs_of_a_clip_tower_the_older_field_counts_as_a_whole_and_is_named(tmp_path: Path) -> None:
+    outside = vision("clip") | dict(image_size=16, num_hidden_layers=5)
+    config = dict(model_type="clip", vision_config=outside, vision_config_dict=dict(image_size=64, hidden_size=96))
+    tower, wanted = read_config.read(config, "config.json").vision, theirs(config, tmp_path).vision_config
+    assert tower is not None
+    ours = (tower.image_size, tower.width, tower.num_layers, tower.patch_size)
+    assert ours == (64, 96, 12, 32)
+    assert ours == (wanted.image_size, wanted.hidden_size, wanted.num_hidden_layers, wanted.patch_size)
+    config["vision_config_dict"] = dict(hidden_act="gelu")
+    with pytest.raises(ConvertError, match=r"config\.json: vision_config_dict: hidden_act='gelu': only"):
+        read_config.read(config, "config.json")
+
+
 LINEAR = dict(rope_type="linear", factor=2.0)
 ROPES: dict[str, dict[str, Any]] = {
     "both thetas": dict(rope_theta=5.0, rope_parameters=dict(rope_type="default", rope_theta=9.0)),
