@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetjax import stacks
-from hetjax.graph import Graph, Module, vlm
+from hetjax.core import stacks
+from hetjax.core.graph import Graph, Module, vlm
+from hetjax.core.layout import Layout
 from hetjax.hf import keys
 from hetjax.hf.parts import Parts
-from hetjax.layout import Layout
-from hetjax.names import nested
-from hetjax.reference import apply_module, mean_loss
+from hetjax.judge.reference import apply_module, mean_loss
+from hetjax.run.names import nested
 from models.contract import ModuleDef, Part
 
 torch = pytest.importorskip("torch")

@@ -20,15 +20,16 @@ from hf_folders import hearing, llava, qwen2_audio, text, vision, whisper
 from safetensors.numpy import load_file, save_file
 
 from hetjax import convert, train
-from hetjax.graph import Graph, Module, vlm
+from hetjax.core.graph import Graph, Module, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
 from hetjax.hf import initial, pieces, read_config, tensors, write_config
 from hetjax.hf.families import registry
 from hetjax.hf.parts import Parts
 from hetjax.hf.pattern import parse
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT
@@ -249,7 +250,8 @@ def trainer(source: Any, layouts: dict[str, Layout]) -> Trainer:
     batch["vision.pixels"] = jax.ShapeDtypeStruct((8, 8, 8, 3), np.float32)
     assert rows == 4
     config = OptimizerConfig(name="sgd", clip_norm=None)
-    return Trainer(graph, devices=jax.devices(), batch=batch, groups=8, num_microbatches=1, config=config)
+    sizes = dict(devices=jax.devices(), batch=batch, groups=8, num_microbatches=1)
+    return Trainer(TrainSpec(graph=graph, **sizes, optimizer=config))
 
 
 @pytest.fixture(scope="module")

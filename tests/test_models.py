@@ -12,7 +12,7 @@ import plain
 import pytest
 from flax import nnx
 
-from hetjax import stacks
+from hetjax.core import stacks
 from models.attention import RopeScaling, attend
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef

@@ -10,10 +10,10 @@ import pytest
 from hf_folders import hearing, llava, qwen2_audio, text, vision, whisper
 
 from hetjax import convert
-from hetjax.graph import Module, vlm
+from hetjax.core.graph import Module, vlm
+from hetjax.core.layout import Layout
 from hetjax.hf import initial, read_config
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
 
 NOISE = dict(dropout=0.1, attention_dropout=0.2, activation_dropout=0.3, encoder_layerdrop=0.4)
 IDLE = dict(use_cache=False, initializer_range=0.5, pretraining_tp=2, gradient_checkpointing=True)

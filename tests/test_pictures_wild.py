@@ -118,6 +118,7 @@ SEEN: dict[str, tuple[Save, tuple[Colour, ...]]] = {
         saved(quadrants(), exif=exif(9), quality=95, subsampling=0),
         COLOURS,
     ),
+    "broken EXIF.jpg": (saved(quadrants(), exif=b"Exif\0\0garbage!", quality=95, subsampling=0), COLOURS),
     "one pixel wide.png": (saved(quadrants(1, 400)), (GREEN, GREEN, WHITE, WHITE)),
     "one pixel.png": (saved(Image.new("RGB", (1, 1), RED)), (RED,) * 4),
     "a line.png": (saved(quadrants(3000, 2)), COLOURS),

@@ -10,6 +10,7 @@ import soundfile
 
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds, blank, inspect, sounds
 from hetjax.data.conversations import SampleError
+from hetjax.run.experiment import Encoder
 from models.whisper import Whisper
 
 MODEL = Whisper(
@@ -169,6 +170,12 @@ def test_broken_missing_and_long_clips_are_counted_and_named(tmp_path: Path) -> 
             assert [int(b["audio.frames"][0]) for b in batches] == ([80, 80, 0] if on_long == "truncate" else [80, 0])
     with pytest.raises(ValueError, match=r"on_long_clip='cut'; it must be one of truncate, skip"):
         Sounds(80, 1, 1, MODEL.rows_of, "cut")
+
+
+@pytest.mark.parametrize("setting", [dict(pad_to_square=True), dict(resampling="bilinear")], ids=str)
+def test_what_is_said_of_pictures_means_nothing_to_an_encoder_that_hears(setting: dict) -> None:
+    with pytest.raises(ValueError, match=r"audio: \w+=.* means nothing to an encoder of clips; leave it out"):
+        Encoder(MODEL, **setting).items  # noqa: B018
 
 
 def test_a_file_cut_short_is_no_clip(tmp_path: Path) -> None:

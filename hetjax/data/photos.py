@@ -60,7 +60,7 @@ def read(path: Path, surplus: Callable[[Size], float]) -> Photo:
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    """The picture before it is decoded, without Pillow's own limit, which is of the process and half of ours."""
+    """The picture before it is decoded, without the limit of Pillow, which is one for the process."""
     if not file.peek(1):  # type: ignore[attr-defined]  # fills the buffer, so that nobody waits for a slow disk below
         raise ValueError("it is empty")
     with _OPENING:

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hetjax import stacks
+from hetjax.core import stacks
+from hetjax.core.graph import Graph
+from hetjax.core.parameters import Parameters
+from hetjax.core.stage import Stage
+from hetjax.core.trainer import Path, State, Trainer, is_stacked, path_parts
 from hetjax.data import Pictures
 from hetjax.data.items import Reader
-from hetjax.graph import Graph
 from hetjax.hf import pictures, pieces, read_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.parts import OF_DATA, OF_PROJECTOR, PART_OF
 from hetjax.hf.positions import Resized
 from hetjax.hf.source import Source
 from hetjax.hf.stored import module_of, open_source
-from hetjax.parameters import Parameters
-from hetjax.stage import Stage
-from hetjax.trainer import Path, State, Trainer, is_stacked, path_parts
 from models.vit import ViT
 from models.whisper import Whisper
 

@@ -17,7 +17,7 @@ from hetjax.hf.families.family import Table
 from hetjax.hf.parts import Model, Parts
 from hetjax.hf.pattern import Pattern, parse
 from hetjax.hf.source import Sliceable
-from hetjax.names import flat
+from hetjax.run.names import flat
 
 PROJECTOR = "multi_modal_projector."
 BUFFERS = re.compile(r".*(embeddings\.position_ids|rotary_emb\.inv_freq)")  # constants that old files carry

@@ -104,12 +104,13 @@ def _refused(where: str, field: str, value: object, why: str) -> ConvertError:
 def check(encoder: str, ours: Pictures, files: Mapping[str, Path], *, resized: bool = False) -> None:
     """Raises ConvertError, with what to set, unless `encoder` sees pictures as the model did that came with `files`.
 
-    `resized`: in its own size, of which the middle that is cut out, if one is, has the same part."""
+    `resized`: in its own size, of which the middle that is cut out, if one is, has the same part. To pad pictures is
+    free: LLaVA-1.5 did so before a CLIP that knew none of them."""
     theirs = read(files)
     if theirs is None:
         return
-    if resized:
-        theirs = _in_size_of(ours, theirs)
+    theirs = _in_size_of(ours, theirs) if resized else theirs
+    theirs = dataclasses.replace(theirs, pad_to_square=theirs.pad_to_square or ours.pad_to_square)
     if theirs == ours:
         return
     differing = [f for f in SETTINGS if getattr(ours, f) != getattr(theirs, f)]

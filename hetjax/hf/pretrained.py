@@ -19,11 +19,11 @@ from types import MappingProxyType
 from typing import Any
 
 from hetjax.data import Pictures
-from hetjax.ginfile import nearest
 from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.initial import has_projector
 from hetjax.hf.stored import open_source
+from hetjax.run.ginfile import nearest
 from models.decoder import Decoder
 
 

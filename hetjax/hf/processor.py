@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from hetjax.data import Pictures
 from hetjax.data.items import ItemSpec
-from hetjax.experiment import Experiment
 from hetjax.hf import chat_template, older, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
@@ -22,6 +21,7 @@ from hetjax.hf.folder import TOKENIZER
 from hetjax.hf.parts import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
+from hetjax.run.experiment import Experiment
 
 GENERATION, OLD_TEMPLATE = "generation_config.json", "chat_template.json"
 PROCESSORS = (pictures.FILE, pictures.NESTED)

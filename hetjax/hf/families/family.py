@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hetjax.data.items import Reader
-from hetjax.experiment import Encoder
 from hetjax.hf.fields import Config, nonzero
 from hetjax.hf.parts import Parts
+from hetjax.run.experiment import Encoder
 
 # Our name, without module and the layer's number ("layers/attention/q") -> (key, pattern). In a key N is the layer's
 # number, and E that of an expert, each of which is a tensor of its own and one row of our array.

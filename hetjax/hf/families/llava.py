@@ -6,13 +6,13 @@ from typing import Any
 
 from hetjax.data import Pictures
 from hetjax.data.items import Reader
-from hetjax.experiment import Encoder
 from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import clip, siglip
 from hetjax.hf.families.family import LINEAR, VECTOR, Whole
 from hetjax.hf.fields import Config, present, refused
 from hetjax.hf.parts import Parts
+from hetjax.run.experiment import Encoder
 
 DEFAULTS: dict[str, Any] = dict(
     projector_hidden_act="gelu",

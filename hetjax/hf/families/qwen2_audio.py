@@ -6,13 +6,13 @@ from typing import Any
 
 from hetjax.data import Sounds
 from hetjax.data.items import Reader
-from hetjax.experiment import Encoder
 from hetjax.hf import audio, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import whisper
 from hetjax.hf.families.family import LINEAR, VECTOR, Whole
 from hetjax.hf.parts import Parts
 from hetjax.hf.source import read_json
+from hetjax.run.experiment import Encoder
 
 
 def check(parts: Parts) -> None:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetjax.boundary import Boundary
-from hetjax.graph import Graph, Module
-from hetjax.layout import StagePlan, plan_stages, sharding, zigzag
-from hetjax.optimizer import OptimizerConfig
-from hetjax.parameters import Parameters
-from hetjax.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
-from hetjax.stage import Abstract, Stage
+from hetjax.core.boundary import Boundary
+from hetjax.core.graph import Module
+from hetjax.core.layout import StagePlan, plan_stages, sharding, zigzag
+from hetjax.core.parameters import Parameters
+from hetjax.core.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
+from hetjax.core.stage import Stage
+from hetjax.core.train_spec import TrainSpec
 
 IN_FLIGHT = 8
 StageKey = tuple[str, int]
@@ -56,24 +56,13 @@ class Link(NamedTuple):
 class Pipeline:
     """All stages of a graph, the boundaries between them and the schedule, built for one microbatch shape.
 
-    `batch`: abstract global microbatch (shape and dtype of each array). Nothing is compiled or placed yet.
+    Nothing is compiled or placed yet.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        *,
-        devices: Sequence[jax.Device],
-        batch: Abstract,
-        num_microbatches: int,
-        optimizer: OptimizerConfig,
-        schedule: str,
-        encoder_window: int | None,
-        seed: int,
-        param_dtype: Any,
-    ) -> None:
-        self.graph, self.num_microbatches = graph, num_microbatches
-        self.plans = {m.name: plan_stages(m.name, m.definition, m.layout, devices) for m in graph.modules}
+    def __init__(self, spec: TrainSpec) -> None:
+        graph = spec.graph
+        self.spec, self.graph = spec, graph
+        self.plans = {m.name: plan_stages(m.name, m.definition, m.layout, spec.devices) for m in graph.modules}
         self.stages: dict[StageKey, Stage] = {}
         self.links: dict[StageKey, list[Link]] = {}  # by source
         self.sources: dict[StageKey, list[Link]] = {}  # by target
@@ -86,7 +75,7 @@ class Pipeline:
                 self.stages[key] = Stage(
                     module,
                     plan,
-                    Parameters(module, plan, optimizer, seed=seed, dtype=param_dtype),
+                    Parameters(module, plan, spec.optimizer, seed=spec.seed, dtype=spec.param_dtype),
                     is_sink=module is graph.sink,
                     x={n: link.boundary.destination[k] for link in self.sources[key] for k, n in link.names.items()},
                     x_wanted=frozenset(
@@ -95,13 +84,15 @@ class Pipeline:
                         if self.stages[link.source].has_backward
                         for n in link.names.values()
                     ),
-                    batch=batch,
+                    batch=spec.batch,
                 )
         self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
         nodes = [self._node(key) for key in self.stages]
-        self.schedule: Schedule = build_schedule(nodes, num_microbatches, kind=schedule, encoder_window=encoder_window)
+        self.schedule: Schedule = build_schedule(
+            nodes, spec.num_microbatches, kind=spec.schedule, encoder_window=spec.encoder_window
+        )
         self.needs = {task: tuple(dependencies(task, nodes)) for task in self.schedule.order}
-        seq = batch["tokens"].shape[1]
+        seq = spec.batch["tokens"].shape[1]
         self._orders = {m.name: zigzag(seq, m.layout.cp) for m in graph.modules if m.layout.cp > 1}
 
     def _links_into(self, module: Module, plan: StagePlan) -> list[Link]:

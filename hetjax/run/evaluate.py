@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader, Sample, blank
-from hetjax.trainer import State, Trainer
 
 Arrays = Mapping[str, np.ndarray]
 

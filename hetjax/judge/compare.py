@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetjax import stacks
-from hetjax.reference import Reference, initial_params
-from hetjax.trainer import Path, State, Trainer, is_stacked, path_parts
+from hetjax.core import stacks
+from hetjax.core.trainer import Path, State, Trainer, is_stacked, path_parts
+from hetjax.judge.reference import Reference, initial_params
 from models.contract import ModuleDef
 
 Flat = Mapping[str, Mapping[Path, np.ndarray]]
@@ -122,7 +122,7 @@ def _like(reference: dict[str, Any], flat: Flat) -> dict[str, Any]:
 def compare_initial(trainer: Trainer) -> dict[str, Worst]:
     """The worst leaf of each module's parameters before the first step, against those made on one device."""
     got = trainer.flat(trainer.init().params)
-    expected = initial_params(trainer.graph, trainer.seed, trainer.param_dtype)
+    expected = initial_params(trainer.graph, trainer.spec.seed, trainer.spec.param_dtype)
     return {m.name: worst_leaf(got[m.name], _leaves(expected[m.name]), m.definition) for m in trainer.graph.modules}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from hetjax.ginfile import ConfigError, nearest
+from hetjax.run.ginfile import ConfigError, nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import optimizer
-from hetjax.boundary import Boundary
-from hetjax.pipeline import HostTimes, Pipeline, StageKey
-from hetjax.stage import Stage
+from hetjax.core import optimizer
+from hetjax.core.boundary import Boundary
+from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.core.stage import Stage
 
 Tree = Any
 
@@ -52,7 +52,6 @@ class Finish:
         self.stages = {k: s for k, s in pipeline.stages.items() if s.parameters.trains}
         self.ties = [tie for key, stage in self.stages.items() for tie in self._ties(key, stage)]
         self.home = pipeline.stages[pipeline.last].plan.mesh.devices.flat[0]
-        self.config = next(iter(self.stages.values())).parameters.config
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self._measure: dict[StageKey, Any] = {}
         self._add: dict[StageKey, Any] = {}
@@ -109,7 +108,7 @@ class Finish:
         )
 
     def _compile_decide(self) -> None:
-        clip = self.config.clip_norm
+        clip = self.pipeline.spec.optimizer.clip_norm
 
         def decide(squares: list, losses: list, count: jax.Array) -> tuple[jax.Array, ...]:
             loss = jnp.stack(losses).sum() / count
@@ -119,7 +118,8 @@ class Finish:
 
         scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=SingleDeviceSharding(self.home))
         loss = self.pipeline.stages[self.pipeline.last].y["loss"].dtype
-        args = ([scalar(self.dtype)] * len(self.stages), [scalar(loss)] * self.pipeline.num_microbatches, scalar(loss))
+        losses = [scalar(loss)] * self.pipeline.spec.num_microbatches
+        args = ([scalar(self.dtype)] * len(self.stages), losses, scalar(loss))
         self._decide = jax.jit(decide).lower(*args).compile()
 
     def reduce(self, acc: dict[StageKey, Tree]) -> tuple[dict[StageKey, Tree], dict[StageKey, Tree]]:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetjax import optimizer
-from hetjax.graph import Graph
+from hetjax.core import optimizer
+from hetjax.core.graph import Graph
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 
@@ -67,17 +67,22 @@ def layer_params(definition: ModuleDef, stacked: Tree, i: int) -> Tree:
 def initial_params(graph: Graph, seed: int, dtype: Any) -> dict[str, Tree]:
     """What the parts' own `init` give, one layer after the other: keys are of the seed, the module's name, and a
     layer's index, or 2**20 for the first and 2**20 + 1 for the last part."""
-    modules = {}
-    for module in graph.modules:
-        definition = module.definition
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(module.name.encode()) & 0x7FFFFFFF)
-        first = definition.first.init(jax.random.fold_in(key, 2**20))
-        layers = [layer.init(jax.random.fold_in(key, i)) for i, layer in enumerate(definition.layers)]
-        last = definition.last.init(jax.random.fold_in(key, 2**20 + 1))
-        last = {name: leaf for name, leaf in last.items() if name not in definition.tied}
-        parts = {"first": first, "layers": _stacked(layers), "last": last}
-        modules[module.name] = jax.tree.map(lambda a: a.astype(dtype), {k: v for k, v in parts.items() if v})
-    return modules
+    draw = lambda definition, key: jax.tree.map(lambda a: a.astype(dtype), _initial(definition, key))
+    keys = {
+        m.name: jax.random.fold_in(jax.random.key(seed), zlib.crc32(m.name.encode()) & 0x7FFFFFFF)
+        for m in graph.modules
+    }
+    return {m.name: jax.jit(functools.partial(draw, m.definition))(keys[m.name]) for m in graph.modules}
+
+
+def _initial(definition: ModuleDef, key: jax.Array) -> Tree:
+    """One module's parameters."""
+    first = definition.first.init(jax.random.fold_in(key, 2**20))
+    layers = [layer.init(jax.random.fold_in(key, i)) for i, layer in enumerate(definition.layers)]
+    last = definition.last.init(jax.random.fold_in(key, 2**20 + 1))
+    last = {name: leaf for name, leaf in last.items() if name not in definition.tied}
+    parts = {"first": first, "layers": _stacked(layers), "last": last}
+    return {part: leaves for part, leaves in parts.items() if leaves}
 
 
 def _stacked(layers: list[Tree]) -> Tree:
@@ -118,11 +123,13 @@ class Reference:
     def __init__(self, graph: Graph, config: optimizer.OptimizerConfig) -> None:
         self.graph, self.config = graph, config
         self._grad = jax.jit(jax.value_and_grad(functools.partial(mean_loss, graph)))
+        self._move = jax.jit(self._moved)  # whole: op by op a GPU compiles hundreds of programs
 
     def with_config(self, config: optimizer.OptimizerConfig) -> "Reference":
         """The reference of another optimizer for the same model; nothing of the model compiles again."""
         other = copy.copy(self)
         other.config = config
+        other._move = jax.jit(other._moved)
         return other
 
     def split(self, params: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
@@ -153,17 +160,29 @@ class Reference:
     ) -> Result:
         """What a step makes of its loss and gradients (of trainable parameters); of NaN and infinity nothing."""
         trainable, frozen = self.split(params)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        norm = _norm(grads)
         if not bool(jnp.isfinite(norm) & jnp.isfinite(loss)):
             return Result(loss, grads, params, state)
         clip = self.config.clip_norm
-        factor = 1.0 if clip is None else float(jnp.minimum(1.0, clip / (norm + 1e-6)))
-        rate = learning_rate(self.config, step)
-        new_params, new_state = {}, {}
+        factor = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
+        moved, new_state = self._move(trainable, state, grads, factor, learning_rate(self.config, step))
+        new_params = {name: optimizer.merge(moved[name], frozen[name]) for name in moved}
+        return Result(loss, grads, new_params, new_state)
+
+    def _moved(
+        self, trainable: dict[str, Tree], state: dict[str, Tree], grads: dict[str, Tree], factor: float, rate: float
+    ) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """(parameters, state) after a step with gradients times `factor`."""
+        moved, new_state = {}, {}
         for name, tree in trainable.items():
             clipped = jax.tree.map(lambda g: g * factor, grads[name])
             updates, new_state[name] = self._tx(name).update(clipped, state[name], tree)
             multipliers = optimizer.multipliers(self.config, name, tree)
-            moved = jax.tree.map(lambda p, u, m: p + rate * m * u, tree, updates, multipliers)
-            new_params[name] = optimizer.merge(moved, frozen[name])
-        return Result(loss, grads, new_params, new_state)
+            moved[name] = jax.tree.map(lambda p, u, m: p + rate * m * u, tree, updates, multipliers)
+        return moved, new_state
+
+
+@jax.jit
+def _norm(grads: dict[str, Tree]) -> jax.Array:
+    """Of all gradients together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from hetjax import wire
+from hetjax.core import wire
 
 
 def blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[int, wire.Box]:

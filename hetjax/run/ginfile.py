@@ -18,6 +18,11 @@ from typing import Any, NamedTuple
 
 from gin import config_parser
 
+MOVED = {  # what gin files and workdirs of before call the modules that are in rooms now
+    "hetjax.experiment": "hetjax.run.experiment",
+    "hetjax.layout": "hetjax.core.layout",
+    "hetjax.optimizer": "hetjax.core.optimizer",
+}
 PLAIN_TEXT = r"[^@%'\"#\\()\[\]{}]+"  # has nothing that looks like a reference, a quoted string or a container
 
 
@@ -169,6 +174,7 @@ def _import(line: str, where: str) -> dict[str, Any]:
 
 
 def _module(name: str, where: str) -> Any:
+    name = MOVED.get(name, name)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -190,6 +196,10 @@ def resolve(selector: str, symbols: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}{head} is not imported{nearest(head, symbols)}")
     value = symbols[head]
     for i, name in enumerate(rest):
+        moved = MOVED.get(".".join([head, *rest[: i + 1]]))
+        if moved in sys.modules:
+            value = sys.modules[moved]
+            continue
         if name not in dir(value):
             public = [n for n, v in vars(value).items() if not n.startswith("_") and callable(v)]
             raise ConfigError(f"{where}{'.'.join([head, *rest[:i]])} has no {name}{nearest(name, public)}")

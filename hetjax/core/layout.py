@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import stacks
+from hetjax.core import stacks
 from models.axes import Axes, Axis
 from models.contract import Dims, ModuleDef
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import optimizer, stacks
-from hetjax.graph import Module
-from hetjax.layout import DATA_AXES, StagePlan, param_specs, zero_spec
-from hetjax.optimizer import OptimizerConfig
-from hetjax.stacks import LAYERS
+from hetjax.core import optimizer, stacks
+from hetjax.core.graph import Module
+from hetjax.core.layout import DATA_AXES, StagePlan, param_specs, zero_spec
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.stacks import LAYERS
 from models.contract import Params
 
 Tree = Any

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hetjax.samples import Sample
+from hetjax.run.samples import Sample
 
 FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
 Values = Mapping[str, Any]  # numbers, or scalars of NumPy or jax

@@ -20,11 +20,11 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import optimizer, residuals
-from hetjax.graph import Module
-from hetjax.layout import AXES, DATA_AXES, StagePlan, sharding, spec
-from hetjax.local import Local, closed
-from hetjax.parameters import Parameters, shardings, spec_tree
+from hetjax.core import optimizer, residuals
+from hetjax.core.graph import Module
+from hetjax.core.layout import AXES, DATA_AXES, StagePlan, sharding, spec
+from hetjax.core.local import Local, closed
+from hetjax.core.parameters import Parameters, shardings, spec_tree
 from models.axes import vary
 from models.contract import Params
 

@@ -10,7 +10,7 @@ Exactly one module, the sink, feeds nothing: it is the language model and yields
 import dataclasses
 import enum
 
-from hetjax.layout import Layout
+from hetjax.core.layout import Layout
 from models.contract import ModuleDef
 
 

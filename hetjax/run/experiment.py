@@ -20,14 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hetjax import command
+from hetjax.core.graph import Graph, Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
 from hetjax.data.items import Reader
 from hetjax.data.microbatch import abstract
-from hetjax.graph import Graph, Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
+from hetjax.run import command
 
 PRECISIONS = ("bfloat16", "float32", "float64")
 OF_PICTURES = ("mean", "std", "shortest_edge", "pad_to_square", "resampling", "resize_positions")
@@ -233,12 +234,12 @@ def build_graph(experiment: Experiment) -> Graph:
 
 
 def in_precision(experiment: Experiment, dtype: str) -> Experiment:
-    """The experiment with parameters and activations of every module in `dtype`."""
+    """The experiment with activations of every module in `dtype`, and parameters too if it is as precise as float32."""
     return dataclasses.replace(
         experiment,
         llm=dataclasses.replace(experiment.llm, compute_dtype=dtype),
         encoders=tuple(dataclasses.replace(e, compute_dtype=dtype) for e in experiment.encoders),
-        param_dtype=dtype,
+        param_dtype="float32" if dtype == "bfloat16" else dtype,
     )
 
 
@@ -259,19 +260,20 @@ def build(experiment: Experiment, phase: int = 0) -> Trainer:
     """The trainer of one phase; reads no data and compiles nothing. Raises ValueError for what cannot run."""
     items = [e.items for e in experiment.encoders]
     shapes = abstract(experiment.data, items)
-    return Trainer(
-        build_graph(experiment),
+    spec = TrainSpec(
+        graph=build_graph(experiment),
         devices=jax.devices(),
         batch={name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()},
         groups=experiment.data.groups,
         num_microbatches=experiment.num_microbatches,
-        config=experiment.training[phase].optimizer,
+        optimizer=experiment.training[phase].optimizer,
         first_step=(0, *experiment.ends)[phase],
         schedule=experiment.schedule,
         encoder_window=experiment.encoder_window,
         seed=experiment.seed,
         param_dtype=jnp.dtype(experiment.param_dtype),
     )
+    return Trainer(spec)
 
 
 def train_loader(experiment: Experiment) -> Loader:

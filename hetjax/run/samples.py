@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
-from hetjax.trainer import State, Trainer
 
 Arrays = Mapping[str, np.ndarray]
 

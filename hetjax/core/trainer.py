@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hetjax import optimizer
-from hetjax.finish import Finish, Outcome
-from hetjax.graph import Graph
-from hetjax.layout import check_batch, picture
-from hetjax.pipeline import HostTimes, Pipeline, StageKey
-from hetjax.stacks import LAYERS
-from hetjax.stage import Abstract
+from hetjax.core import optimizer
+from hetjax.core.finish import Finish, Outcome
+from hetjax.core.layout import check_batch, picture
+from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.core.stacks import LAYERS
+from hetjax.core.stage import Abstract
+from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
 Path = tuple[Any, ...]  # key path of a leaf, as jax.tree_util gives it
@@ -45,43 +44,17 @@ class StepGradients(NamedTuple):
 class Trainer:
     """Pipeline, end of step and optimizer of one graph under its layouts.
 
-    `batch`: abstract global microbatch (shape and dtype of each array), of `groups` groups. `first_step`: where the
-    optimizer's schedules begin.
     Raises ValueError for a layout that the devices, the modules or the microbatch do not allow.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        *,
-        devices: Sequence[jax.Device],
-        batch: Abstract,
-        groups: int,
-        num_microbatches: int,
-        config: optimizer.OptimizerConfig,
-        first_step: int = 0,
-        schedule: str = "1f1b",
-        encoder_window: int | None = None,
-        seed: int = 0,
-        param_dtype: Any = jnp.float32,
-    ) -> None:
-        self.graph, self.config, self.seed, self.param_dtype = graph, config, seed, param_dtype
-        self.first_step = first_step
-        for module in graph.modules:
-            sizes = dict(items=num_items(module.definition, batch), seq=batch["tokens"].shape[1], groups=groups)
-            check_batch(module.name, module.layout, is_sink=module is graph.sink, **sizes)
-        self.pipeline = Pipeline(
-            graph,
-            devices=devices,
-            batch=batch,
-            num_microbatches=num_microbatches,
-            optimizer=config,
-            schedule=schedule,
-            encoder_window=encoder_window,
-            seed=seed,
-            param_dtype=param_dtype,
-        )
-        optimizer.check(config, self._paths())
+    def __init__(self, spec: TrainSpec) -> None:
+        self.spec, self.graph = spec, spec.graph
+        for module in spec.graph.modules:
+            items, seq = num_items(module.definition, spec.batch), spec.batch["tokens"].shape[1]
+            is_sink = module is spec.graph.sink
+            check_batch(module.name, module.layout, is_sink=is_sink, items=items, seq=seq, groups=spec.groups)
+        self.pipeline = Pipeline(spec)
+        optimizer.check(spec.optimizer, self._paths())
         self.finish = Finish(self.pipeline)
 
     def _paths(self) -> list[str]:
@@ -117,7 +90,7 @@ class Trainer:
         stages = self.pipeline.stages
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each stage compiles its own
             params = dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
-        return self.begin(State(params, {}, {}, self.first_step))
+        return self.begin(State(params, {}, {}, self.spec.first_step))
 
     def begin(self, state: State) -> State:
         """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
@@ -127,11 +100,11 @@ class Trainer:
             states = dict(
                 zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)
             )
-        return State(params, states, self.pipeline.zeros(), self.first_step)
+        return State(params, states, self.pipeline.zeros(), self.spec.first_step)
 
     def learning_rate(self, step: int) -> float:
         """The rate with which step `step` of the run, counted from 1, is made."""
-        return optimizer.learning_rate(self.config, step - 1 - self.first_step)
+        return optimizer.learning_rate(self.spec.optimizer, step - 1 - self.spec.first_step)
 
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
         """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
@@ -139,9 +112,9 @@ class Trainer:
 
     def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
         """The step's gradients, before clipping. The state's accumulators are consumed."""
-        if len(microbatches) != self.pipeline.num_microbatches:
+        if len(microbatches) != self.spec.num_microbatches:
             raise ValueError(
-                f"step: got {len(microbatches)} microbatches, the run was built for {self.pipeline.num_microbatches}"
+                f"step: got {len(microbatches)} microbatches, the run was built for {self.spec.num_microbatches}"
             )
         count = float(sum(m["weights"].sum(dtype=np.float64) for m in microbatches))
         done = self.pipeline.run(state.params, microbatches, state.acc, count)

@@ -11,11 +11,11 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from hetjax import loss, optimizer, stacks
-from hetjax.graph import Module, Remat
-from hetjax.layout import AXES, DATA_AXES, StagePlan, spec
-from hetjax.parameters import Parameters
-from hetjax.stacks import LAYERS
+from hetjax.core import loss, optimizer, stacks
+from hetjax.core.graph import Module, Remat
+from hetjax.core.layout import AXES, DATA_AXES, StagePlan, spec
+from hetjax.core.parameters import Parameters
+from hetjax.core.stacks import LAYERS
 from models.axes import vary, varying_axes
 from models.contract import Params, Part
 from models.layers import is_product

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 
-from hetjax import flops, metrics
+from hetjax.core import flops
+from hetjax.core.finish import Outcome
+from hetjax.core.trainer import Trainer
 from hetjax.data import Loader
 from hetjax.data.items import count
-from hetjax.experiment import Experiment
-from hetjax.finish import Outcome
-from hetjax.trainer import Trainer
+from hetjax.run import metrics
+from hetjax.run.experiment import Experiment
 
 Values = dict[str, Any]
 

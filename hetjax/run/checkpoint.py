@@ -18,11 +18,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import stacks
-from hetjax.names import flat, nested
-from hetjax.pipeline import StageKey
-from hetjax.stage import Stage
-from hetjax.trainer import State, Thunks, Trainer, is_stacked, path_parts
+from hetjax.core import stacks
+from hetjax.core.pipeline import StageKey
+from hetjax.core.stage import Stage
+from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
+from hetjax.run.names import flat, nested
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
@@ -69,7 +69,7 @@ class Checkpoints:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
             )
-            saved = self._manager.save(state.step, args=args, custom_metadata={FIRST_STEP: trainer.first_step})
+            saved = self._manager.save(state.step, args=args, custom_metadata={FIRST_STEP: trainer.spec.first_step})
         if not saved:
             raise CheckpointError(
                 f"{self.directory}: step {state.step} was not saved, a checkpoint of step {self.latest} is there; "
@@ -94,7 +94,7 @@ class Checkpoints:
 
         Raises CheckpointError if the checkpoint is damaged, of another phase, or of another model or optimizer."""
         with self._explained(step, "read"):
-            self._check_phase(step, trainer.first_step)
+            self._check_phase(step, trainer.spec.first_step)
             self._check_names(step, abstract_names(trainer))
             return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 

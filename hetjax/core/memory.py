@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hetjax.stage import Stage
-from hetjax.trainer import Trainer
+from hetjax.core.stage import Stage
+from hetjax.core.trainer import Trainer
 
 
 class DeviceMemory(NamedTuple):

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from hetjax.experiment import Experiment
-from hetjax.layout import Layout
+from hetjax.core.layout import Layout
+from hetjax.run.experiment import Experiment
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT

@@ -2,7 +2,8 @@
 
 A file imports the modules that it names and binds fields of the dataclasses in them; a scope tells two instances apart:
 
-    from hetjax import experiment, layout
+    from hetjax.core import layout
+    from hetjax.run import experiment
     experiment.Experiment.steps = 100
     experiment.Experiment.llm = @llm/experiment.LanguageModel()
     llm/experiment.LanguageModel.layout = @llm/layout.Layout()
@@ -24,7 +25,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from hetjax.ginfile import Bare, Binding, ConfigError, Key, Name, Reader, nearest, resolve, scoped
+from hetjax.run.ginfile import Bare, Binding, ConfigError, Key, Name, Reader, nearest, resolve, scoped
 
 T = TypeVar("T")
 

@@ -25,8 +25,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from hetjax import wire
-from hetjax.transfer import Leaf, Pieces, Program, Route, axis_names, landing
+from hetjax.core import wire
+from hetjax.core.transfer import Leaf, Pieces, Program, Route, axis_names, landing
 
 Tree = dict[str, jax.Array]
 
