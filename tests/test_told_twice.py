@@ -15,8 +15,11 @@ from safetensors.numpy import save_file
 from hetjax import convert
 from hetjax.hf import processor, read_config, write_config
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
 from hetjax.hf.source import Extras
 from hetjax.hf.stored import open_source
+from hetjax.run.experiment import Encoder
+from models.vit import ViT
 
 FOUR = {"transformers_version": "4.57.1"}
 FIVE = {"transformers_version": "5.23.0"}
@@ -213,3 +216,20 @@ def test_a_vocabulary_of_another_size_than_the_embedding_names_its_field(
         ConvertError, match=rf"embed_tokens.weight has shape \[48, 32\], config.json \({field}\) makes it"
     ):
         open_source(folder)
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "image_token"]
+)
+def test_a_folder_s_processor_that_counts_other_tokens_than_the_tower_has_rows_is_not_given_back(
+    change: str, tmp_path: Path
+) -> None:
+    encoder = Encoder(ViT(8, 4, 16, 2, 2, 24, 32, "clip", select="default"))
+    llava_family = registry.WHOLE_OF_KIND["llava"]
+    made = llava_family.processor(encoder)
+    if change != "none":
+        made["processor_config.json"][change] = None if change == "patch_size" else "full"
+    files = {name: tmp_path / name for name in made}
+    for name, path in files.items():
+        path.write_text(json.dumps(made[name]))
+    assert llava_family.serves(encoder, files) == (change == "none")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hetjax.data.items import Reader
 from hetjax.hf.fields import Config, nonzero
 from hetjax.hf.parts import Parts
 from hetjax.run.experiment import Encoder
@@ -64,4 +63,4 @@ class Whole:
     write: Callable[[Parts], dict[str, Any]]  # its own fields
     check: Callable[[Parts], None]  # raises ConvertError unless the class computes what the models do
     processor: Callable[[Encoder], dict[str, Any]]  # files that process items and prompts as a run's loader does
-    serves: Callable[[Reader, Mapping[str, Path]], bool]  # whether files that came along do so
+    serves: Callable[[Encoder, Mapping[str, Path]], bool]  # whether files that came along do so
