@@ -1,9 +1,10 @@
 """Conversations with pictures and clips become microbatches of fixed shape. Start at `loader.py`; imports no jax."""
 
-from hetjax.data.conversations import Problem, Sample
+from hetjax.data.conversations import Sample
 from hetjax.data.items import ItemSpec, blank
 from hetjax.data.loader import Loader
 from hetjax.data.pictures import Pictures
+from hetjax.data.problems import Problem
 from hetjax.data.settings import DataConfig, DataError, Template
 from hetjax.data.sounds import Sounds
 

@@ -4,16 +4,17 @@ Pixels are those of transformers' SiglipImageProcessor (resized to a square) and
 resized, the middle cut out) behind its `load_image`, bit for bit: the same steps in the same order and precision.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from hetjax.data.conversations import SampleError
-from hetjax.data.items import Abstract, Values
+from hetjax.data.items import Abstract, Header, Values
+from hetjax.data.problems import SampleError
 
 MAX_PIXELS = 2**26  # 200 MB decoded, per worker; a file of a few kB can claim more
 
@@ -52,38 +53,61 @@ class Pictures:
         """The mean colour of the normalisation."""
         return {"pixels": 0.0}
 
-    def read(self, path: Path) -> tuple[Values, None]:
+    def look(self, path: Path) -> Header:
+        """A picture's size and mode are in its header. Raises SampleError with the path and the reason."""
+        with self._open(path):
+            return Header()
+
+    def read(self, path: Path) -> Values:
         """The pixels: upright, RGB without transparency, resized (bicubic), in 0..1, less the mean, divided by std.
 
         Raises SampleError with the path and the reason.
         """
+        with self._open(path) as image:
+            colours: Image.Image = image
+            if "transparency" in image.info:
+                colours = image.convert("RGBA")  # straight to RGB warns; the colours are the same
+            rgb = self._fitted(ImageOps.exif_transpose(colours).convert("RGB"))
+        pixels = (np.asarray(rgb, np.float64) * (1 / 255)).astype(np.float32)
+        return {"pixels": (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)}
+
+    @contextlib.contextmanager
+    def _open(self, path: Path) -> Iterator[Image.Image]:
+        """The picture, of which the header is read. What goes wrong with it becomes a SampleError."""
         try:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"it is {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-                colours: Image.Image = image
                 if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8, and give a white picture
                     raise ValueError(f"its mode {image.mode} has more than 8 bits a channel; convert it to 8")
-                if "transparency" in image.info:
-                    colours = image.convert("RGBA")  # straight to RGB warns; the colours are the same
-                rgb = self._fitted(ImageOps.exif_transpose(colours).convert("RGB"))
+                self._check_fits(image)
+                yield image
         except FileNotFoundError as error:
             raise SampleError(str(path), "there is no such file") from error
         except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error...
             raise SampleError(str(path), f"cannot be read as a picture: {error}") from error
-        pixels = (np.asarray(rgb, np.float64) * (1 / 255)).astype(np.float32)
-        return {"pixels": (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)}, None
 
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        """The picture, or its middle, in height x width; black where the resized one is smaller than that."""
+    def _check_fits(self, image: Image.Image) -> None:
+        """Raises ValueError for a picture that is so long that it grows beyond all bounds."""
         if self.shortest_edge is None:
-            return image.resize((self.width, self.height), Image.Resampling.BICUBIC)
-        longest_edge = int(self.shortest_edge * max(image.size) / min(image.size))
+            return
+        longest_edge = self._longest_edge(image)
         if self.shortest_edge * longest_edge > MAX_PIXELS:
             resized = f"{self.shortest_edge} x {longest_edge}"
             raise ValueError(
                 f"{image.width} x {image.height} pixels become {resized}, which are more than {MAX_PIXELS}"
             )
+
+    def _longest_edge(self, image: Image.Image) -> int:
+        """Pixels of the longer side when the shorter has `shortest_edge`."""
+        assert self.shortest_edge is not None
+        return int(self.shortest_edge * max(image.size) / min(image.size))
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """The picture, or its middle, in height x width; black where the resized one is smaller than that."""
+        if self.shortest_edge is None:
+            return image.resize((self.width, self.height), Image.Resampling.BICUBIC)
+        longest_edge = self._longest_edge(image)
         upright = image.width <= image.height
         size = (self.shortest_edge, longest_edge) if upright else (longest_edge, self.shortest_edge)
         left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
