@@ -118,9 +118,12 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "more placeholders": (ask("<image> <image>", image="a.png"), "2 <image>, but 1 image file"),
+    "more placeholders": (ask("<image> <image>", image="a.png"), "2 <image>, image names 1 files"),
     "no encoder": (ask("x", audio="a.ogg"), "the model has no encoder for audio; it takes image"),
-    "a placeholder in an answer": (Prompt(("a", "<image>", "b")), "an answer of the prompt has <image>"),
+    "a placeholder in an answer": (
+        Prompt(("a", "<image>", "b"), {"image": ("a.png",)}),
+        "an answer contains <image>; it may stand in questions only",
+    ),
 }
 
 
@@ -135,12 +138,14 @@ def test_files_and_placeholders_must_agree(case: str, tokenizer: Tokenizer, pict
         chat.encode(prompt, read_items(prompt, chat.items))
 
 
-def test_a_longer_token_that_hides_a_placeholder_is_named(tokenizer: Tokenizer, picture: str) -> None:
+def test_a_longer_token_hides_no_placeholder(tokenizer: Tokenizer, picture: str) -> None:
     hiding = Tokenizer.from_str(tokenizer.to_str())
     hiding.add_special_tokens(["<image>s"])
-    chat, prompt = RunChat(hiding, CHATML, (VISION,)), ask("<image>s?", image=picture)
-    with pytest.raises(ValueError, match="a longer token holds the others"):
-        chat.encode(prompt, read_items(prompt, chat.items))
+    prompt = ask("<image>s?", image=picture)
+    first, second = (
+        RunChat(t, CHATML, (VISION,)).encode(prompt, read_items(prompt, (VISION,))) for t in (tokenizer, hiding)
+    )
+    assert first == second
 
 
 def test_a_template_that_fails_is_named(tokenizer: Tokenizer) -> None:
@@ -153,13 +158,13 @@ def test_files_of_prompts_are_read_line_by_line_and_their_faults_named(tmp_path:
     path, turns = tmp_path / "asked.jsonl", [{"from": "human", "value": "a\u2028b\x85c"}]
     write = lambda **more: path.write_text(json.dumps({"conversations": turns} | more, ensure_ascii=False), "utf-8")
     write(image="a.png")
-    (prompt,) = read_prompts(path, ["image"])
+    (prompt,) = read_prompts(path, (VISION,))
     assert prompt == Prompt(("a\u2028b\x85c",), {"image": (str(tmp_path / "a.png"),)}, "1")
     for wrong in (5, {"a": "b"}, ["a.png", None]):
         write(image=wrong)
         with pytest.raises(ValueError, match=r"asked.jsonl:1: image=.*; it must be a file name or a list"):
-            read_prompts(path, ["image"])
+            read_prompts(path, (VISION,))
     for wrong, message in (({}, "has no conversations"), ({"conversations": [*turns, *turns]}, "human begins")):
         write(**{"conversations": None} | wrong)
         with pytest.raises(ValueError, match=f"asked.jsonl:1: .*{message}"):
-            read_prompts(path, [])
+            read_prompts(path, ())

@@ -102,7 +102,10 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
     "a file address": (talk(SEE, SAY, image="file://DIR/a%20b.png"), SEEN),
     "a name with odd characters": (talk(SEE, SAY, image="#1 (a)[b]@%20'ü\n.png"), SEEN),
     "a web address": (talk(SEE, SAY, image="https://host/0.png"), Bad("web address")),
-    "a picture inside of the entry": (talk(SEE, SAY, image="data:image/png;base64," + "A" * 99999), Bad("image.*data:")),
+    "a picture inside of the entry": (
+        talk(SEE, SAY, image="data:image/png;base64," + "A" * 99999),
+        Bad("image.*data:"),
+    ),
     "a null character in a name": (talk(SEE, SAY, image="a\0.png"), Bad("no such file|cannot be read")),
     "a name of many characters": (talk(SEE, SAY, image="a" * 9999), Bad("no such file|cannot be read")),
     "a list in a list of names": (talk(SEE, SAY, image=[["0.png"]]), Bad("image=.*; it must be a file name or a list")),

@@ -139,9 +139,7 @@ def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
     return Turn(ROLES[role], text, tuple(part[1] for part in parts if isinstance(part, tuple) and part[1]))
 
 
-def _part(
-    part: Any, where: str, role: str, items: Sequence[ItemSpec]
-) -> str | tuple[str, tuple[str, str] | None]:
+def _part(part: Any, where: str, role: str, items: Sequence[ItemSpec]) -> str | tuple[str, tuple[str, str] | None]:
     """A part's text; of a picture or clip its placeholder on a line of its own, and the file if the part names it."""
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise SampleError("", f'{where} has a part {shown(part)}; it must be {{"type": "text", "text": ...}}')

@@ -50,11 +50,13 @@ class Loader:
 
     def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = ()) -> None:
         self.config, self.items = config, tuple(items)
-        self._entries, self._digest = conversations.read(config.path, self.items)  # first: a wrong path has no other cure
+        self._entries, self._digest = conversations.read(
+            config.path, self.items
+        )  # first: a wrong path has no other cure
         check_items(config, self.items)
         self.tokenizer = tokens.load_tokenizer(config, self.items)
         self._speller = tokens.Speller(self.tokenizer, self.items, config.template)
-        self.tally = Tally(config, self._entries)
+        self.tally = Tally(config, len(self._entries))
         self._position = Position()
         self._ahead: Ahead[Made] | None = None
         self._waited = 0.0
@@ -216,17 +218,15 @@ class Loader:
             if isinstance(result, Problem):
                 self.tally.reject(ordinal, result)
             elif isinstance(result, TooLong):
-                self.tally.cut(ordinal, self.tally.too_long, f"it is skipped: {result}")
+                self.tally.cut(self.samples[ordinal], self.tally.too_long, f"it is skipped: {result}")
             else:
                 if result.text.truncated:
-                    self.tally.cut(ordinal, self.tally.truncated, "it is truncated")
+                    self.tally.cut(self.samples[ordinal], self.tally.truncated, "it is truncated")
                 if result.cut:
-                    self.tally.cut(ordinal, self.tally.cut_clips, result.cut)
+                    self.tally.cut(self.samples[ordinal], self.tally.cut_clips, result.cut)
                 yield after, result
 
-    def _plan(
-        self, ordinal: int, encode: Callable[..., tokens.Encoded] = tokens.encode
-    ) -> Planned | Problem | TooLong:
+    def _plan(self, ordinal: int, encode: Callable[..., tokens.Encoded] = tokens.encode) -> Planned | Problem | TooLong:
         """The sample, tokenised and with what its files' headers tell. Runs in the workers' threads."""
         sample = self._entries[ordinal]
         if isinstance(sample, Problem):

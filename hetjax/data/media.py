@@ -11,8 +11,10 @@ from hetjax.data.problems import SampleError, shown
 from hetjax.data.settings import at_home
 
 # keys by which data sets name files, in any case: image, images, video_path, audio_urls, ...
-MEDIA = re.compile(r"(image|img|picture|photo|video|audio|sound|speech|voice|wav)s?(_(path|file|filename|url)s?)?", re.I)
-NOTHING = (None, "", [], {}, False)  # what a key holds where there is no file
+MEDIA = re.compile(
+    r"(image|img|picture|photo|video|audio|sound|speech|voice|wav)s?(_(path|file|filename|url)s?)?", re.I
+)
+NOTHING: tuple[Any, ...] = (None, "", [], {}, False)  # what a key holds where there is no file
 Files = dict[str, tuple[str, ...]]  # item name -> file names, in the order of the placeholders
 
 

@@ -133,7 +133,9 @@ class Filling:
         self.arrays["positions"][row, place] = np.arange(len(text.tokens))
         self.arrays["segment_ids"][row, place] = self._segments[row]
         self.owner[row, place] = np.where(text.weights > 0, sample.ordinal, -1)
-        slots = tuple(self._slot(sample, row, start, item, n) for item in self._items for n in range(len(sample.files[item.name])))
+        slots = tuple(
+            self._slot(sample, row, start, item, n) for item in self._items for n in range(len(sample.files[item.name]))
+        )
         return Placed(sample.ordinal, row, place, slots)
 
     def _slot(self, sample: Planned, row: int, start: int, item: ItemSpec, number: int) -> Slot:

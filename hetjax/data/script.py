@@ -21,18 +21,18 @@ class Script:
     """A tokenizer in which nothing but a mark is special. `placeholders` are marked too, whatever they are to it."""
 
     def __init__(self, tokenizer: Tokenizer, placeholders: Sequence[str]) -> None:
-        self._placeholders = frozenset(placeholders)
-        added = tokenizer.get_added_tokens_decoder()
-        special = {token.content: token for token in added.values() if token.special}
+        added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        special = [text for text, token in added.items() if token.special]
         texts = list(dict.fromkeys([*special, *placeholders]))
+        self._placeholders = frozenset(placeholders)
         self._marks = {text: f"{MARK}{number}{MARK}" for number, text in enumerate(texts)}
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         content = tokenizer.to_str()
         self._reader = Tokenizer.from_str(content)
         self._reader.encode_special_tokens = True  # as text
-        self._reader.add_tokens([_marked(mark, special.get(text)) for text, mark in self._marks.items()])
+        self._reader.add_tokens([_marked(mark, added.get(text)) for text, mark in self._marks.items()])
         self._texts = {self._reader.token_to_id(mark): text for text, mark in self._marks.items()}
-        self._ids = {text: tokenizer.token_to_id(text) for text in texts}
+        self._ids: dict[str, int] = {text: tokenizer.token_to_id(text) for text in texts}
         unknown = _unknown(json.loads(content)["model"])
         self._never = {id: text for text, id in self._ids.items() if unknown not in (text, id)}
 
@@ -59,7 +59,9 @@ class Script:
             text = self._texts[id]
             return text if text in self._placeholders else self._ids[text]
         if id in self._never:
-            raise SampleError("", f"its text spells {self._never[id]}, which the tokenizer cannot write as text; cut it")
+            raise SampleError(
+                "", f"its text spells {self._never[id]}, which the tokenizer cannot write as text; cut it"
+            )
         return id
 
 

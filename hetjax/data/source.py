@@ -1,4 +1,4 @@
-"""A file of JSON becomes its entries, whatever encoding it is in. What is no JSON stands in its place as `Malformed`."""
+"""A file of JSON, in any encoding, becomes its entries; what is no JSON stands in its place as `Malformed`."""
 
 import hashlib
 import io

@@ -2,9 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Sequence
 
-from hetjax.data.conversations import Problem, Sample
+from hetjax.data.conversations import Sample
+from hetjax.data.problems import Problem
 from hetjax.data.settings import DataConfig, DataError
 
 LOG = logging.getLogger(__name__)
@@ -16,13 +16,13 @@ class Tally:
     truncated, cut_clips, too_long: ordinals of samples whose text or clips were cut, and of those skipped for their
     length."""
 
-    def __init__(self, config: DataConfig, entries: Sequence[Sample | Problem]) -> None:
+    def __init__(self, config: DataConfig, num_samples: int) -> None:
         self.bad: list[Problem] = []
         self.masked: set[int] = set()
         self.truncated: set[int] = set()
         self.cut_clips: set[int] = set()
         self.too_long: set[int] = set()
-        self._config, self._entries = config, entries
+        self._config, self._num_samples = config, num_samples
         self._named: set[int] = set()  # ordinals in `bad`
         self._naming = threading.Lock()  # a pass for evaluation may run beside the thread that works ahead
 
@@ -40,11 +40,11 @@ class Tally:
             LOG.warning("%s %s", "masked" if masked else "skipped", problem)
         self._check_any_left()
 
-    def cut(self, ordinal: int, seen: set[int], what: str) -> None:
+    def cut(self, sample: Sample, seen: set[int], what: str) -> None:
         """Notes a sample that is cut or too long, in `seen`, which is one of the sets. Raises DataError as `reject`."""
         if not seen:
-            LOG.warning("sample %r: %s; further ones are only counted", self._entries[ordinal].id, what)
-        seen.add(ordinal)
+            LOG.warning("sample '%s': %s; further ones are only counted", sample.id, what)
+        seen.add(sample.ordinal)
         self._check_any_left()
 
     def report(self) -> str:
@@ -54,10 +54,10 @@ class Tally:
         return "; ".join([f"bad samples: {len(self.bad)}{masked}", *(f"{k}: {len(v)}" for k, v in counts.items())])
 
     def _check_any_left(self) -> None:
-        if len(self._named) + len(self.too_long) < len(self._entries):
+        if len(self._named) + len(self.too_long) < self._num_samples:
             return
         reasons = "; ".join(str(p) for p in self.bad[:3])
         raise DataError(
-            f"{self._config.path}: every one of its {len(self._entries)} samples is left out, {len(self.bad)} as bad "
+            f"{self._config.path}: every one of its {self._num_samples} samples is left out, {len(self.bad)} as bad "
             f"and {len(self.too_long)} as longer than seq_len={self._config.seq_len}. {reasons or 'Raise seq_len'}"
         )
