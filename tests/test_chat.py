@@ -17,7 +17,15 @@ from hetjax.hf import chat_template
 
 VISION = ItemSpec("vision", rows=3, reader=Pictures(4, 4))
 CHART = ItemSpec("chart", rows=2, reader=Pictures(2, 2), field="plot", placeholder="<|plot|>")
-CHATML = Template("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n")
+CHATML = Template(
+    "",
+    "<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_end|>",
+    "\n",
+    "<|im_start|>system\n",
+    "<|im_end|>\n",
+)
 ODD = Template("é{{ \"quoted\" }} 'single' \\n", "🙂{% raw %}\t", ' \\"}}\n', "<|im_end|>", "  \n\n")
 
 
@@ -53,6 +61,8 @@ def test_the_chat_template_of_an_export_gives_the_ids_of_the_run(
         ask(" a <image> b <|plot|> <image> ", image=[picture, picture], plot=[picture]),
         Prompt(("one <image>", "answer {{ one }}", "two", "answer", "three"), {"image": (picture,)}),
         Prompt(("one", "two", "three"), {"image": (picture,)}),
+        Prompt(("one", "two", "three"), {"image": (picture,)}, system="be 'brief' {{"),
+        Prompt(("one",), system=""),
     ]
     for prompt in prompts:
         found = read_items(prompt, items)
@@ -66,7 +76,7 @@ def test_the_chat_template_of_an_export_gives_the_ids_of_the_run(
 
 def test_other_roles_and_parts_than_the_training_had_are_refused() -> None:
     written = chat_template.write(CHATML, (VISION,))
-    for message in ({"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
+    for message in ({"role": "tool", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
         with pytest.raises(jinja.jinja2.TemplateError, match="the model was"):
             jinja.render(written, [message], {})
 

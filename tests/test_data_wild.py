@@ -150,7 +150,8 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
     "a system turn": ({"id": "odd", "messages": [SYSTEM, ROLE_ASK, ROLE_SAY]}, BRIEF),
     "a system turn in conversations": (talk({"from": "system", "value": "be brief"}, ASK, SAY), BRIEF),
     "a system field": (talk(system="be brief"), BRIEF),
-    "an empty system field": (talk(system=None), PLAIN),
+    "an empty system field": (talk(system=""), PLAIN),
+    "an empty system turn": (talk({"from": "system", "value": ""}, ASK, SAY), Trained("\n" + chat("hi", "yes"))),
     "a system field and turn": (talk(SYSTEM, ASK, SAY, system="x"), Bad("system")),
     "a system turn behind": (talk(ASK, SAY, SYSTEM, ASK, SAY), Bad("turn 2 .*system")),
     "a system turn that spells a token": (
@@ -354,9 +355,9 @@ def test_the_path_is_what_a_run_complains_about_first(directory: Path, tmp_path:
 
 PROMPTS: dict[str, tuple[dict[str, Any], Any]] = {
     "a system turn": (dict(conversations=[SYSTEM, ASK]), ("be brief", ("hi",), ())),
-    "messages": (dict(messages=[ROLE_ASK, ROLE_SAY, ROLE_ASK]), ("", ("hi", "yes", "hi"), ())),
-    "an answer at the end": (dict(messages=[ROLE_ASK, ROLE_SAY]), ("", ("hi",), ())),
-    "gpt first": (dict(conversations=[SAY, ASK]), ("", ("hi",), ())),
+    "messages": (dict(messages=[ROLE_ASK, ROLE_SAY, ROLE_ASK]), (None, ("hi", "yes", "hi"), ())),
+    "an answer at the end": (dict(messages=[ROLE_ASK, ROLE_SAY]), (None, ("hi",), ())),
+    "gpt first": (dict(conversations=[SAY, ASK]), (None, ("hi",), ())),
     "parts": (dict(messages=[{"role": "user", "content": [{"type": "image", "image": "0.png"}, TEXT]}]), "picture"),
     "images": (dict(images=["0.png"], conversations=[SEE]), "picture"),
     "a video": (dict(video="a.mp4", conversations=[ASK]), "no encoder takes its video"),
@@ -370,7 +371,7 @@ def test_prompts_are_read_by_the_same_rules(case: str, tmp_path: Path) -> None:
     entry, right = PROMPTS[case]
     path = tmp_path / "asked.jsonl"
     path.write_bytes(codecs.BOM_UTF8 + json.dumps(entry).encode())
-    right = ("", ("<image>\nhi",), (str(tmp_path / "0.png"),)) if right == "picture" else right
+    right = (None, ("<image>\nhi",), (str(tmp_path / "0.png"),)) if right == "picture" else right
     if isinstance(right, str):
         with pytest.raises(ValueError, match=f"asked.jsonl:1: .*{right}"):
             read_prompts(path, (VISION,))

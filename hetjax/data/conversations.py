@@ -30,7 +30,7 @@ class Sample:
     id: str
     turns: tuple[str, ...]  # question, answer, question, answer, ...
     files: Mapping[str, tuple[str, ...]]  # item name -> file names, in the order of the placeholders
-    system: str = ""  # what stands before the first question; "": nothing
+    system: str | None = None  # the system turn, before the first question
 
 
 class Conversations(NamedTuple):
@@ -43,7 +43,7 @@ class Conversations(NamedTuple):
 class Talk(NamedTuple):
     """What an entry says, and the files that it names; placeholders may be missing."""
 
-    system: str
+    system: str | None
     turns: tuple[str, ...]  # question, answer, question, ...
     files: Files
 
@@ -109,11 +109,11 @@ def _check_keys(value: Mapping[str, Any], where: str) -> None:
         raise SampleError("", f"{where} has {shown(value.key)} twice; leave one out")
 
 
-def _system(value: Mapping[str, Any], turns: Sequence[Turn]) -> tuple[str, int]:
+def _system(value: Mapping[str, Any], turns: Sequence[Turn]) -> tuple[str | None, int]:
     """(the system text, the turns that it takes)."""
     text, taken = value.get("system"), turns[0].role == SYSTEM
     if text in (None, ""):
-        return (turns[0].text, 1) if taken else ("", 0)
+        return (turns[0].text, 1) if taken else (None, 0)
     if taken or not isinstance(text, str):
         rule = "has a system turn beside it; leave one out" if taken else "must be a text"
         raise SampleError("", f"system={shown(text)} {rule}")

@@ -24,17 +24,17 @@ class Script:
         added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
         special = [text for text, token in added.items() if token.special]
         texts = list(dict.fromkeys([*special, *placeholders]))
-        self._placeholders = frozenset(placeholders)
         self._marks = {text: f"{MARK}{number}{MARK}" for number, text in enumerate(texts)}
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         content = tokenizer.to_str()
         self._reader = Tokenizer.from_str(content)
         self._reader.encode_special_tokens = True  # as text
         self._reader.add_tokens([_marked(mark, added.get(text)) for text, mark in self._marks.items()])
-        self._texts = {self._reader.token_to_id(mark): text for text, mark in self._marks.items()}
-        self._ids: dict[str, int] = {text: tokenizer.token_to_id(text) for text in texts}
+        ids = {text: id for text in texts if (id := tokenizer.token_to_id(text)) is not None}
+        shown = {text: text if text in placeholders else ids[text] for text in texts}
+        self._meanings = {self._reader.token_to_id(mark): shown[text] for text, mark in self._marks.items()}
         unknown = _unknown(json.loads(content)["model"])
-        self._never = {id: text for text, id in self._ids.items() if unknown not in (text, id)}
+        self._never = {id: text for text, id in ids.items() if unknown not in (text, id)}
 
     def meant(self, text: str) -> str:
         """A text of the template: the special tokens in it are special."""
@@ -55,14 +55,11 @@ class Script:
         return [self._meaning(id) for id in self._reader.encode(text, add_special_tokens=False).ids]
 
     def _meaning(self, id: int) -> int | str:
-        if id in self._texts:
-            text = self._texts[id]
-            return text if text in self._placeholders else self._ids[text]
         if id in self._never:
             raise SampleError(
                 "", f"its text spells {self._never[id]}, which the tokenizer cannot write as text; cut it"
             )
-        return id
+        return self._meanings.get(id, id)
 
 
 def _marked(mark: str, like: AddedToken | None) -> AddedToken:

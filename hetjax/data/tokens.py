@@ -83,7 +83,7 @@ class Speller:
         self._items, self._template = tuple(items), template
         self._script = Script(tokenizer, [item.placeholder for item in items])
 
-    def spell(self, turns: Sequence[str], rows: Rows, *, system: str = "") -> Spelled:
+    def spell(self, turns: Sequence[str], rows: Rows, *, system: str | None = None) -> Spelled:
         """The positions of question, answer, question, ... with as many for each item as `rows` says.
 
         A prompt is tokenised in one go, placeholders and all: so its ids are those that transformers' processors make.
@@ -105,11 +105,11 @@ class Speller:
         starts.append(len(spelled.tokens))
         return [NO_TEXT] * rows[name][len(starts) - 1]
 
-    def _texts(self, turns: Sequence[str], shown: Sequence[str], system: str) -> Iterator[tuple[bool, str]]:
+    def _texts(self, turns: Sequence[str], shown: Sequence[str], system: str | None) -> Iterator[tuple[bool, str]]:
         """(trained on, text), in order. Prompts and answers are tokenised apart, as in generation."""
         t, meant, plain = self._template, self._script.meant, self._script.plain
         opening = meant(t.start + t.human_prefix)
-        if system:
+        if system is not None:
             opening = meant(t.start + t.system_prefix) + plain(system) + meant(t.system_suffix + t.human_prefix)
         for number, turn in enumerate(turns):
             if number % 2:

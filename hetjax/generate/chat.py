@@ -83,8 +83,8 @@ class FolderChat:
     def encode(self, prompt: Prompt, found: Found) -> Ids:
         """As `Chat`."""
         if self.template is None:
-            if len(prompt.turns) > 1 or prompt.system:
-                what = "a system turn" if prompt.system else "several turns"
+            if len(prompt.turns) > 1 or prompt.system is not None:
+                what = "several turns" if prompt.system is None else "a system turn"
                 raise ValueError(f"prompt {prompt.id!r} has {what}, and the model has no chat template")
             text, special = _in_front(prompt, self.items)[0], True
         else:
@@ -129,7 +129,7 @@ class FolderChat:
         else:
             turns = list(_in_front(prompt, self.items))
         messages = [{"role": HF_ROLES[n % 2], "content": turn} for n, turn in enumerate(turns)]
-        if prompt.system:
+        if prompt.system is not None:
             content = [{"type": "text", "text": prompt.system}] if self._takes_parts else prompt.system
             messages.insert(0, {"role": "system", "content": content})
         try:

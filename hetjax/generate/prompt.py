@@ -21,7 +21,7 @@ class Prompt:
     turns: tuple[str, ...]
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     id: str = ""
-    system: str = ""  # what stands before the first question; "": nothing
+    system: str | None = None  # the system turn, before the first question
 
     def __post_init__(self) -> None:
         if len(self.turns) % 2 == 0:
