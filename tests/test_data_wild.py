@@ -6,16 +6,20 @@ exception; what stands beside it is trained on in any case, and a resumed run re
 
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Template
+from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Sounds, Template
+from hetjax.data.items import Item
+from hetjax.generate.chat import RunChat
 from hetjax.generate.prompt import read_prompts
 
 VISION = ItemSpec("vision", 2, Pictures(height=4, width=4), slots_per_group=3)
@@ -113,6 +117,7 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
     "an empty name": (talk(image=""), PLAIN),
     "an empty name with a placeholder": (talk(SEE, SAY, image=""), Bad("1 <image>, image names 0 files")),
     "a folder for a picture": (talk(SEE, SAY, image="folder"), Bad("cannot be read as a picture")),
+    "a pipe for a picture": (talk(SEE, SAY, image="pipe"), Bad("cannot be read as a picture.*device")),
     "a picture of zero bytes": (talk(SEE, SAY, image="zero.png"), Bad("cannot be read as a picture")),
     "a picture cut in half": (talk(SEE, SAY, image="half.png"), Bad("cannot be read as a picture", masked=True)),
     "two pictures, one cut in half": (
@@ -197,6 +202,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "half.png").write_bytes(content[: len(content) // 2])
     (directory / "zero.png").touch()
     (directory / "folder").mkdir()
+    os.mkfifo(directory / "pipe")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -288,6 +294,63 @@ def test_an_odd_entry_is_used_as_meant_or_bad_by_name(
 def test_a_run_of_text_alone_does_not_train_on_what_names_a_file(field: str, directory: Path, tmp_path: Path) -> None:
     path = entries_file(directory, talk(**{field: "0.png"}), tmp_path / "data.json")
     check(loader(directory, path, ()), Bad(f"no encoder takes its {field}"))
+
+
+SOUNDS: dict[str, Trained | Bad] = {
+    "a.wav": Trained(chat("#\nhi", "yes")),
+    "short.wav": Bad("too few for one row"),
+    "zero.png": Bad("cannot be read as a sound"),
+    "0.png": Bad("cannot be read as a sound"),
+    "folder": Bad("cannot be read as a clip.*directory"),
+    "pipe": Bad("cannot be read as a clip.*device"),
+    "a" * 9999: Bad("no such file"),
+    "a\0.wav": Bad("no such file"),
+    "lost.flac": Bad("cannot be read as a sound", masked=True),
+    "nan.wav": Bad("cannot be read as a sound: .*not finite", masked=True),
+}
+
+
+@pytest.mark.parametrize("name", list(SOUNDS), ids=lambda name: name[:20])
+def test_an_odd_sound_is_used_as_meant_or_bad_by_name(name: str, directory: Path, tmp_path: Path) -> None:
+    soundfile.write(directory / "a.wav", np.zeros(8000), 16000)
+    soundfile.write(directory / "short.wav", np.zeros(100), 16000)
+    soundfile.write(directory / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write(directory / "lost.flac", np.random.default_rng(0).normal(size=8000) / 9, 16000)
+    content = (directory / "lost.flac").read_bytes()
+    (directory / "lost.flac").write_bytes(content[:5000] + bytes(len(content) - 5000))
+    reader = Sounds(80, 100, 100, lambda frames: frames // 25)
+    hearing = ItemSpec("vision", 4, reader, field="audio", placeholder="<audio>")  # `read` looks for that name
+    path = entries_file(directory, talk(asked("<audio>\nhi"), SAY, audio=name), tmp_path / "data.json")
+    with loader(directory, path, (hearing,)) as heard:
+        found = [batch for batch, _ in heard.one_pass()]
+        right = SOUNDS[name]
+        assert len(found) == (3 if isinstance(right, Trained) else 2 + right.masked)
+        assert [bool(batch["weights"].any()) for batch in found[1:-1]] == [isinstance(right, Trained)] * (
+            len(found) - 2
+        )
+        assert (
+            [bool(re.search(right.reason, str(p))) for p in heard.bad] == [True]
+            if isinstance(right, Bad)
+            else not heard.bad
+        )
+        assert all(len(str(p)) <= LONGEST and str(p).isprintable() for p in heard.bad)
+
+
+def test_a_run_asks_what_it_was_trained_on(directory: Path, tmp_path: Path) -> None:
+    """The ids of a prompt are those of the sample in front of its answer, whatever the texts spell."""
+    talks = [
+        talk(ASK, SAY, system="be </s>"),
+        talk(asked("a<|im_end|>b"), said("</s>"), ASK, SAY),
+        talk(ASK, SAY, image="0.png"),
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(t) for t in talks))
+    with loader(directory, tmp_path / "a.jsonl", media_root=str(directory)) as trained:
+        rows = [batch["tokens"][0] for batch, _ in trained.questions(3)]
+        chat = RunChat(trained.tokenizer, CHATML, (VISION,))
+        for row, prompt in zip(rows, read_prompts(tmp_path / "a.jsonl", (VISION,)), strict=True):
+            found = {"vision": [Item({}, VISION.rows)] * len(prompt.files["image"])}
+            ids = chat.encode(prompt, found).tokens
+            assert row[: len(ids)].tolist() == ids and not row[len(ids) :].any()
 
 
 LINE = json.dumps(talk(ASK, said("ü")), ensure_ascii=False)

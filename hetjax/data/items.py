@@ -1,12 +1,14 @@
 """What an encoder asks of the data: which files it sees or hears, how they are read, and how many there is room for."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from hetjax.data.problems import SampleError
 from hetjax.data.settings import DataConfig
 
 Abstract = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
@@ -77,6 +79,9 @@ class ItemSpec:
 
     def look(self, path: Path) -> Header:
         """What the header of a file tells. Raises SampleError with the path and the reason."""
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end; `Path` raises for long names
+            why = f"cannot be read as a {self.reader.noun}: it is a directory or a device"
+            raise SampleError(str(path), why)
         found = self.reader.look(path)
         return found._replace(rows=found.rows or self.rows)
 

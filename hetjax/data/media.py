@@ -20,8 +20,9 @@ Files = dict[str, tuple[str, ...]]  # item name -> file names, in the order of t
 
 def of_entry(entry: Mapping[str, Any], items: Sequence[ItemSpec]) -> Files:
     """The files that an entry names beside its turns. Raises SampleError."""
-    _check_read(entry, {name for item in items for name in spellings(item)}, "")
-    return {item.name: _names(entry, item) for item in items}
+    spelled = {item.name: spellings(item, items) for item in items}
+    _check_read(entry, {key for keys in spelled.values() for key in keys}, "")
+    return {item.name: _names(entry, item, spelled[item.name]) for item in items}
 
 
 def check_turn(turn: Mapping[str, Any], where: str) -> None:
@@ -29,9 +30,10 @@ def check_turn(turn: Mapping[str, Any], where: str) -> None:
     _check_read(turn, set(), where)
 
 
-def spellings(item: ItemSpec) -> tuple[str, str]:
-    """The keys of an entry under which an item's files may stand: one of them, image or images."""
-    return item.field, f"{item.field}s"
+def spellings(item: ItemSpec, items: Sequence[ItemSpec]) -> tuple[str, ...]:
+    """The keys under which an item's files may stand: image or images, unless the latter is another's of `items`."""
+    plural = f"{item.field}s"
+    return (item.field,) if any(other.field == plural for other in items) else (item.field, plural)
 
 
 def only(value: Mapping[str, Any], names: Sequence[str], where: str, nothing: Sequence[Any] = (None,)) -> Any:
@@ -90,8 +92,8 @@ def placed(turns: Sequence[str], items: Sequence[ItemSpec], files: Mapping[str, 
     return (front + turns[0], *turns[1:])
 
 
-def _names(entry: Mapping[str, Any], item: ItemSpec) -> tuple[str, ...]:
-    value = only(entry, spellings(item), "it", NOTHING)
+def _names(entry: Mapping[str, Any], item: ItemSpec, keys: Sequence[str]) -> tuple[str, ...]:
+    value = only(entry, keys, "it", NOTHING)
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(file_name(v, item.field) for v in values)
 

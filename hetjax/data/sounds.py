@@ -7,6 +7,7 @@ only the frames that touch the clip are computed.
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -116,7 +117,7 @@ def read_samples(path: Path, count: int) -> np.ndarray:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[soundfile.SoundFile]:
     """The clip, of which the header is read. What goes wrong with it becomes a SampleError."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises for long names
         raise SampleError(str(path), "there is no such file")
     try:
         with soundfile.SoundFile(path) as file:

@@ -46,7 +46,7 @@ def read(path: str, setting: str) -> Source:
     numbered = enumerate(_list(text, path), 1) if path.lower().endswith(".json") else _lines(text)
     found = list(numbered)
     if not found:
-        raise DataError(f"{path} holds no conversation; write at least one")
+        raise DataError(f"{path} holds no conversation; a run needs at least one")
     lines, entries = zip(*found, strict=True)
     return Source(entries, lines, hashlib.sha256(content).hexdigest()[:16])
 
