@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Sounds, Template
 from hetjax.data.items import Item
+from hetjax.data.problems import name_of
+from hetjax.data.problems import shown as shown_value
 from hetjax.generate.chat import RunChat
 from hetjax.generate.prompt import read_prompts
 
@@ -288,6 +290,25 @@ def test_an_odd_entry_is_used_as_meant_or_bad_by_name(
             for step in steps[start:]:
                 (again,) = resumed.next_step(1)
                 assert all(np.array_equal(again[name], step[name]) for name in step)
+
+
+def test_a_picture_of_several_frames_is_counted_as_cut(directory: Path, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (40 * n, 0, 0)) for n in range(3)]
+    for name in ("a.gif", "a.webp", "a.tiff", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "one.gif")
+    entries = [talk(image=str(tmp_path / name)) for name in ("a.gif", "one.gif", "a.webp", "a.tiff", "a.png")]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    with loader(directory, tmp_path / "a.json") as seen:
+        assert len(list(seen.one_pass())) == 5 and not seen.bad
+        assert seen.tally.cut_items == {0, 2, 3, 4}
+
+
+def test_what_is_nested_deeply_has_a_name() -> None:
+    deep: list[Any] = []
+    for _ in range(9999):
+        deep = [deep]
+    assert "..." in name_of({"id": deep}, 0) and "..." in shown_value(deep)
 
 
 @pytest.mark.parametrize("field", ["image", "images", "video", "audio", "audios", "image_path", "speech"])

@@ -175,7 +175,7 @@ def test_a_clip_cut_at_its_context_is_counted_and_named(tmp_path: Path, caplog: 
     path = write(tmp_path, [(80,), (90,), (200,)])
     with Loader(DataConfig(path, seq_len=64, samples_per_group=1, shuffle=False), [VISION, AUDIO]) as loader:
         assert len(list(loader.one_pass())) == 3 and not loader.bad
-        assert loader.tally.cut_clips == {1, 2} and "with a cut clip: 2" in loader.tally.report()
+        assert loader.tally.cut_items == {1, 2} and "with a cut picture or clip: 2" in loader.tally.report()
     (said,) = (r.getMessage() for r in caplog.records)
     assert (
         said

@@ -223,7 +223,7 @@ class Loader:
                 if result.text.truncated:
                     self.tally.cut(self.samples[ordinal], self.tally.truncated, "it is truncated")
                 if result.cut:
-                    self.tally.cut(self.samples[ordinal], self.tally.cut_clips, result.cut)
+                    self.tally.cut(self.samples[ordinal], self.tally.cut_items, result.cut)
                 yield after, result
 
     def _plan(self, ordinal: int, encode: Callable[..., tokens.Encoded] = tokens.encode) -> Planned | Problem | TooLong:

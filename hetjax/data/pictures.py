@@ -18,6 +18,8 @@ from hetjax.data.problems import SampleError
 
 MAX_PIXELS = 2**26  # 200 MB decoded, per worker; a file of a few kB can claim more
 
+ANIMATED = ("GIF", "PNG", "TIFF", "WEBP")  # and not a telephone's JPEG, which carries a preview
+
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
@@ -55,8 +57,9 @@ class Pictures:
 
     def look(self, path: Path) -> Header:
         """A picture's size and mode are in its header. Raises SampleError with the path and the reason."""
-        with self._open(path):
-            return Header()
+        with self._open(path) as image:
+            several = image.format in ANIMATED and _has_several(image)
+        return Header(cut=f"its picture {path} has several frames, of which the first is taken" if several else "")
 
     def read(self, path: Path) -> Values:
         """The pixels: upright, RGB without transparency, resized (bicubic), in 0..1, less the mean, divided by std.
@@ -118,3 +121,11 @@ class Pictures:
         """uint8 [height, width, 3], as the encoder's picture looks."""
         colours = values["pixels"] * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return np.clip(np.rint(colours * 255), 0, 255).astype(np.uint8)
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Whether there are frames behind the first; what is broken behind it does no harm."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False

@@ -1,7 +1,10 @@
 """What is wrong with one sample, in one short line that any terminal can print."""
 
+import reprlib
 from typing import Any, NamedTuple
 
+SHORT = reprlib.Repr()  # of a few levels: `repr` fails for what is nested deeply
+SHORT.maxstring = SHORT.maxother = 60
 LONGEST_NAME, LONGEST_PATH, LONGEST_REASON = 60, 100, 130  # characters
 
 
@@ -22,7 +25,8 @@ class Problem(NamedTuple):
 def name_of(value: Any, ordinal: int) -> str:
     """What an entry of a data set is called: its id, in a form that prints, else its place."""
     found = value.get("id") if isinstance(value, dict) else None
-    return one_line(str(ordinal if found is None else found), LONGEST_NAME)
+    plain = found if isinstance(found, (str, int, float)) else ordinal if found is None else shown(found)
+    return one_line(str(plain), LONGEST_NAME)
 
 
 class SampleError(Exception):
@@ -46,4 +50,4 @@ def one_line(text: str, longest: int, *, keep_end: bool = False) -> str:
 
 def shown(value: Any) -> str:
     """A value of JSON, as short as a message can hold it."""
-    return one_line(repr(value), 60)
+    return one_line(SHORT.repr(value), 60)

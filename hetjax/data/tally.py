@@ -11,16 +11,18 @@ LOG = logging.getLogger(__name__)
 
 
 class Tally:
-    """bad: malformed samples and those with a missing or broken file, each once.
-    masked: ordinals of bad samples that keep their place, without weight: a file of theirs could not be decoded.
-    truncated, cut_clips, too_long: ordinals of samples whose text or clips were cut, and of those skipped for their
-    length."""
+    """Samples by what became of them; but for `bad`, by their ordinals.
+
+    bad: malformed ones and those with a missing or broken file, each once.
+    masked: bad ones that keep their place, without weight, as a file of theirs could not be decoded.
+    truncated, cut_items: those whose text, or whose pictures or clips, were cut.
+    too_long: those skipped for their length."""
 
     def __init__(self, config: DataConfig, num_samples: int) -> None:
         self.bad: list[Problem] = []
         self.masked: set[int] = set()
         self.truncated: set[int] = set()
-        self.cut_clips: set[int] = set()
+        self.cut_items: set[int] = set()
         self.too_long: set[int] = set()
         self._config, self._num_samples = config, num_samples
         self._named: set[int] = set()  # ordinals in `bad`
@@ -50,7 +52,7 @@ class Tally:
     def report(self) -> str:
         """The counts, in a line."""
         masked = f" ({len(self.masked)} of them masked where they stand)" if self.masked else ""
-        counts = {"cut": self.truncated, "with a cut clip": self.cut_clips, "too long": self.too_long}
+        counts = {"cut": self.truncated, "with a cut picture or clip": self.cut_items, "too long": self.too_long}
         return "; ".join([f"bad samples: {len(self.bad)}{masked}", *(f"{k}: {len(v)}" for k, v in counts.items())])
 
     def _check_any_left(self) -> None:
