@@ -181,6 +181,16 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
     ),
     "parts and a field": (parts({"type": "image", "image": "0.png"}, TEXT, image="1.png"), Bad("both")),
     "a part is a video": (parts({"type": "video", "video": "a.mp4"}, TEXT), Bad("turn 0.*video")),
+    "a part of text that names a picture": (parts(TEXT | {"image": "0.png"}), Bad("turn 0 names image")),
+    "a picture that names a video": (
+        parts({"type": "image", "image": "0.png", "video": "a.mp4"}, TEXT),
+        Bad("turn 0 names video"),
+    ),
+    "parts as tables have them": (
+        parts({"type": "image", "image": "0.png", "text": None}, TEXT | {"image": None}),
+        SEEN,
+    ),
+    "roles in capitals": (talk({"from": "User", "value": "hi"}, {"from": "GPT", "value": "yes"}), PLAIN),
     "a part without a type": (parts({"text": "hi"}), Bad("turn 0")),
     "a part is a text": (parts("hi"), Bad("turn 0")),
     "no placeholder": (talk(image="0.png"), SEEN),

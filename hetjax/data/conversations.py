@@ -130,13 +130,14 @@ def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
     content = media.only(turn, ("value", "content"), where)
     if not isinstance(content, (str, list)):
         raise SampleError("", f"{where} must be {wanted}, not {shown(turn)}")
-    if not isinstance(role, str) or role not in ROLES:
+    speaker = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if speaker is None:
         raise SampleError("", f"{where} is from {shown(role)}; it must be one of {', '.join(ROLES)}")
-    media.check_turn(turn, where)
-    parts = [content] if isinstance(content, str) else [_part(part, where, ROLES[role], items) for part in content]
+    media.check_read(turn, where)
+    parts = [content] if isinstance(content, str) else [_part(part, where, speaker, items) for part in content]
     text = "".join(part if isinstance(part, str) else part[0] for part in parts)
     media.check_text(text, where)
-    return Turn(ROLES[role], text, tuple(part[1] for part in parts if isinstance(part, tuple) and part[1]))
+    return Turn(speaker, text, tuple(part[1] for part in parts if isinstance(part, tuple) and part[1]))
 
 
 def _part(part: Any, where: str, role: str, items: Sequence[ItemSpec]) -> str | tuple[str, tuple[str, str] | None]:
@@ -148,13 +149,16 @@ def _part(part: Any, where: str, role: str, items: Sequence[ItemSpec]) -> str | 
     if form == "text":
         if not isinstance(part.get("text"), str):
             raise SampleError("", f"{where} has a part {shown(part)} without a text")
+        media.check_read(part, where)
         return part["text"]
     item = next((i for i in items if form in (i.field, f"{i.field}_url", f"input_{i.field}")), None)
     if item is None:
         raise SampleError("", f"{where} has a part of type {shown(form)}, which no encoder takes")
     if role != HUMAN:
         raise SampleError("", f"{where} is from {role} and has a part of type {shown(form)}; questions alone may")
-    named = media.only(part, tuple(dict.fromkeys((item.field, form, "path", "url"))), where)
+    keys = tuple(dict.fromkeys((item.field, form, "path", "url")))
+    media.check_read(part, where, keys)
+    named = media.only(part, keys, where)
     named = named.get("url", named.get("path", named)) if isinstance(named, dict) else named
     file = None if named is None else (item.name, media.file_name(named, item.field))
     return f"{item.placeholder}\n", file

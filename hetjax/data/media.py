@@ -2,7 +2,7 @@
 
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ Files = dict[str, tuple[str, ...]]  # item name -> file names, in the order of t
 def of_entry(entry: Mapping[str, Any], items: Sequence[ItemSpec]) -> Files:
     """The files that an entry names beside its turns. Raises SampleError."""
     spelled = {item.name: spellings(item, items) for item in items}
-    _check_read(entry, {key for keys in spelled.values() for key in keys}, "")
+    for name, named in _unread(entry, [key for keys in spelled.values() for key in keys]):
+        raise SampleError("", f"no encoder takes its {name}={shown(named)}; give the run one, or take the sample out")
     return {item.name: _names(entry, item, spelled[item.name]) for item in items}
 
 
-def check_turn(turn: Mapping[str, Any], where: str) -> None:
-    """Raises SampleError if a turn names a file outside of its content."""
-    _check_read(turn, set(), where)
+def check_read(value: Mapping[str, Any], where: str, read: Sequence[str] = ()) -> None:
+    """Raises SampleError if a turn, or a part of one, names a file under another key than those that are `read`."""
+    for name, named in _unread(value, read):
+        raise SampleError("", f"{where} names {name}={shown(named)}; files stand beside the turns, or in parts")
 
 
 def spellings(item: ItemSpec, items: Sequence[ItemSpec]) -> tuple[str, ...]:
@@ -98,10 +100,8 @@ def _names(entry: Mapping[str, Any], item: ItemSpec, keys: Sequence[str]) -> tup
     return tuple(file_name(v, item.field) for v in values)
 
 
-def _check_read(value: Mapping[str, Any], read: set[str], where: str) -> None:
+def _unread(value: Mapping[str, Any], read: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(key, value) of what names a file and is not `read`."""
     for name, named in value.items():
-        if name in read or named in NOTHING or not MEDIA.fullmatch(name):
-            continue
-        if where:
-            raise SampleError("", f"{where} names {name}={shown(named)}; files stand beside the turns, or in parts")
-        raise SampleError("", f"no encoder takes its {name}={shown(named)}; give the run one, or take the sample out")
+        if name not in read and named not in NOTHING and MEDIA.fullmatch(name):
+            yield name, named
