@@ -50,10 +50,8 @@ class Loader:
 
     def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = ()) -> None:
         self.config, self.items = config, tuple(items)
-        self._entries, self._digest = conversations.read(
-            config.path, self.items
-        )  # first: a wrong path has no other cure
-        check_items(config, self.items)
+        self._entries, self._digest = conversations.read(config.path, self.items)
+        check_items(config, self.items)  # behind the path, which may be wrong for all of them
         self.tokenizer = tokens.load_tokenizer(config, self.items)
         self._speller = tokens.Speller(self.tokenizer, self.items, config.template)
         self.tally = Tally(config, len(self._entries))
@@ -189,26 +187,27 @@ class Loader:
         """Microbatches from a position on. A sample that fits nowhere waits, and is the first to enter the next one."""
         held = [(o, position._replace(waiting=())) for o in position.waiting]
         inputs = itertools.chain(held, self._following(position, endless=endless))
-        with threads(self.config.workers) as pool:
-            plans = in_order(pool, lambda pair: self._plan(pair[0]), inputs, 2 * self.config.workers)
-            with contextlib.closing(plans) as results:
-                waiting = [r for _, r in itertools.islice(results, len(held)) if isinstance(r, Planned)]
-                good = self._good(results)
-                while True:
-                    making = Making(Filling(self.config, self.items), pool)
-                    waiting = [s for s in waiting if not making.place(s)]
-                    while not making.filling.full and len(waiting) < self.config.lookahead:
-                        after, sample = next(good, (position, None))
-                        if sample is None:
-                            break
-                        position = after
-                        if not making.place(sample):
-                            waiting.append(sample)
-                    if making.filling.empty:
-                        return
-                    self._settle(making)
-                    position = position._replace(waiting=tuple(s.ordinal for s in waiting))
-                    yield Made(making.filling.arrays, making.filling.owner, position)
+        with (
+            threads(self.config.workers) as pool,
+            contextlib.closing(in_order(pool, self._plan_at, inputs, 2 * self.config.workers)) as results,
+        ):
+            waiting = [r for _, r in itertools.islice(results, len(held)) if isinstance(r, Planned)]
+            good = self._good(results)
+            while True:
+                making = Making(Filling(self.config, self.items), pool)
+                waiting = [s for s in waiting if not making.place(s)]
+                while not making.filling.full and len(waiting) < self.config.lookahead:
+                    after, sample = next(good, (position, None))
+                    if sample is None:
+                        break
+                    position = after
+                    if not making.place(sample):
+                        waiting.append(sample)
+                if making.filling.empty:
+                    return
+                self._settle(making)
+                position = position._replace(waiting=tuple(s.ordinal for s in waiting))
+                yield Made(making.filling.arrays, making.filling.owner, position)
 
     def _good(
         self, results: Iterator[tuple[tuple[int, Position], Planned | Problem | TooLong]]
@@ -225,6 +224,10 @@ class Loader:
                 if result.cut:
                     self.tally.cut(self.samples[ordinal], self.tally.cut_items, result.cut)
                 yield after, result
+
+    def _plan_at(self, place: tuple[int, Position]) -> Planned | Problem | TooLong:
+        ordinal, _ = place
+        return self._plan(ordinal)
 
     def _plan(self, ordinal: int, encode: Callable[..., tokens.Encoded] = tokens.encode) -> Planned | Problem | TooLong:
         """The sample, tokenised and with what its files' headers tell. Runs in the workers' threads."""

@@ -4,9 +4,10 @@ import logging
 import threading
 
 from hetjax.data.conversations import Sample
-from hetjax.data.problems import Problem
+from hetjax.data.problems import Problem, one_line
 from hetjax.data.settings import DataConfig, DataError
 
+LONGEST = 200  # characters of what is said of a sample that is cut
 LOG = logging.getLogger(__name__)
 
 
@@ -45,7 +46,7 @@ class Tally:
     def cut(self, sample: Sample, seen: set[int], what: str) -> None:
         """Notes a sample that is cut or too long, in `seen`, which is one of the sets. Raises DataError as `reject`."""
         if not seen:
-            LOG.warning("sample '%s': %s; further ones are only counted", sample.id, what)
+            LOG.warning("sample '%s': %s; further ones are only counted", sample.id, one_line(what, LONGEST))
         seen.add(sample.ordinal)
         self._check_any_left()
 
