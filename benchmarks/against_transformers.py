@@ -1,56 +1,92 @@
 """Step time of one device against `transformers` on torch: the same LLaVA, batch and cores, forward, backward and SGD.
 
     pip install torch transformers        (the extra `torch`)
-    python benchmarks/against_transformers.py [--repeats 5] [--bfloat16]
+    python benchmarks/against_transformers.py [--repeats 5] [--large|--tiny] [--json FILE]
 
-On a CPU in float32. On a GPU both run in bfloat16, torch eagerly and through `torch.compile`.
+On a CPU in float32. On a GPU both run in bfloat16, torch (weights too) eagerly and through `torch.compile`; `--large`
+is a decoder of 1B behind an encoder of 0.3B.
 """
 
-import argparse
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin, and take the cores from others
+
+import argparse
+import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from synthetic import Timed, Workload, median_seconds
+from mfu import DECODERS
+from synthetic import Time, Timed, Workload, measured
 
-from hetjax.layout import Layout
+from hetjax.core.layout import Layout
 from models.decoder import Decoder
 from models.vit import ViT
 
 IMAGE_TOKEN = 0
 
 
+SMALL = Workload(
+    llm=Decoder(vocab_size=4096, width=512, num_layers=6, num_heads=8, num_kv_heads=4, mlp_width=1536),
+    vision=ViT(image_size=112, patch_size=14, width=256, num_layers=4, num_heads=8, mlp_width=1024, output_width=512),
+    samples=4,
+    seq_len=256,
+    pictures=4,
+    num_microbatches=1,
+)
+LARGE = dataclasses.replace(
+    SMALL,
+    llm=DECODERS["1b"],
+    vision=ViT(
+        image_size=224, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096, output_width=2048
+    ),
+    samples=4,
+    seq_len=2048,
+    pictures=8,
+)
+TINY = dataclasses.replace(
+    SMALL,
+    llm=dataclasses.replace(SMALL.llm, width=64, num_layers=2, mlp_width=64, vocab_size=128),
+    vision=dataclasses.replace(SMALL.vision, image_size=28, width=32, num_layers=2, mlp_width=64, output_width=64),
+    samples=1,
+    seq_len=64,
+    pictures=1,
+)
+
+
 def main() -> None:
-    """Prints the median step of each, and the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the seconds of each, and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--json", type=Path)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--large", dest="work", action="store_const", const=LARGE, default=SMALL)
+    size.add_argument("--tiny", dest="work", action="store_const", const=TINY)
+    flags = parser.parse_args()
     gpu = jax.default_backend() == "gpu"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    work = Workload(
-        llm=Decoder(vocab_size=4096, width=512, num_layers=6, num_heads=8, num_kv_heads=4, mlp_width=1536),
-        vision=ViT(
-            image_size=112, patch_size=14, width=256, num_layers=4, num_heads=8, mlp_width=1024, output_width=512
-        ),
-        samples=4,
-        seq_len=256,
-        pictures=4,
-        num_microbatches=1,
-        dtype=jnp.bfloat16 if gpu else jnp.float32,
-    )
-    runs: dict[str, Callable[[], None]] = {"hetjax": Timed(work.trainer(Layout(), Layout()), work.step())}
-    runs["torch eager"] = torch_step(work, gpu, compiled=False)
-    if gpu:
-        runs["torch.compile"] = torch_step(work, gpu, compiled=True)
-    seconds = median_seconds(runs, repeats=repeats)
+    work = dataclasses.replace(flags.work, dtype=jnp.bfloat16 if gpu else jnp.float32)
     device = jax.devices()[0].device_kind
     print(f"{device}, {torch.get_num_threads()} threads, jax {jax.__version__}, torch {torch.__version__}")
-    for name, value in seconds.items():
-        print(f"{name:<14} {value:7.3f} s  {value / seconds['hetjax']:5.2f} of hetjax")
+    ours = Timed(work.trainer(Layout(), Layout()), work.step())
+    found: dict[str, Time] = {}
+    for name in ("torch eager", "torch.compile") if gpu else ("torch eager",):
+        runs = {"hetjax": ours, name: torch_step(work, gpu, compiled=name == "torch.compile")}
+        times = measured(runs, repeats=flags.repeats)
+        print(f"{name} beside hetjax         wall s  ratio    CPU s  ratio")
+        for which, time in times.items():
+            base = times["hetjax"]
+            ratios = time.wall / base.wall, time.cpu / base.cpu
+            print(f"{which:<26} {time.wall:9.4f} {ratios[0]:6.2f} {time.cpu:8.3f} {ratios[1]:6.2f}", flush=True)
+        found[name], found[f"hetjax beside {name}"] = times[name], times["hetjax"]
+        if flags.json:
+            flags.json.write_text(json.dumps({key: time._asdict() for key, time in found.items()}, indent=1))
 
 
 def torch_step(work: Workload, gpu: bool, *, compiled: bool) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """A decoder stage's programs as XLA compiles them for an H100: which kernels, and how much memory. No GPU is needed.
 
-    python benchmarks/gpu_programs.py [--size 1b|7b] [--seq_len 4096 32768]
+    python benchmarks/gpu_programs.py [--size 1b|3b|8b] [--seq_len 4096 32768]
 
 Needs the extra `cuda12` or `cuda13`, whose plugin compiles for a GPU that is only described. Nothing runs: figures are
 of `memory_analysis`, of one row on one device (tp 2, rematerialised layers). "whole" is attention with all its weights
@@ -19,13 +19,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from mfu import SIZES
+from mfu import DECODERS
 
-from hetjax.graph import Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.stage import Stage
-from hetjax.trainer import Trainer
+from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.stage import Stage
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
 from models import attention
 
 # From the data sheet and `cudaGetDeviceProperties`.
@@ -55,18 +56,18 @@ CASES = {  # form of attention -> (packed, cp, BLOCKS of the GPU)
 def compiled(size: str, seq_len: int, *, packed: bool, cp: int) -> Stage:
     """The language model as one stage on a described node of eight H100, forward and backward compiled."""
     devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8").devices
-    definition = SIZES[size].module(jnp.bfloat16, packed=packed)
+    definition = DECODERS[size].module(jnp.bfloat16, packed=packed)
     row = {k: jax.ShapeDtypeStruct((1, seq_len), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
     row["weights"] = jax.ShapeDtypeStruct((1, seq_len), jnp.float32)
-    trainer = Trainer(
-        vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
+    spec = TrainSpec(
+        graph=vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
         devices=devices,
         batch=row,
         groups=1,
         num_microbatches=1,
-        config=OptimizerConfig(),
+        optimizer=OptimizerConfig(),
     )
-    stage = trainer.pipeline.stages["llm", 0]
+    stage = Trainer(spec).pipeline.stages["llm", 0]
     thunks = stage.thunks(evaluate=False)
     for name in ("forward", "backward"):
         thunks[name]()
@@ -83,7 +84,7 @@ def kernels(text: str) -> Mapping[str, int]:
 def main() -> None:
     """Prints a line per form of attention and length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--size", choices=DECODERS, default="1b")
     parser.add_argument("--seq_len", type=int, nargs="+", default=[4096, 32768])
     flags = parser.parse_args()
     print(f"{flags.size}; workspace in MiB per device")

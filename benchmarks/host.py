@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from synthetic import Timed, Workload, emulate, median_seconds
 
-from hetjax.layout import Layout
-from hetjax.trainer import Trainer
+from hetjax.core.layout import Layout
+from hetjax.core.trainer import Trainer
 from models.decoder import Decoder
 from models.vit import ViT
 

@@ -10,8 +10,8 @@ import argparse
 
 from synthetic import Timed, Workload, emulate, median_seconds
 
-from hetjax import flops
-from hetjax.layout import Layout, like
+from hetjax.core import flops
+from hetjax.core.layout import Layout, like
 from models.decoder import Decoder
 from models.vit import ViT
 

@@ -4,16 +4,17 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.graph import Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import State, Trainer
+from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import State, Trainer
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -25,29 +26,33 @@ class Workload:
     """Models and the shape of a step."""
 
     llm: Decoder
-    vision: ViT
+    vision: ViT | None  # None: text alone
     samples: int  # rows of a microbatch
     seq_len: int
     pictures: int  # of a microbatch
     num_microbatches: int
     dtype: Any = jnp.float32
     remat: Remat = Remat.NONE
+    optimizer: OptimizerConfig = OptimizerConfig(name="sgd", clip_norm=1.0)
 
-    def trainer(self, llm: Layout, vision: Layout, **options: Any) -> Trainer:
+    def trainer(self, llm: Layout, vision: Layout | None = None, **options: Any) -> Trainer:
         """A compiled trainer under these layouts."""
-        encoder = Module("vision", self.vision.module(self.dtype), vision, self.remat)
-        decoder = self.llm.module(self.dtype, encoders=("vision",), packed=False)
-        graph = vlm((encoder,), Module("llm", decoder, llm, self.remat))
+        encoders = ()
+        if self.vision is not None:
+            encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
+        decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=False)
+        graph = vlm(encoders, Module("llm", decoder, llm, self.remat))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
-        trainer = Trainer(
-            graph,
+        spec = TrainSpec(
+            graph=graph,
             devices=jax.devices(),
             batch=abstract,
             groups=self.samples,
             num_microbatches=self.num_microbatches,
-            config=OptimizerConfig(name="sgd", clip_norm=1.0),
+            optimizer=self.optimizer,
             **options,
         )
+        trainer = Trainer(spec)
         trainer.compile()
         return trainer
 
@@ -55,19 +60,24 @@ class Workload:
         """Full rows, each with its share of the pictures at the front."""
         rng = np.random.default_rng(seed)
         shape = (self.samples, self.seq_len)
-        each, rows = self.pictures // self.samples, self.vision.rows
-        index = np.full(shape, -1, np.int32)
-        index[:, : each * rows] = np.arange(self.samples * each * rows).reshape(self.samples, -1)
         tokens = rng.integers(0, self.llm.vocab_size, shape).astype(np.int32)
-        side = self.vision.image_size
-        return {
+        batch = {
             "tokens": tokens,
             "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape),
             "segment_ids": np.ones(shape, np.int32),
             "targets": np.roll(tokens, -1, 1),
+            "weights": np.ones(shape, np.float32),
+        }
+        if self.vision is None:
+            return batch
+        each, rows, side = self.pictures // self.samples, self.vision.rows, self.vision.image_size
+        index = np.full(shape, -1, np.int32)
+        index[:, : each * rows] = np.arange(self.samples * each * rows).reshape(self.samples, -1)
+        pixels = rng.normal(size=(self.pictures, side, side, 3)).astype(np.float32)
+        return batch | {
             "weights": (index < 0).astype(np.float32),
             "vision.index": index,
-            "vision.pixels": rng.normal(size=(self.pictures, side, side, 3)).astype(np.float32),
+            "vision.pixels": pixels,
         }
 
     def step(self) -> list[Microbatch]:
@@ -94,14 +104,28 @@ class Timed:
         jax.block_until_ready((self.state.params, outcome))
 
 
-def median_seconds(runs: Mapping[str, Callable[[], None]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each run; they take turns, so that what else the machine does meets all of them."""
+class Time(NamedTuple):
+    """What a call costs. On a busy machine the CPU time is the figure: waiting for a core is not in it."""
+
+    wall: float  # median seconds
+    cpu: float  # seconds of all the process's threads, of the cheapest repeat
+
+
+def measured(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Time]:
+    """The time of each run; they take turns, so that what else the machine does meets all of them."""
     for run in runs.values():  # warm up
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            before = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+            wall[name].append(time.perf_counter() - before[0])
+            cpu[name].append(time.process_time() - before[1])
+    return {name: Time(float(np.median(wall[name])), min(cpu[name])) for name in runs}
+
+
+def median_seconds(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Median wall seconds of each run, in turns."""
+    return {name: time.wall for name, time in measured(runs, repeats=repeats).items()}

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import jax
 
-from hetjax import checkpoint, command, config, evaluate, experiment, memory, metrics, record, samples
-from hetjax.checkpoint import CheckpointError, Checkpoints, OtherArraysError
+from hetjax.core import memory
+from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
-from hetjax.experiment import Experiment
 from hetjax.hf import initial
-from hetjax.log import Log
-from hetjax.trainer import State, Trainer
+from hetjax.run import checkpoint, command, config, evaluate, experiment, metrics, record, samples
+from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
+from hetjax.run.experiment import Experiment
+from hetjax.run.log import Log
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +57,8 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
             stack.enter_context(held_out)
         directory, readers = workdir / "checkpoints", {e.name: e.items.reader for e in run.encoders}
         resumes = bool(checkpoint.steps_in(directory))
-        starts = {} if resumes else initial.open_starts(trainers[0].graph, run.init_from, readers)
+        resized = [e.name for e in run.encoders if e.resize_positions]
+        starts = {} if resumes else initial.open_starts(trainers[0].graph, run.init_from, readers, resized=resized)
         record.make(workdir)
         checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep))
         resumed = checkpoints.latest
@@ -118,7 +120,7 @@ def _ready(
             raise OtherArraysError(f"{changed}: {error}" if changed else str(error)) from error
     for phase, trainer in enumerate(trainers[first:], first):
         if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
-            print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.first_step + 1} to {run.ends[phase]}")
+            print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.spec.first_step + 1} to {run.ends[phase]}")
             _compile(trainer, evaluates=run.held_out is not None)
     if resumed is None:
         return initial.state(trainers[0], starts)

@@ -52,7 +52,7 @@ class ModuleDef:
         the layer writes its tokens from slot batch["cache.slot"] on, and looks at all slots by
         batch["cache.positions"] and batch["cache.segment_ids"], [batch, slots]. Empty: the module cannot generate.
     rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
-    config: what the module was made of; hetjax/flops.py knows by it what the module computes.
+    config: what the module was made of; hetjax/core/flops.py knows by it what the module computes.
     """
 
     first: Part

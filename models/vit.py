@@ -33,7 +33,7 @@ DEPTH = "depth"  # carry key: how many layers `x` has passed, per token, for tow
 class ViT:
     """Sizes and variant of a vision encoder, and of the projector behind it."""
 
-    image_size: int  # pixels, of both sides
+    image_size: int  # pixels, of both sides; those that fill no patch are left out, on the right and below
     patch_size: int  # pixels, of both sides
     width: int
     num_layers: int  # of the whole tower, also those that feature_layer leaves out
@@ -52,10 +52,9 @@ class ViT:
         for name, allowed in (("variant", VARIANTS), ("select", SELECTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ViT.{name}={getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        if self.image_size % self.patch_size:
+        if self.image_size < self.patch_size:
             raise ValueError(
-                f"ViT.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
-                f"{self.image_size - self.image_size % self.patch_size or self.patch_size} is"
+                f"ViT.image_size={self.image_size} holds no patch of patch_size={self.patch_size}; make it that or more"
             )
         if self.width % self.num_heads:
             raise ValueError(f"ViT.width={self.width} is not a multiple of num_heads={self.num_heads}; change either")
@@ -173,9 +172,12 @@ def _after(depth: int) -> str:
 
 
 def cut(pixels: jax.Array, size: int) -> jax.Array:
-    """Pictures [n, height, width, 3] as patches [n, patches, size, size, 3], row by row."""
+    """Pictures [n, height, width, 3] as patches [n, patches, size, size, 3], row by row.
+
+    The last pixels of a row or column that fill no patch are left out, as a "valid" convolution does."""
     n, height, width, channels = pixels.shape
-    grid = pixels.reshape(n, height // size, size, width // size, size, channels)
+    rows, columns = height // size, width // size
+    grid = pixels[:, : rows * size, : columns * size].reshape(n, rows, size, columns, size, channels)
     return grid.swapaxes(2, 3).reshape(n, -1, size, size, channels)
 
 

@@ -23,9 +23,9 @@
 import dataclasses
 from pathlib import Path
 
-from hetjax import config, experiment
 from hetjax.assets.easy_vqa import prepare
-from hetjax.layout import Layout
+from hetjax.core.layout import Layout
+from hetjax.run import config, experiment
 
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "configs" / "quickstart.gin").is_file())
 prepare(root / "data" / "easy-vqa")  # 5,000 pictures from the package easy-vqa; nothing where they are already there

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetjax import stacks
-from hetjax.graph import Graph, Module, vlm
+from hetjax.core import stacks
+from hetjax.core.graph import Graph, Module, vlm
+from hetjax.core.layout import Layout
 from hetjax.hf import keys
-from hetjax.layout import Layout
-from hetjax.names import nested
-from hetjax.reference import apply_module, mean_loss
+from hetjax.hf.parts import Parts
+from hetjax.judge.reference import apply_module, mean_loss
+from hetjax.run.names import nested
 from models.contract import ModuleDef, Part
 
 torch = pytest.importorskip("torch")
@@ -98,7 +99,7 @@ def leaf_errors(
 ) -> dict[str, dict[str, float]]:
     """Module -> key -> relative error."""
     found = {}
-    places = keys.places(keys.Parts(**source.models))
+    places = keys.places(Parts(**source.models))
     for module in source.models:
         own = [key for name, place in places.items() if name.startswith(f"{module}/") for key in place.keys]
         norm = np.sqrt(sum(float((wanted[key] ** 2).sum()) for key in own))
@@ -127,7 +128,7 @@ def whole(source: Any) -> dict[str, Any]:
 
 def by_key(source: Any, tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """(key in the hub's layout, value in torch's shape) of parameters or gradients."""
-    for name, place in keys.places(keys.Parts(**source.models)).items():
+    for name, place in keys.places(Parts(**source.models)).items():
         value = np.asarray(leaf(source.models, tree, name))
         for row, key in enumerate(place.keys):
             yield key, place.to_torch(value, row)
@@ -148,7 +149,7 @@ def leaf(models: Mapping[str, Any], tree: Mapping[str, Any], name: str) -> Any:
 
 def stored(found: Mapping[str, np.ndarray], source: Any) -> dict[str, np.ndarray]:
     """Key in the hub's layout -> gradient, of gradients by the names that transformers, 4.57 or 5, gives them."""
-    parts = keys.Parts(**source.models)
+    parts = Parts(**source.models)
     named = {key: value for name, grad in found.items() for key, value in _stored(name, grad, parts)}
     if parts.llm is not None and parts.llm.tied:  # Qwen2-Audio's class holds both, and ties nothing
         for head in [key for key in named if key.endswith("lm_head.weight")]:
@@ -160,7 +161,7 @@ def stored(found: Mapping[str, np.ndarray], source: Any) -> dict[str, np.ndarray
     return named
 
 
-def _stored(name: str, value: np.ndarray, parts: keys.Parts) -> Iterator[tuple[str, np.ndarray]]:
+def _stored(name: str, value: np.ndarray, parts: Parts) -> Iterator[tuple[str, np.ndarray]]:
     """Version 5 fuses experts and renames Mixtral's."""
     key = keys.canonical(name, parts)
     if parts.llm is None or parts.llm.experts is None or ".mlp." not in key or "vision" in key:

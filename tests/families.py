@@ -57,7 +57,9 @@ SEEING = {
         multimodal_projector_bias=False,
         image_seq_length=3,
     ),
-    "clip + llama 3.1, first layer": llava(text("llama", rope_scaling=LLAMA3), vision("clip"), vision_feature_layer=1),
+    "clip with pixels that fill no patch + llama 3.1, first layer": llava(
+        text("llama", rope_scaling=LLAMA3), vision("clip", image_size=9), vision_feature_layer=1
+    ),
 }
 HEARING = {
     "qwen2_audio": qwen2_audio(text("qwen2")),
@@ -68,6 +70,7 @@ HEARING = {
 ENCODERS = {
     "clip": vision("clip"),
     "siglip": vision("siglip"),
+    "siglip, pixels that fill no patch": vision("siglip", image_size=11),
     "whisper": whisper(),
     "whisper, the bare model": whisper(architectures=["WhisperModel"]),
     "qwen2_audio's encoder": hearing(),

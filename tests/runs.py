@@ -14,10 +14,10 @@ from conftest import CACHE
 from corpus import Spec
 from PIL import Image
 
-from hetjax import config
 from hetjax.data import ItemSpec, Pictures
-from hetjax.experiment import Experiment
-from hetjax.metrics import FILE, read_jsonl
+from hetjax.run import config
+from hetjax.run.experiment import Experiment
+from hetjax.run.metrics import FILE, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 TRAIN, HELD_OUT = 6, 12  # samples; the first half of the held-out ones are trained on
@@ -25,7 +25,8 @@ ITEM = ItemSpec("vision", 4, Pictures(height=8, width=8), slots_per_group=2)
 Changes = Mapping[str, Any]  # gin name -> value
 
 GIN = """
-from hetjax import experiment, layout, optimizer
+from hetjax.core import layout, optimizer
+from hetjax.run import experiment
 from hetjax.data import settings
 from models import decoder, vit
 

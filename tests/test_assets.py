@@ -16,14 +16,15 @@ from tokenizers import Tokenizer
 
 from hetjax import generate
 from hetjax.assets import fetch, smollm2, tuxpaint, whisper_tiny
+from hetjax.core.graph import Module, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
 from hetjax.data import DataError
-from hetjax.graph import Module, vlm
 from hetjax.hf import initial, pretrained
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.reference import apply_module
-from hetjax.trainer import Trainer
+from hetjax.judge.reference import apply_module
 
 CACHE = Path(__file__).parent.parent / "data" / "cache"
 SMOLLM2 = CACHE / "smollm2"
@@ -232,9 +233,8 @@ def test_smollm2_computes_what_transformers_computes_from_its_folder() -> None:
     batch = dict(tokens=tokens, positions=whole, segment_ids=np.ones_like(whole))
     batch |= dict(targets=np.zeros_like(whole), weights=np.ones(whole.shape, np.float32))
     abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch.items()}
-    trainer = Trainer(
-        graph, devices=jax.devices(), batch=abstract, groups=1, num_microbatches=1, config=OptimizerConfig(name="sgd")
-    )
+    sgd = OptimizerConfig(name="sgd")
+    trainer = Trainer(TrainSpec(graph, jax.devices(), abstract, groups=1, num_microbatches=1, optimizer=sgd))
     state = initial.state(trainer, initial.open_starts(graph, {"llm": str(SMOLLM2)}))
     params = jax.tree.map(jnp.asarray, trainer.whole(state.params)["llm"])
     y = jax.jit(functools.partial(apply_module, graph.sink.definition))(params, {}, batch)

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from test_models import DECODER, random_params, run
 
-from hetjax import experiment
+from hetjax.core.loss import token_sum
 from hetjax.data import DataConfig
-from hetjax.loss import token_sum
+from hetjax.run import experiment
 from models import attention
 from models.attention import attend, whole
 from models.axes import ONE_DEVICE, Axes, Axis

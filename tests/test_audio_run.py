@@ -12,11 +12,12 @@ import soundfile
 import test_sounds
 from runs import Reference
 
-from hetjax import convert, flops, generate, train
-from hetjax.experiment import Experiment
+from hetjax import convert, generate, train
+from hetjax.core import flops
 from hetjax.hf.stored import open_source
-from hetjax.reference import apply_module
-from hetjax.shrink import shrunk
+from hetjax.judge.reference import apply_module
+from hetjax.run.experiment import Experiment
+from hetjax.run.shrink import shrunk
 from models.whisper import Whisper
 
 LENGTHS = [(80, 5), (40,), (), (3, 79, 17), (8,), (61, 4)]

@@ -14,10 +14,12 @@ import pytest
 import runs
 from runs import ROOT, Reference, layouts, settings
 
-from hetjax import config, experiment, memory, record, train, verify
-from hetjax.checkpoint import Checkpoints
-from hetjax.memory import DeviceMemory
-from hetjax.trainer import Trainer
+from hetjax import train, verify
+from hetjax.core import memory
+from hetjax.core.memory import DeviceMemory
+from hetjax.core.trainer import Trainer
+from hetjax.run import config, experiment, record
+from hetjax.run.checkpoint import Checkpoints
 
 TWO = Reference("[@vision/experiment.Encoder(), @vision/experiment.Encoder()]")
 
@@ -118,6 +120,7 @@ MODULES = [
     (vit(output_width=32), "vision: its output has 32 features, llm takes 16; set vision's output_width to 16"),
     (settings(encoders=TWO), "the name 'vision' is used 2 times; give each its own name"),
     (encoder(name="llm"), "the name 'llm' is used 2 times; give each its own name"),
+    (encoder(resampling="cubic"), "vision: resampling='cubic'; it must be one of bicubic, bilinear"),
     (encoder(name="my eyes"), "'my eyes' is not a valid name; use letters, digits and underscores"),
     (
         optimizer(frozen=["llm/layer/*"]),
@@ -131,7 +134,7 @@ MODULES = [
     ),
     (optimizer(learning_rate=-1.0), "OptimizerConfig.learning_rate=-1.0; it must be finite and not negative"),
     (model(num_kv_heads=3), "Decoder.num_heads=4 is not a multiple of num_kv_heads=3"),
-    (vit(patch_size=3), "ViT.image_size=8 is not a multiple of patch_size=3; 6 is"),
+    (vit(patch_size=9), "ViT.image_size=8 holds no patch of patch_size=9; make it that or more"),
 ]
 LAYOUTS = [
     (

@@ -16,9 +16,9 @@ from conftest import Counter
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import boundary as boundary_module
-from hetjax import transfer
-from hetjax.boundary import Boundary
+from hetjax.core import boundary as boundary_module
+from hetjax.core import transfer
+from hetjax.core.boundary import Boundary
 
 AXES = ("dp", "copies", "cp", "tp")
 ITEMS, SEQ, WIDTH = 24, 12, 2

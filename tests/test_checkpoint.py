@@ -11,10 +11,11 @@ import pytest
 import tiny
 from conftest import Counter
 
-from hetjax.checkpoint import CheckpointError, Checkpoints, programs, to_names
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import State, Trainer
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import State, Trainer
+from hetjax.run.checkpoint import CheckpointError, Checkpoints, programs, to_names
 
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=2)
 ADAMW = OptimizerConfig(learning_rate=1e-2)
@@ -147,7 +148,7 @@ def test_layers_of_two_kinds_restore_under_another_cut_by_their_number_in_the_mo
         graph = tiny.graph(llm, {"vision": Layout(devices="7")}, np.float32, experts=tiny.EXPERTS)
         batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.microbatches(SHAPE)[0].items()}
         sizes = dict(groups=SHAPE.groups, num_microbatches=SHAPE.microbatches)
-        return Trainer(graph, devices=jax.devices(), batch=batch, config=ADAMW, seed=seed, **sizes)
+        return Trainer(TrainSpec(graph, jax.devices(), batch, optimizer=ADAMW, seed=seed, **sizes))
 
     one, other = fresh(Layout(), 3), fresh(Layout(pp=2, tp=2, layers=(3, 1), devices="0-3"), 4)
     state = one.init()

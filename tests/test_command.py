@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from hetjax import command
-from hetjax.ginfile import ConfigError
+from hetjax.run import command
+from hetjax.run.ginfile import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,7 @@ def test_a_wrong_command_line_ends_with_status_2(
 def test_emulated_devices_come_with_threads_for_their_collectives() -> None:
     code = """
 import os
-from hetjax import command
+from hetjax.run import command
 command.emulate_devices(3)
 import jax
 jax.numpy.ones(3).block_until_ready()

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from hetjax import config
-from hetjax.ginfile import ConfigError
+from hetjax.run import config
+from hetjax.run.ginfile import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +283,7 @@ LINES = BASE.count("\n")
         ("test_config.Experiment.steps 3", r"run.gin:LINE: Couldn't parse statement, expected ':' or '='"),
         ("test_config.Experiment.extra = {'a': ", r"run.gin:\d+: "),
         ("include 'bsae.gin'", r"run.gin:LINE: no such gin file: .*bsae.gin; did you mean base.gin\?"),
-        ("from hetjax import experimnt", r"run.gin:LINE: no module named hetjax.experimnt; did you mean experiment\?"),
+        ("from hetjax.core import layuot", r"run.gin:LINE: no module named hetjax.core.layuot; did you mean layout\?"),
         ("from hetjx import layout", r"run.gin:LINE: no module named hetjx; did you mean hetjax\?"),
         ("from models.axes import Axis", r"run.gin:LINE: gin imports modules: import models.axes and write axes.Axis"),
         ("from models import (axes,", r"run.gin:LINE: not an import of modules on one line"),

@@ -20,13 +20,16 @@ from hf_folders import hearing, llava, qwen2_audio, text, vision, whisper
 from safetensors.numpy import load_file, save_file
 
 from hetjax import convert, train
-from hetjax.graph import Graph, Module, vlm
-from hetjax.hf import initial, keys, pieces, read_config, tensors, write_config
+from hetjax.core.graph import Graph, Module, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
+from hetjax.hf import initial, pieces, read_config, tensors, write_config
+from hetjax.hf.families import registry
+from hetjax.hf.parts import Parts
 from hetjax.hf.pattern import parse
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT
@@ -66,6 +69,11 @@ CLIP_LLAMA = FAMILIES["clip + llama"][0]
 
 def run(*arguments: object) -> int:
     return convert.main([str(a) for a in arguments])
+
+
+def test_every_family_is_among_those_that_go_in_and_out() -> None:
+    tried = {config["model_type"] for config, _ in FAMILIES.values()}
+    assert tried == {*registry.OF_KIND, *registry.WHOLE_OF_KIND}
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -215,12 +223,12 @@ def test_a_qwen3_moe_whose_layers_are_all_dense_is_a_qwen3() -> None:
 def test_experts_that_no_family_has_are_not_exported(experts: Experts, changes: dict, setting: str) -> None:
     model = Decoder(48, 32, 2, 4, 2, 40, experts=experts, **changes)
     with pytest.raises(ValueError, match=re.escape(f"{setting} beside experts, without Decoder.qk_norm")):
-        write_config.write(keys.Parts(model), dtype="float32")
+        write_config.write(Parts(model), dtype="float32")
 
 
 def test_a_tower_trained_here_is_exported_to_the_layer_that_is_read(tmp_path: Path) -> None:
     vit = ViT(8, 4, 16, 3, 2, 24, 32, "siglip", feature_layer=-2)
-    config = write_config.write(keys.Parts(Decoder(48, 32, 2, 4, 2, 40), vit), dtype="float32", item_token=47)
+    config = write_config.write(Parts(Decoder(48, 32, 2, 4, 2, 40), vit), dtype="float32", item_token=47)
     assert config["vision_config"]["vision_use_head"] is False and config["text_config"]["model_type"] == "llama"
 
 
@@ -242,7 +250,8 @@ def trainer(source: Any, layouts: dict[str, Layout]) -> Trainer:
     batch["vision.pixels"] = jax.ShapeDtypeStruct((8, 8, 8, 3), np.float32)
     assert rows == 4
     config = OptimizerConfig(name="sgd", clip_norm=None)
-    return Trainer(graph, devices=jax.devices(), batch=batch, groups=8, num_microbatches=1, config=config)
+    sizes = dict(devices=jax.devices(), batch=batch, groups=8, num_microbatches=1)
+    return Trainer(TrainSpec(graph=graph, **sizes, optimizer=config))
 
 
 @pytest.fixture(scope="module")

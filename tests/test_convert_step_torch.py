@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from beside_torch import in_transformers, torch
 
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
 from hetjax.hf import export, initial
 from hetjax.hf.source import Source
 from hetjax.hf.stored import open_source
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
 
 pytestmark = beside_torch.QUIET
 RATE = 0.5
@@ -44,14 +45,15 @@ def test_a_step_of_sgd_under_layouts_exports_what_torch_gets(family: str, layout
     microbatch = families.microbatch(source.models)
     (tower,) = source.models.keys() - {"llm"}
     # our two groups own two slots each: the second sample's picture or clip lies in the third
-    trainer = Trainer(
-        beside_torch.graph(source.models, dict(zip(("llm", tower), LAYOUTS[layouts], strict=True))),
+    spec = TrainSpec(
+        graph=beside_torch.graph(source.models, dict(zip(("llm", tower), LAYOUTS[layouts], strict=True))),
         devices=jax.devices(),
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in microbatch.items()},
         groups=2,
         num_microbatches=1,
-        config=OptimizerConfig(name="sgd", learning_rate=RATE, clip_norm=None),
+        optimizer=OptimizerConfig(name="sgd", learning_rate=RATE, clip_norm=None),
     )
+    trainer = Trainer(spec)
     trainer.compile()
     state = initial.state(trainer, initial.open_starts(trainer.graph, dict.fromkeys(source.models, str(folder))))
     state, outcome = trainer.step(state, [microbatch])

@@ -16,11 +16,13 @@ import nbclient
 import pytest
 import tiny
 
-from hetjax import command, compare, config, experiment, layout, optimizer
+from hetjax.core import layout, optimizer
+from hetjax.core.graph import Module, vlm
+from hetjax.core.layout import Layout
 from hetjax.data import settings
-from hetjax.graph import Module, vlm
-from hetjax.layout import Layout
-from hetjax.reference import Reference
+from hetjax.judge import compare
+from hetjax.judge.reference import Reference
+from hetjax.run import command, config, experiment
 from models import attention, decoder, moe, vit, whisper
 
 ROOT = Path(__file__).parent.parent
@@ -82,9 +84,10 @@ def test_the_readme_starts_with_the_two_commands_that_set_up_and_run() -> None:
 
 @pytest.mark.parametrize(("page", "words"), ALL_COMMANDS, ids=[" ".join(words) for _, words in ALL_COMMANDS])
 def test_every_command_names_files_settings_and_flags_that_exist(page: str, words: list[str]) -> None:
-    module = importlib.util.find_spec(words[2])
-    assert module is not None, words[2]
-    source = module if module.submodule_search_locations is None else importlib.util.find_spec(f"{words[2]}.__main__")
+    name = "hetjax.inspect" if words[2:4] == ["hetjax.data", "inspect"] else words[2]
+    module = importlib.util.find_spec(name)
+    assert module is not None, name
+    source = module if module.submodule_search_locations is None else importlib.util.find_spec(f"{name}.__main__")
     for flag in (word.split("=")[0] for word in words[3:] if word.startswith("--") and not word.startswith("--gin")):
         assert flag == "--workdir" or f'"{flag}"' in Path(source.origin).read_text(), f"{flag} is no flag"
     own = [word for word in words[3:] if word.startswith("--gin")]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hetjax import flops, stacks
-from hetjax.flops import Flops
-from hetjax.reference import apply_module
+from hetjax.core import flops, stacks
+from hetjax.core.flops import Flops
+from hetjax.judge.reference import apply_module
 from models.contract import ModuleDef, Params
 from models.decoder import Decoder
 from models.moe import Experts

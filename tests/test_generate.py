@@ -13,12 +13,13 @@ import tiny
 from hf_folders import llava, text, vision
 from safetensors.numpy import load_file, save_file
 
-from hetjax import generate, stacks
+from hetjax import generate
+from hetjax.core import stacks
 from hetjax.generate import __main__ as command
 from hetjax.generate import cached
 from hetjax.generate.generator import bucket
 from hetjax.generate.sample import Draw, Sampling, kept, pick
-from hetjax.reference import apply_module
+from hetjax.judge.reference import apply_module
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.moe import Experts

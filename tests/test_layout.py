@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from hetjax.layout import AXES, Layout, check_batch, like, picture, plan_stages, zero_spec, zigzag
+from hetjax.core.layout import AXES, Layout, check_batch, like, picture, plan_stages, zero_spec, zigzag
 from models.contract import ModuleDef, Part
 
 EMPTY = Part(lambda key: {}, lambda params, x, batch, axes: x, {})

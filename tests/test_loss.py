@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_model_precision import jaxprs
 from test_models import close
 
-from hetjax.loss import token_scores, token_sum
+from hetjax.core.loss import token_scores, token_sum
 from models.axes import ONE_DEVICE, Axes, Axis
 
 Tree = Any

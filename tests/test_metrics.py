@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetjax.metrics import FILE, SAMPLES, Writer, open_writers, read_jsonl
-from hetjax.samples import Sample
+from hetjax.run.metrics import FILE, SAMPLES, Writer, open_writers, read_jsonl
+from hetjax.run.samples import Sample
 
 
 class Screen(io.StringIO):
@@ -161,7 +161,7 @@ def test_tensorboard_that_is_not_installed_is_a_clear_error(tmp_path: Path, monk
 def test_lines_of_a_process_that_is_killed_are_on_disk(tmp_path: Path) -> None:
     code = f"""
 import os
-from hetjax.metrics import open_writers
+from hetjax.run.metrics import open_writers
 with open_writers({str(tmp_path)!r}, num_steps=2) as writers:
     writers.write(1, {{"loss": 1.0}})
     os._exit(9)

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 from test_models import DECODER, LLAMA3, VIT, WHISPER, close, documents, random_params, rows_of, run
 
-from hetjax import loss
-from hetjax.layout import DATA_AXES, Layout, param_specs, plan_stages, spec
+from hetjax.core import loss
+from hetjax.core.layout import DATA_AXES, Layout, param_specs, plan_stages, spec
 from models.axes import ONE_DEVICE, Axes, vary, vary_like
 from models.contract import ModuleDef
 from models.decoder import Decoder

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_models import DECODER, RICH, SEQ, VIT, close, compiled, documents, random_params, rows_of, run
 
-from hetjax.graph import Remat
-from hetjax.local import POLICIES
+from hetjax.core.graph import Remat
+from hetjax.core.local import POLICIES
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.layers import dot

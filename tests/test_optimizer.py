@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from hetjax import optimizer
-from hetjax.optimizer import OptimizerConfig
+from hetjax.core import optimizer
+from hetjax.core.optimizer import OptimizerConfig
 
 PARAMS = {
     "first": {"embed": jnp.linspace(-1, 1, 12).reshape(4, 3)},

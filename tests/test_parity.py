@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from hetjax import compare
-from hetjax.graph import Remat
-from hetjax.layout import Layout, like
-from hetjax.optimizer import OptimizerConfig
-from hetjax.reference import Reference
+from hetjax.core.graph import Remat
+from hetjax.core.layout import Layout, like
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.judge import compare
+from hetjax.judge.reference import Reference
 from models import attention
 from models.moe import Experts
 

@@ -14,15 +14,17 @@ import runs
 import tiny
 from runs import Reference
 
-from hetjax import compare, config, experiment, train, verify
-from hetjax.checkpoint import CheckpointError, Checkpoints, to_names
-from hetjax.experiment import Experiment, Phase
-from hetjax.layout import Layout
-from hetjax.log import Log
-from hetjax.metrics import FILE
-from hetjax.optimizer import OptimizerConfig
-from hetjax.reference import Reference as Judge
-from hetjax.trainer import State, Trainer
+from hetjax import train, verify
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.trainer import State, Trainer
+from hetjax.judge import compare
+from hetjax.judge.reference import Reference as Judge
+from hetjax.run import config, experiment
+from hetjax.run.checkpoint import CheckpointError, Checkpoints, to_names
+from hetjax.run.experiment import Experiment, Phase
+from hetjax.run.log import Log
+from hetjax.run.metrics import FILE
 
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=2)
 LAYOUTS = (Layout(tp=2, pp=2, devices="0-3"), {"vision": Layout(dp=2, devices="4-5")})

@@ -1,5 +1,6 @@
 """A folder's picture processor that a run does not follow, or that nobody here can, is told by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import runs
 from hf_folders import vision
 
 from hetjax import train
+from hetjax.data import Pictures
 from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.stored import open_source
@@ -24,10 +26,18 @@ SIGLIP = dict(image_processor_type="SiglipImageProcessor", size=dict(height=8, w
             {"image_processor_type": "ViTImageProcessor"},
             "image_processor_type='ViTImageProcessor': pictures are read as",
         ),
-        ({"resample": 2}, "resample=2: pictures are read with 3"),
+        ({"resample": 0}, "resample=0: pictures are resized with one of 3 (bicubic), 2 (bilinear); remove the file"),
+        (
+            {"image_processor_type": "Siglip2ImageProcessorFast"},
+            "image_processor_type='Siglip2ImageProcessorFast': SigLIP 2 with pictures of any shape (NaFlex) is not",
+        ),
         ({"do_resize": False}, "do_resize=False: pictures are read with True"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0: pictures are read with 0.0039"),
-        ({"do_pad": True}, "do_pad=True: pictures are read with False; remove the file to train"),
+        ({"do_pad": True}, "do_pad=True: pictures are padded as LlavaImageProcessor does before it normalises"),
+        (
+            {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_normalize": False},
+            "do_pad=True: pictures are padded as LlavaImageProcessor does before it normalises, which this file",
+        ),
         ({"size": {"shortest_edge": 8}}, "size={'shortest_edge': 8}: without a crop pictures must have one height"),
         ({"size": {"longest_edge": 8}}, "size={'longest_edge': 8}: without a crop"),
         (
@@ -57,3 +67,14 @@ def test_a_run_that_shows_other_pictures_than_its_folder_knows_does_not_start(
     capsys.readouterr()
     assert train.main(runs.arguments(gin, tmp_path / "run", changes | start)) == 2
     assert "says mean=(0.4, 0.5, 0.6) (the run has (0.5, 0.5, 0.5)); set the encoder to that" in capsys.readouterr().err
+
+
+def test_pictures_may_be_padded_before_a_tower_that_knew_none_but_not_the_other_way_round(tmp_path: Path) -> None:
+    files = {pictures.FILE: tmp_path / pictures.FILE}
+    plain = Pictures(8, 8, shortest_edge=8)
+    padded = dataclasses.replace(plain, pad_to_square=True)
+    files[pictures.FILE].write_text(json.dumps(pictures.write(plain)))
+    pictures.check("vision", padded, files)
+    files[pictures.FILE].write_text(json.dumps(pictures.write(padded)))
+    with pytest.raises(ConvertError, match=r"says pad_to_square=True \(the run has False\); set the encoder to that"):
+        pictures.check("vision", plain, files)

@@ -11,14 +11,14 @@ import pytest
 import runs
 from hf_folders import llava, text, vision
 
-from hetjax import config, experiment
 from hetjax.data import Pictures
-from hetjax.experiment import Experiment
 from hetjax.hf import initial, pictures, pretrained
 from hetjax.hf.stored import open_source
+from hetjax.run import config, experiment
+from hetjax.run.experiment import Experiment
 
 GIN = """
-from hetjax import experiment
+from hetjax.run import experiment
 from hetjax.data import settings
 from hetjax.hf import initial, pictures, pretrained
 
@@ -60,12 +60,12 @@ def test_a_gin_file_takes_models_from_folders_and_the_operative_config_has_their
 
 def test_an_encoder_sees_pictures_as_the_folder_s_processor_says(folders: Path) -> None:
     path = folders / "run.gin"
-    names = ("mean", "std", "shortest_edge")
+    names = ("mean", "std", "shortest_edge", "pad_to_square", "resampling")
     more = "".join(f"experiment.Encoder.{n} = @pretrained.{n}()\npretrained.{n}.path = 'DIR/siglip'\n" for n in names)
     path.write_text((GIN + more).replace("DIR", str(folders)))
     with pytest.raises(ValueError, match=r"siglip has no preprocessor_config\.json, which says how pictures are read"):
         config.load([str(path)], [], Experiment)
-    reader = Pictures(8, 8, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3), shortest_edge=9)
+    reader = Pictures(8, 8, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3), 9, pad_to_square=True, resampling="bilinear")
     (folders / "siglip" / pictures.FILE).write_text(json.dumps(pictures.write(reader)))
     run = config.load([str(path)], [], Experiment)
     assert run.encoders[0].items.reader == reader

@@ -12,9 +12,9 @@ import runs
 import soundfile
 from PIL import Image
 
-from hetjax import config, experiment
 from hetjax.assets import tuxpaint
-from hetjax.experiment import Experiment
+from hetjax.run import config, experiment
+from hetjax.run.experiment import Experiment
 
 CONFIGS = runs.ROOT / "configs"
 CACHE = runs.ROOT / "data" / "cache"

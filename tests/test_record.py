@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hetjax import record
+from hetjax.run import record
 
 
 def test_what_a_run_was_started_with_outlives_other_settings(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import runs
 
-from hetjax import experiment, train
-from hetjax.checkpoint import Checkpoints
-from hetjax.metrics import FILE
-from hetjax.trainer import State, Trainer
+from hetjax import train
+from hetjax.core.trainer import State, Trainer
+from hetjax.run import experiment
+from hetjax.run.checkpoint import Checkpoints
+from hetjax.run.metrics import FILE
 
 STEPS = 200  # more than twenty calls can make before they are killed
 SAVES = runs.settings(save_every=2)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from hetjax import samples
+from hetjax.run import samples
 
 END, SEQ_LEN = 9, 8
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hetjax.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
+from hetjax.core.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
 
 
 def chain(module: str, devices: list[list[int]], upstream: tuple = (), *, backward: bool = True) -> list[StageNode]:

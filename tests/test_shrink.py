@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from hetjax.layout import Layout
-from hetjax.shrink import _smaller
+from hetjax.core.layout import Layout
+from hetjax.run.shrink import _smaller
 from models.decoder import Decoder
 from models.moe import Experts
 

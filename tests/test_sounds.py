@@ -10,6 +10,7 @@ import soundfile
 
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds, blank, inspect, sounds
 from hetjax.data.problems import SampleError
+from hetjax.run.experiment import Encoder
 from models.whisper import Whisper
 
 MODEL = Whisper(
@@ -194,6 +195,12 @@ def test_rows_are_those_of_the_header_whatever_is_decoded(tmp_path: Path) -> Non
                 frames = int(AUDIO.read(tmp_path / name).values["frames"])
                 wanted = min(-(-count * sounds.RATE // rate), MODEL.context * sounds.HOP)
                 assert frames == -(-wanted // sounds.HOP) and header.rows == MODEL.rows_of(frames), (rate, count, name)
+
+
+@pytest.mark.parametrize("setting", [dict(pad_to_square=True), dict(resampling="bilinear")], ids=str)
+def test_what_is_said_of_pictures_means_nothing_to_an_encoder_that_hears(setting: dict) -> None:
+    with pytest.raises(ValueError, match=r"audio: \w+=.* means nothing to an encoder of clips; leave it out"):
+        Encoder(MODEL, **setting).items  # noqa: B018
 
 
 def test_a_file_cut_short_is_no_clip(tmp_path: Path) -> None:

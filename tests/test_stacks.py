@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hetjax import stacks
+from hetjax.core import stacks
 from models.contract import ModuleDef, Part
 
 

@@ -14,15 +14,17 @@ import pytest
 import runs
 from conftest import Counter
 
-from hetjax import config, evaluate, experiment, generate, reference, train
-from hetjax.checkpoint import CheckpointError, Checkpoints, to_names
+from hetjax import generate, train
+from hetjax.core.graph import Graph
+from hetjax.core.trainer import State, Trainer
 from hetjax.data import ItemSpec, Pictures
-from hetjax.experiment import Experiment
 from hetjax.generate.prompt import read_items
-from hetjax.graph import Graph
-from hetjax.log import Log
-from hetjax.metrics import FILE, SAMPLES, read_jsonl
-from hetjax.trainer import State, Trainer
+from hetjax.judge import reference
+from hetjax.run import config, evaluate, experiment
+from hetjax.run.checkpoint import CheckpointError, Checkpoints, to_names
+from hetjax.run.experiment import Experiment
+from hetjax.run.log import Log
+from hetjax.run.metrics import FILE, SAMPLES, read_jsonl
 
 STEPS, MODULES = 30, ("vision", "llm")
 OTHER = runs.layouts(vision=dict(dp=4, tp=2), llm=dict(dp=4, tp=2))  # both on all eight devices

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from hetjax import wire
+from hetjax.core import wire
 
 AXES = ("dp", "copies", "cp", "tp")
 SHAPE = (24, 12)  # items or samples, sequence

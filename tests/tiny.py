@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.graph import Graph, Module, Remat, vlm
-from hetjax.layout import Layout
-from hetjax.optimizer import OptimizerConfig
-from hetjax.trainer import Trainer
+from hetjax.core.graph import Graph, Module, Remat, vlm
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.train_spec import TrainSpec
+from hetjax.core.trainer import Trainer
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT
@@ -143,15 +144,16 @@ def trainer(
     """A compiled trainer on the emulated devices."""
     example = microbatches(shape, tuple(e.name for e in graph.encoders))[0]
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in example.items()}
-    built = Trainer(
-        graph,
+    spec = TrainSpec(
+        graph=graph,
         devices=jax.devices(),
         batch=abstract,
         groups=shape.groups,
         num_microbatches=shape.microbatches,
-        config=config,
+        optimizer=config,
         param_dtype=dtype,
         **options,
     )
+    built = Trainer(spec)
     built.compile()
     return built

@@ -1,4 +1,7 @@
-"""Conversations with pictures and clips become microbatches of fixed shape. Start at `loader.py`; imports no jax."""
+"""Conversations with pictures and clips become microbatches of fixed shape. Start at `loader.py`.
+
+Imports nothing else of hetjax, and no jax: runs, folders and generation stand above and import from here.
+"""
 
 from hetjax.data.conversations import Sample
 from hetjax.data.items import ItemSpec, blank

@@ -1,7 +1,8 @@
 """Reads pictures into normalised pixels, or says why it cannot.
 
-Pixels are those of transformers' SiglipImageProcessor (resized to a square) and CLIPImageProcessor (the shorter side
-resized, the middle cut out) behind its `load_image`, bit for bit: the same steps in the same order and precision.
+Pixels are those of transformers' SiglipImageProcessor (resized to a square), CLIPImageProcessor (the shorter side
+resized, the middle cut out) and LlavaImageProcessor (padded to a square before) behind its `load_image`, bit for bit:
+the same steps in the same order and precision.
 """
 
 import contextlib
@@ -11,14 +12,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from hetjax.data import photos
 from hetjax.data.items import Abstract, Header, Values
+from hetjax.data.photos import Photo
 from hetjax.data.problems import SampleError
 
-MAX_PIXELS = 2**26  # 200 MB decoded, per worker; a file of a few kB can claim more
-
-ANIMATED = ("GIF", "PNG", "TIFF", "WEBP")  # and not a telephone's JPEG, which carries a preview
+METHODS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Pictures:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1, taken off
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # then divided by
     shortest_edge: int | None = None  # pixels of the shorter side when the middle is cut out; None: nothing is cut off
+    pad_to_square: bool = False  # with the mean colour, before all else
+    resampling: str = "bicubic"  # or bilinear
     noun: ClassVar[str] = "picture"
     rate: ClassVar[str] = "images_per_second"
 
@@ -42,6 +45,8 @@ class Pictures:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"{name}={getattr(self, name)}; give one number for each of R, G, B")
+        if self.resampling not in METHODS:
+            raise ValueError(f"resampling={self.resampling!r}; it must be one of {', '.join(METHODS)}")
         if min(self.std) <= 0:
             raise ValueError(f"std={self.std}; pixels are divided by it, so each must be above 0")
 
@@ -57,65 +62,43 @@ class Pictures:
 
     def look(self, path: Path) -> Header:
         """A picture's size and mode are in its header. Raises SampleError with the path and the reason."""
-        with self._open(path) as image:
-            several = image.format in ANIMATED and _has_several(image)
+        with _named(path):
+            several = photos.has_several(path, self._surplus)
         return Header(cut=f"its picture {path} has several frames, of which the first is taken" if several else "")
 
     def read(self, path: Path) -> Values:
-        """The pixels: upright, RGB without transparency, resized (bicubic), in 0..1, less the mean, divided by std.
+        """The pixels: upright, RGB without transparency, padded if asked, resized, in 0..1, less the mean, by std.
 
         Raises SampleError with the path and the reason.
         """
-        with self._open(path) as image:
-            colours: Image.Image = image
-            if "transparency" in image.info:
-                colours = image.convert("RGBA")  # straight to RGB warns; the colours are the same
-            rgb = self._fitted(ImageOps.exif_transpose(colours).convert("RGB"))
+        with _named(path):
+            rgb = self._fitted(photos.read(path, self._surplus))
         pixels = (np.asarray(rgb, np.float64) * (1 / 255)).astype(np.float32)
         return {"pixels": (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)}
 
-    @contextlib.contextmanager
-    def _open(self, path: Path) -> Iterator[Image.Image]:
-        """The picture, of which the header is read. What goes wrong with it becomes a SampleError."""
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"it is {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-                if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8, and give a white picture
-                    raise ValueError(f"its mode {image.mode} has more than 8 bits a channel; convert it to 8")
-                self._check_fits(image)
-                yield image
-        except FileNotFoundError as error:
-            raise SampleError(str(path), "there is no such file") from error
-        except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error...
-            raise SampleError(str(path), f"cannot be read as a picture: {error}") from error
+    def _surplus(self, size: photos.Size) -> float:
+        """Pixels on a side of a picture of this size for one that the model sees."""
+        length = max(size) if self.pad_to_square else min(size)
+        return length / (self.shortest_edge or max(self.height, self.width))
 
-    def _check_fits(self, image: Image.Image) -> None:
-        """Raises ValueError for a picture that is so long that it grows beyond all bounds."""
-        if self.shortest_edge is None:
-            return
-        longest_edge = self._longest_edge(image)
-        if self.shortest_edge * longest_edge > MAX_PIXELS:
-            resized = f"{self.shortest_edge} x {longest_edge}"
-            raise ValueError(
-                f"{image.width} x {image.height} pixels become {resized}, which are more than {MAX_PIXELS}"
-            )
-
-    def _longest_edge(self, image: Image.Image) -> int:
-        """Pixels of the longer side when the shorter has `shortest_edge`."""
-        assert self.shortest_edge is not None
-        return int(self.shortest_edge * max(image.size) / min(image.size))
-
-    def _fitted(self, image: Image.Image) -> Image.Image:
+    def _fitted(self, photo: Photo) -> Image.Image:
         """The picture, or its middle, in height x width; black where the resized one is smaller than that."""
+        method = METHODS[self.resampling]
+        if self.pad_to_square:
+            red, green, blue = (int(255 * m) for m in self.mean)
+            photo = photos.padded(photo, (red, green, blue))
         if self.shortest_edge is None:
-            return image.resize((self.width, self.height), Image.Resampling.BICUBIC)
-        longest_edge = self._longest_edge(image)
-        upright = image.width <= image.height
+            return photo.resized((self.width, self.height), method)
+        longest_edge = int(self.shortest_edge * max(photo.size) / min(photo.size))
+        if self.shortest_edge * longest_edge > photos.MAX_PIXELS:
+            width, height = photo.size
+            resized = f"{self.shortest_edge} x {longest_edge}"
+            raise ValueError(f"{width} x {height} pixels become {resized}, which are more than {photos.MAX_PIXELS}")
+        upright = photo.size[0] <= photo.size[1]
         size = (self.shortest_edge, longest_edge) if upright else (longest_edge, self.shortest_edge)
         left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
         box = (left, top, left + self.width, top + self.height)
-        return image.resize(size, Image.Resampling.BICUBIC).crop(box)
+        return photo.resized(size, method).crop(box)
 
     def to_rgb(self, values: Values) -> np.ndarray:
         """uint8 [height, width, 3], as the encoder's picture looks."""
@@ -123,9 +106,13 @@ class Pictures:
         return np.clip(np.rint(colours * 255), 0, 255).astype(np.uint8)
 
 
-def _has_several(image: Image.Image) -> bool:
-    """Whether there are frames behind the first; what is broken behind it does no harm."""
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a picture becomes a SampleError."""
     try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:
-        return False
+        yield
+    except FileNotFoundError as error:
+        raise SampleError(str(path), "there is no such file") from error
+    except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error...
+        reason = str(error) or type(error).__name__
+        raise SampleError(str(path), f"cannot be read as a picture: {reason}") from error

@@ -5,6 +5,8 @@ from hetjax import generate
 model = generate.load("runs/quickstart")  # a run; or a Hugging Face folder, or a converted checkpoint
 answers = model(["Hello", generate.ask("Which colour is it?", image="a.png")], max_new_tokens=16)
 print(answers[0].text)
+
+Imports point down, to the Hugging Face folders, runs, the core and the data; commands stand above.
 """
 
 from hetjax.generate.generator import Answer, Generator, load

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hetjax import command
 from hetjax.data import ItemSpec
 from hetjax.generate.generator import DTYPES, Answer, load
 from hetjax.generate.prompt import Prompt, ask, read_prompts
 from hetjax.generate.sample import Sampling
+from hetjax.run import command
 
 
 def main(argv: Sequence[str]) -> int:

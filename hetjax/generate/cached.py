@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hetjax import stacks
+from hetjax.core import stacks
 from models.axes import Axes
 from models.contract import ModuleDef, Params, Part
 from models.layers import dot, wide
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 def run_layers(
     definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes, caches: Sequence[Tree] | None = None
 ) -> tuple[Tree, list[Tree]]:
-    """(carry, caches) behind all layers. `caches` has one for each run of layers (hetjax/stacks.py); None: none is
+    """(carry, caches) behind all layers. `caches` has one for each run of layers (hetjax/core/stacks.py); None: none is
     kept."""
     kept = []
     opened = stacks.cut(params[stacks.LAYERS], definition.layers)

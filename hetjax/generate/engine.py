@@ -20,15 +20,15 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax import stacks
-from hetjax.boundary import Boundary
+from hetjax.core import stacks
+from hetjax.core.boundary import Boundary
+from hetjax.core.graph import Graph, Module
+from hetjax.core.layout import plan_stages, spec
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.parameters import Parameters
 from hetjax.generate import cached
 from hetjax.generate.cached import Memory
 from hetjax.generate.sample import Draw, Sampling, pick
-from hetjax.graph import Graph, Module
-from hetjax.layout import plan_stages, spec
-from hetjax.optimizer import OptimizerConfig
-from hetjax.parameters import Parameters
 from models.axes import Axis, vary_like
 from models.contract import Dims, ModuleDef, Params
 

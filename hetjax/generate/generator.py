@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetjax.core.graph import Module, vlm
+from hetjax.core.layout import Layout
 from hetjax.data.items import Item
 from hetjax.data.tokens import load_tokenizer
 from hetjax.generate import beside
@@ -20,13 +22,11 @@ from hetjax.generate.chat import Chat, Ids, RunChat
 from hetjax.generate.engine import ENDED, Engine
 from hetjax.generate.prompt import Prompt, ask, read_items
 from hetjax.generate.sample import Sampling
-from hetjax.graph import Module, vlm
 from hetjax.hf import initial
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.initial import Start
 from hetjax.hf.source import Source
 from hetjax.hf.stored import Workdir, open_source
-from hetjax.layout import Layout
 
 LEAST = 16  # positions; shapes are this times a power of two, so that few are compiled
 GREEDY = Sampling()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hetjax.loss import likeliest
+from hetjax.core.loss import likeliest
 from models.axes import Axes
 
 

@@ -17,17 +17,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hetjax.hf import audio, keys, processor, tensors, write_config
+from hetjax.hf import keys, processor, tensors, write_config
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
 from hetjax.hf.folder import INDEX, SINGLE, stored_tensor
-from hetjax.hf.keys import Parts
 from hetjax.hf.output import write_json, written
+from hetjax.hf.parts import PART_OF, Parts
 from hetjax.hf.source import Extras, Sliceable, Source
 from hetjax.hf.stored import Workdir
 from hetjax.hf.tensors import Tensor
-from models.decoder import Decoder
-from models.vit import ViT
-from models.whisper import Whisper
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -62,11 +60,11 @@ def to_hf(
     beside = processor.find(source, parts, named, extras)
     sources = {part: found.config for part, found in extras.items() if found.config is not None}
     config = write_config.write(parts, dtype=precision, item_token=beside.item_token, sources=sources)
-    if config["architectures"] == [audio.BARE_CLASS]:
-        found = {key.removeprefix("model."): tensor for key, tensor in found.items()}
+    (architecture, *_), (model, *_) = config.get("architectures") or [""], parts.models.values()
+    lacking = registry.family_of(model).bare.get(architecture, "")
     with written(out) as new:
         new.mkdir()
-        _write_shards(found, new, max_shard_bytes)
+        _write_shards({key.removeprefix(lacking): t for key, t in found.items()}, new, max_shard_bytes)
         write_json(new / "config.json", config)
         for name, path in beside.copied.items():
             shutil.copyfile(path, new / name)
@@ -115,7 +113,7 @@ def parts_of(source: Source, modules: Collection[str] | None = None) -> tuple[Pa
     chosen = {name: model for name, model in source.models.items() if modules is None or name in modules}
     named: dict[str, str] = {}
     for name, model in chosen.items():
-        part = {Decoder: "llm", ViT: "vision", Whisper: "audio"}.get(type(model))
+        part = PART_OF.get(type(model))
         if part is None or part in named or {part, *named} >= {"vision", "audio"}:
             raise ConvertError(
                 f"{source.path}: {name}: no Hugging Face class holds a {type(model).__name__} beside "
@@ -124,13 +122,9 @@ def parts_of(source: Source, modules: Collection[str] | None = None) -> tuple[Pa
             )
         named[part] = name
     parts = Parts(**{part: source.models[name] for part, name in named.items()})
-    if parts.whole and parts.audio is not None:
-        audio.check_whole(parts.audio)
-    if parts.whole and parts.vision is not None and parts.vision.hidden != parts.vision.output_width:
-        raise ConvertError(
-            f"ViT.projector_width={parts.vision.hidden}: LLaVA's projector is as wide as the language model inside; "
-            f"only projector_width={parts.vision.output_width} (or None) can be exported"
-        )
+    whole = registry.whole_of(parts)
+    if whole is not None:
+        whole.check(parts)
     return parts, named
 
 
@@ -151,9 +145,10 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
         for row, key in enumerate(place.keys):
             read = functools.partial(_values, fetch, theirs, place, row, kind, key)
             found[key] = Tensor(place.torch_shape, kind, read)
-    if parts.whole and parts.audio is not None and parts.llm is not None and parts.llm.tied:
-        # Qwen2-Audio's class in transformers 5 ties nothing: without its own copy the head would have random values
-        found[f"{keys.LLM}lm_head.weight"] = found[f"{keys.LLM}model.embed_tokens.weight"]
+    whole = registry.whole_of(parts)
+    if whole is not None and not whole.ties and parts.llm is not None and parts.llm.tied:
+        before = keys.prefix(parts, "llm")
+        found[f"{before}lm_head.weight"] = found[f"{before}model.embed_tokens.weight"]
     return found
 
 
@@ -176,29 +171,35 @@ def _with_idle(
 ) -> tuple[Parts, dict[str, Extras], dict[str, Tensor]]:
     """(the parts as they are written, what came with each, tensors that no model of ours holds)."""
     extras = {part: source.extras.get(name, Extras()) for part, name in named.items()}
-    vit, tower = parts.vision, "audio" if parts.audio is not None else "vision"
-    if tower not in named or (vit is None and parts.whole):
+    part = parts.encoder
+    if part is None:
         return parts, extras, {}
-    stored = next(a.dtype for n, a in source.arrays.items() if n.startswith(f"{named[tower]}/"))
+    model, before, spelled = parts.models[part], keys.prefix(parts, part), extras[part].spelled
+    stored = next(a.dtype for n, a in source.arrays.items() if n.startswith(f"{named[part]}/"))
     kind = DTYPES[dtype] if dtype else stored
-    came = extras[tower].idle
     cast = kind if dtype or isinstance(source, Workdir) else None  # a run has its own precision for all
-    spelled = extras[tower].spelled
-    if vit is None:  # Whisper's decoder
-        decoder = came if parts.audio is not None and parts.audio.variant == "whisper" else {}
-        return parts, extras, {k: stored_tensor(path, spelled.get(k, k), cast) for k, path in decoder.items()}
-    prefix = keys.TOWER if parts.whole else "vision_model."
-    if parts.whole:  # a tower that came with another one leaves that behind
-        came = {key: path for key, path in came.items() if not keys.PAIRED.fullmatch(key)}
-    built = vit.num_built
-    if came and all(any(f".{i}." in key for key in came) for i in range(built, vit.num_layers)):
-        inner = lambda key: key.removeprefix(keys.TOWER).removeprefix("vision_model.")
-        strip = lambda key: key if keys.PAIRED.fullmatch(key) else prefix + inner(key)
-        return parts, extras, {strip(k): stored_tensor(path, spelled.get(k, k), cast) for k, path in came.items()}
-    fill = {"weight": np.ones((vit.width,), kind), "bias": np.zeros((vit.width,), kind)}
-    kept = {f"{prefix}post_layernorm.{name}": _constant(a) for name, a in fill.items()}
-    shorter = dataclasses.replace(vit, num_layers=built, feature_layer=tuple(d - built - 1 for d in vit.depths))
-    return dataclasses.replace(parts, vision=shorter), extras, kept
+    came = {}
+    for key, path in extras[part].idle.items():  # an encoder that came with another model leaves that behind
+        here = _moved(key, parts)
+        if keys.is_idle(here, parts):
+            came[here] = stored_tensor(path, spelled.get(key, key), cast)
+    inside = [key.removeprefix(before) for key in came if key.startswith(before)]
+    shorter, constants = registry.family_of(model).shortened(model, inside)
+    if not constants:
+        return parts, extras, came
+    made = {before + key: _constant(np.full(shape, value, kind)) for key, (shape, value) in constants.items()}
+    return dataclasses.replace(parts, **{part: shorter}), extras, made
+
+
+def _moved(key: str, parts: Parts) -> str:
+    """A key of what came with the encoder as a folder of `parts` has it."""
+    assert parts.encoder is not None
+    family = registry.family_of(parts.models[parts.encoder])
+    if family.beside.fullmatch(key):
+        return key
+    for whole in registry.WHOLES:
+        key = key.removeprefix(whole.holders.get(parts.encoder, ""))
+    return keys.prefix(parts, parts.encoder) + key.removeprefix(family.prefix)
 
 
 def _constant(array: np.ndarray) -> Tensor:

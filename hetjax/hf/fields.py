@@ -1,11 +1,13 @@
 """Checks of the fields of a config.json, each of which is honoured or refused by name."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from hetjax.hf.errors import ConvertError
 
 Config = Mapping[str, Any]
+VERSION = "transformers_version"
 
 
 def present(config: Config) -> dict[str, Any]:
@@ -24,3 +26,14 @@ def only(config: Config, allowed: Config, where: str) -> None:
         if config.get(name, value) not in (value, None):
             why = f"only {value!r} is computed; a model with another value is not supported"
             raise refused(where, name, config[name], why)
+
+
+def nonzero(config: Config, *names: str) -> dict[str, Any]:
+    """Those of the fields that would have an effect."""
+    return {name: config[name] for name in names if config.get(name)}
+
+
+def is_of_4(config: Config) -> bool:
+    """Whether transformers 4.x wrote the config: where two fields tell one fact, its writer's precedence holds, and
+    that of version 5 where nothing tells of one."""
+    return re.match(r"[1-4]\.", str(config.get(VERSION))) is not None

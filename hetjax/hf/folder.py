@@ -13,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from hetjax.hf import keys, read_config
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
 from hetjax.hf.keys import BUFFERS, Place
 from hetjax.hf.pattern import Index
 from hetjax.hf.source import Array, Extras, Sliceable, read_json
 from hetjax.hf.tensors import CODES, Tensor
 
+# Arrays of which one field of config.json tells the number of rows
+ROWS = {"first/embed": "vocab_size", "last/head": "vocab_size"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER = (
@@ -76,6 +79,8 @@ class Folder:
         config = read_json(path / "config.json")
         self.parts = read_config.read(config, str(path / "config.json"))
         self.models: Mapping[str, Any] = self.parts.models
+        self._tie, _ = registry.tie(config)
+        self._fields = {part: f"{field}." if field else "" for part, field in registry.fields(config).items()}
         self._places = keys.places(self.parts)
         files = _files(path)
         spelled: dict[str, str] = {}
@@ -91,7 +96,7 @@ class Folder:
         wanted = {key for place in self._places.values() for key in place.keys}
         idle = [key for key in keys.idle(spelled, self.parts) if key not in wanted]
         self._check_keys(wanted, set(spelled) - set(idle))
-        self.arrays = {name: self._check(place) for name, place in self._places.items()}
+        self.arrays = {name: self._check(name, place) for name, place in self._places.items()}
         beside = {name: path / name for name in GIVEN_BACK if (path / name).is_file()}
         mine = {key: files[spelled[key]] for key in idle}
         extras = Extras(config, beside, mine, {key: spelled[key] for key in idle})
@@ -100,13 +105,13 @@ class Folder:
     def _check_keys(self, wanted: set[str], found: set[str]) -> None:
         llm = self.parts.llm
         if llm is not None and llm.tied:  # some files store the shared leaf twice
-            head = (keys.LLM if self.parts.whole else "") + "lm_head.weight"
+            head = keys.prefix(self.parts, "llm") + "lm_head.weight"
             if head in found:
                 self._check_tie(head)
                 found = found - {head}
         missing, surplus = sorted(wanted - found), sorted(k for k in found - wanted if not BUFFERS.fullmatch(k))
         if missing:
-            hint = "; set tie_word_embeddings=true if the head is the embedding" if "lm_head" in missing[0] else ""
+            hint = f"; set {self._tie}=true if the head is the embedding" if "lm_head" in missing[0] else ""
             raise ConvertError(
                 f"{self.path}: {missing[0]} is missing ({len(missing)} of {len(wanted)} keys are); the files do not "
                 f"hold the model of config.json, get all of them again{hint}"
@@ -122,7 +127,7 @@ class Folder:
         both = [self._tensors.slice(self._spelled[key]) for key in (head, embed)]
         if not np.array_equal(both[0][:], both[1][:]):
             raise ConvertError(
-                f"{self.path}: tie_word_embeddings=True, but {self._spelled[head]} differs from the embedding; "
+                f"{self.path}: {self._tie}=True, but {self._spelled[head]} differs from the embedding; "
                 "set it to false in config.json, or remove the key"
             )
 
@@ -136,13 +141,15 @@ class Folder:
             )
         return CODES[name]
 
-    def _check(self, place: Place) -> Array:
+    def _check(self, name: str, place: Place) -> Array:
         for spelled in (self._spelled[key] for key in place.keys):
             shape = tuple(self._tensors.slice(spelled).get_shape())
             if shape != place.torch_shape:
+                module, _, rest = name.partition("/")
+                field = f" ({self._fields[module]}{ROWS[rest]})" if rest in ROWS else ""
                 raise ConvertError(
-                    f"{self.path}: {spelled} has shape {list(shape)}, config.json makes it {list(place.torch_shape)}; "
-                    "the two belong to different models"
+                    f"{self.path}: {spelled} has shape {list(shape)}, config.json{field} makes it "
+                    f"{list(place.torch_shape)}; the two belong to different models"
                 )
         dtypes = {self._dtype(key): self._spelled[key] for key in place.keys}
         if len(dtypes) > 1:

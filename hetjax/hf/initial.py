@@ -5,27 +5,30 @@ the fresh values of a leaf are freed before its own are read: beside the paramet
 """
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hetjax import stacks
+from hetjax.core import stacks
+from hetjax.core.graph import Graph
+from hetjax.core.parameters import Parameters
+from hetjax.core.stage import Stage
+from hetjax.core.trainer import Path, State, Trainer, is_stacked, path_parts
 from hetjax.data import Pictures
 from hetjax.data.items import Reader
-from hetjax.graph import Graph
-from hetjax.hf import pictures, pieces
+from hetjax.hf import pictures, pieces, read_config
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.keys import OF_DATA, OF_PROJECTOR
+from hetjax.hf.parts import OF_DATA, OF_PROJECTOR, PART_OF
+from hetjax.hf.positions import Resized
 from hetjax.hf.source import Source
 from hetjax.hf.stored import module_of, open_source
-from hetjax.parameters import Parameters
-from hetjax.stage import Stage
-from hetjax.trainer import Path, State, Trainer, is_stacked, path_parts
 from models.vit import ViT
 from models.whisper import Whisper
 
+LOG = logging.getLogger(__name__)
 PROJECTOR = "last/projector/"
 
 
@@ -37,9 +40,15 @@ class Start(NamedTuple):
 
 
 def open_starts(
-    graph: Graph, init_from: Mapping[str, str], readers: Mapping[str, Reader] | None = None
+    graph: Graph,
+    init_from: Mapping[str, str],
+    readers: Mapping[str, Reader] | None = None,
+    *,
+    resized: Collection[str] = (),
 ) -> dict[str, Start]:
-    """The sources of the modules in `init_from`. Reads no values.
+    """The sources of the modules in `init_from`, position tables of those in `resized` in their own picture size.
+
+    Reads no values.
 
     Raises ConvertError if one is of another model, or came with a processor that sees pictures in another way than the
     module's reader in `readers`.
@@ -52,14 +61,24 @@ def open_starts(
         model = graph.module(name).definition.config
         try:
             source = open_source(path)
-            starts[name] = start = Start(source, module_of(source, model))
+            theirs = module_of(source, model)
+            source = Resized(source, theirs, model.image_size) if name in resized else source
+            starts[name] = start = Start(source, theirs)
         except ConvertError as error:
             raise ConvertError(f"Experiment.init_from: {name}: {error}") from error
         _check_same(name, model, start)
+        _name_unapplied(name, model, start)
         reader = (readers or {}).get(name)
         if isinstance(reader, Pictures):
-            pictures.check(name, reader, source.extras[start.module].files)
+            pictures.check(name, reader, source.extras[theirs].files, resized=name in resized)
     return starts
+
+
+def _name_unapplied(name: str, model: Any, start: Start) -> None:
+    config = start.source.extras[start.module].config
+    found = "" if config is None else read_config.unapplied(config, PART_OF[type(model)])
+    if found:
+        LOG.warning("%s: not applied in training: %s (%s); exports keep it", name, found, start.source.path)
 
 
 def has_projector(source: Source, module: str) -> bool:
@@ -77,9 +96,10 @@ def _check_same(name: str, model: Any, start: Start) -> None:
         ours, their = (_value(m, field.name) for m in (model, theirs))
         if ours != their:
             kind = type(model).__name__
+            also = ", or resize_positions=True of the encoder to resize its positions" * (field.name == "image_size")
             raise ConvertError(
                 f"{name}: {kind}.{field.name}={ours!r}, but {start.source.path}, which Experiment.init_from names, was "
-                f"made with {their!r}; set {kind}.{field.name} to that"
+                f"made with {their!r}; set {kind}.{field.name} to that{also}"
             )
 
 

@@ -3,6 +3,7 @@
 Fields that are absent have the defaults of transformers' processor classes.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from hetjax.hf.fields import present, refused
 from hetjax.hf.source import read_json
 
 FILE, NESTED = "preprocessor_config.json", "processor_config.json"  # transformers 5 nests the one in the other
-BICUBIC = 3  # PIL's number
-CLIP, SIGLIP = "CLIPImageProcessor", "SiglipImageProcessor"
-ALL = dict(do_resize=True, resample=BICUBIC, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
+RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
+CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
+ALL = dict(do_resize=True, resample=RESAMPLE["bicubic"], do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
 DEFAULTS: dict[str, dict[str, Any]] = {
     CLIP: ALL
     | dict(
@@ -33,8 +34,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         image_std=(0.5, 0.5, 0.5),
     ),
 }
-ONLY = dict(do_resize=True, resample=BICUBIC, do_rescale=True, rescale_factor=1 / 255, do_pad=False)
-SETTINGS = dict(height="image_size", width="image_size", mean="mean", std="std", shortest_edge="shortest_edge")
+DEFAULTS[LLAVA] = DEFAULTS[CLIP]
+NAFLEX = (
+    "SigLIP 2 with pictures of any shape (NaFlex) is not supported; take one of fixed size, such as "
+    "google/siglip2-base-patch16-256, whose model_type is siglip"
+)
+SETTINGS = {field.name: field.name for field in dataclasses.fields(Pictures)} | dict.fromkeys(
+    ("height", "width"), "image_size"
+)
+ONLY = dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255)
 
 
 def read(files: Mapping[str, Path]) -> Pictures | None:
@@ -44,24 +52,37 @@ def read(files: Mapping[str, Path]) -> Pictures | None:
         return None
     kind = config.get("image_processor_type", config.get("feature_extractor_type", ""))
     name = plain_name(kind).replace("FeatureExtractor", "ImageProcessor")
+    if name == "Siglip2ImageProcessor":
+        raise refused(where, "image_processor_type", kind, NAFLEX)
     if name not in DEFAULTS:
         raise _refused(where, "image_processor_type", kind, f"pictures are read as {' and '.join(DEFAULTS)} do")
     c = DEFAULTS[name] | present(config)
     for field, value in ONLY.items():
         if c.get(field, value) != value:
             raise _refused(where, field, c[field], f"pictures are read with {value!r}")
+    methods = {number: name for name, number in RESAMPLE.items()}
+    if c["resample"] not in methods:
+        told = ", ".join(f"{number} ({name})" for number, name in methods.items())
+        raise _refused(where, "resample", c["resample"], f"pictures are resized with one of {told}")
+    pads = c.get("do_pad", False)
+    if pads and (name != LLAVA or not c["do_normalize"]):
+        why = f"pictures are padded as {LLAVA} does before it normalises"
+        raise _refused(where, "do_pad", pads, f"{why}, which this file does not ask for")
     normal = (c["image_mean"], c["image_std"]) if c["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
     mean, std = (tuple(v) if isinstance(v, list | tuple) else (v,) * 3 for v in normal)
     size = c["size"] if isinstance(c["size"], Mapping) else {"shortest_edge": c["size"]}
     edge = size.get("shortest_edge")
+    more: dict[str, Any] = dict(pad_to_square=pads, resampling=methods[c["resample"]])
     if not c["do_center_crop"]:
+        if pads and edge is not None:  # of a square
+            return Pictures(edge, edge, mean, std, **more)
         if edge is not None or not {"height", "width"} <= size.keys():
             raise _refused(where, "size", c["size"], "without a crop pictures must have one height and width")
-        return Pictures(size["height"], size["width"], mean, std)
+        return Pictures(size["height"], size["width"], mean, std, **more)
     crop = c["crop_size"] if isinstance(c["crop_size"], Mapping) else dict.fromkeys(("height", "width"), c["crop_size"])
     if edge is None and (size.get("height"), size.get("width")) != (crop["height"], crop["width"]):
         raise _refused(where, "size", c["size"], f"crop_size={crop} cuts something else than the middle of a picture")
-    return Pictures(crop["height"], crop["width"], mean, std, edge)
+    return Pictures(crop["height"], crop["width"], mean, std, edge, **more)
 
 
 def plain_name(kind: str) -> str:
@@ -80,29 +101,47 @@ def _refused(where: str, field: str, value: object, why: str) -> ConvertError:
     return refused(where, field, value, f"{why}; remove the file to train with the run's own settings")
 
 
-def check(encoder: str, ours: Pictures, files: Mapping[str, Path]) -> None:
-    """Raises ConvertError, with what to set, unless `encoder` sees pictures as the model did that came with `files`."""
+def check(encoder: str, ours: Pictures, files: Mapping[str, Path], *, resized: bool = False) -> None:
+    """Raises ConvertError, with what to set, unless `encoder` sees pictures as the model did that came with `files`.
+
+    `resized`: in its own size, of which the middle that is cut out, if one is, has the same part. To pad pictures is
+    free: LLaVA-1.5 did so before a CLIP that knew none of them."""
     theirs = read(files)
-    if theirs is None or theirs == ours:
+    if theirs is None:
+        return
+    theirs = _in_size_of(ours, theirs) if resized else theirs
+    theirs = dataclasses.replace(theirs, pad_to_square=theirs.pad_to_square or ours.pad_to_square)
+    if theirs == ours:
         return
     differing = [f for f in SETTINGS if getattr(ours, f) != getattr(theirs, f)]
     told = ", ".join(f"{SETTINGS[f]}={getattr(theirs, f)!r} (the run has {getattr(ours, f)!r})" for f in differing)
+    where = f"{_find(files)[0]}, which came with the parameters in Experiment.init_from,"
+    says = f"read for pictures of {ours.height} x {ours.width} says" if resized else "says"
     raise ConvertError(
-        f"{encoder}: {_find(files)[0]}, which came with the parameters in Experiment.init_from, says {told}; set the "
-        "encoder to that, or remove the file to show the model other pictures than it knows"
+        f"{encoder}: {where} {says} {told}; set the encoder to that, or remove the file to show the model other "
+        "pictures than it knows"
     )
+
+
+def _in_size_of(ours: Pictures, theirs: Pictures) -> Pictures:
+    edge = theirs.shortest_edge
+    edge = None if edge is None else round(edge * ours.height / theirs.height)
+    return dataclasses.replace(theirs, height=ours.height, width=ours.width, shortest_edge=edge)
 
 
 def write(reader: Pictures) -> dict[str, Any]:
     """preprocessor_config.json for `reader`."""
     square = {"height": reader.height, "width": reader.width}
     crop = {"size": {"shortest_edge": reader.shortest_edge}, "do_center_crop": True, "crop_size": square}
+    whole = {"size": square} | ({"do_center_crop": False} if reader.pad_to_square else {})
+    kind = LLAVA if reader.pad_to_square else SIGLIP if reader.shortest_edge is None else CLIP
     return {
-        "image_processor_type": SIGLIP if reader.shortest_edge is None else CLIP,
+        "image_processor_type": kind,
         "do_convert_rgb": True,
+        **({"do_pad": True} if reader.pad_to_square else {}),
         "do_resize": True,
-        **({"size": square} if reader.shortest_edge is None else crop),
-        "resample": BICUBIC,
+        **(whole if reader.shortest_edge is None else crop),
+        "resample": RESAMPLE[reader.resampling],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -110,3 +149,10 @@ def write(reader: Pictures) -> dict[str, Any]:
         "image_std": list(reader.std),
         "processor_class": "LlavaProcessor",
     }
+
+
+def rewritten(files: Mapping[str, Path], reader: Pictures) -> dict[str, dict[str, Any]]:
+    """What takes the place of a tower's processor file if that tells of other pictures than `reader` makes."""
+    if read(files) in (None, reader):
+        return {}
+    return {FILE: {name: value for name, value in write(reader).items() if name != "processor_class"}}

@@ -9,8 +9,8 @@
     vision/experiment.Encoder.mean = @pretrained.mean()
     pretrained.mean.path = "models/siglip"
 
-and so std and shortest_edge. A path is whatever `init_from` takes. Only settings come from it; `Experiment.init_from`
-brings the parameters.
+and so std, shortest_edge, pad_to_square and resampling. A path is whatever `init_from` takes. Only settings come from
+it; `Experiment.init_from` brings the parameters.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from types import MappingProxyType
 from typing import Any
 
 from hetjax.data import Pictures
-from hetjax.ginfile import nearest
 from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.initial import has_projector
 from hetjax.hf.stored import open_source
+from hetjax.run.ginfile import nearest
 from models.decoder import Decoder
 
 
@@ -70,6 +70,16 @@ def std(path: str) -> tuple[float, float, float]:
 def shortest_edge(path: str) -> int | None:
     """The shorter side of which the picture processor at `path` cuts the middle, if it does. Raises as `mean`."""
     return _pictures(path).shortest_edge
+
+
+def pad_to_square(path: str) -> bool:
+    """Whether the picture processor at `path` pads pictures to a square. Raises as `mean`."""
+    return _pictures(path).pad_to_square
+
+
+def resampling(path: str) -> str:
+    """How the picture processor at `path` resizes. Raises as `mean`."""
+    return _pictures(path).resampling
 
 
 def _pictures(path: str) -> Pictures:

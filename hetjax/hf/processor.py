@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from hetjax.data import Pictures, Sounds
-from hetjax.data.items import ItemSpec, Reader
-from hetjax.experiment import Encoder, Experiment
-from hetjax.hf import audio, chat_template, older, pictures
+from hetjax.data import Pictures
+from hetjax.data.items import ItemSpec
+from hetjax.hf import chat_template, older, pictures
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
 from hetjax.hf.folder import TOKENIZER
-from hetjax.hf.keys import Parts
+from hetjax.hf.parts import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
+from hetjax.run.experiment import Experiment
 
 GENERATION, OLD_TEMPLATE = "generation_config.json", "chat_template.json"
 PROCESSORS = (pictures.FILE, pictures.NESTED)
@@ -42,10 +43,14 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
     for part in ("vision", "audio", "llm"):  # the language model's tokenizer wins
         files = extras[part].files if part in extras else {}
         came |= {n: p for n, p in files.items() if part == "llm" or parts.llm is None or n in PROCESSORS}
-    tower, field = ("vision", "image") if parts.audio is None else ("audio", "audio")
-    tokens = (item_token(found, field) for found in extras.values())
+    whole = registry.whole_of(parts)
+    tokens = (item_token(found, whole.item) for found in extras.values() if whole is not None)
     token = next((t for t in tokens if t is not None), None)
     made: dict[str, Any] = older.rewritten(came)
+    if isinstance(source, Workdir) and parts.llm is None and parts.vision is not None:
+        reader = next(e.items.reader for e in source.run.encoders if e.name == named["vision"])
+        assert isinstance(reader, Pictures)
+        made |= pictures.rewritten(came, reader)
     if not isinstance(source, Workdir) or parts.llm is None:
         return Beside({n: p for n, p in came.items() if n not in made}, made, token)
     run = source.run
@@ -55,7 +60,7 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
     ):  # the one it was trained with counts
         came = {name: path for name, path in came.items() if name not in TOKENIZER}
         made = {name: value for name, value in made.items() if name not in TOKENIZER}
-    encoder = next((e for e in run.encoders if e.name == named.get(tower)), None)
+    encoder = None if whole is None else next(e for e in run.encoders if e.name == named[whole.encoder])
     if encoder is not None and token is None:
         token = _add_token(tokenizer, encoder.placeholder, parts.llm.vocab_size)
         came.pop("tokenizer.json", None)
@@ -70,9 +75,9 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
             "eos_token": run.data.template.end_token,
             "clean_up_tokenization_spaces": False,
         }
-    if encoder is not None and not _serves(encoder.items.reader, came):
+    if whole is not None and encoder is not None and not whole.serves(encoder, came):
         came = {n: p for n, p in came.items() if n not in PROCESSORS}
-        made |= _processor(encoder)
+        made |= whole.processor(encoder)
     made |= _answers(run, [] if encoder is None else [encoder.items], tokenizer, came)
     return Beside({n: p for n, p in came.items() if n not in (*made, OLD_TEMPLATE)}, made, token)
 
@@ -90,8 +95,9 @@ def _answers(
 
 
 def item_token(extras: Extras, field: str) -> int | None:
-    """The id that stands for the rows of a picture ("image") or clip ("audio") in the source's config.json."""
-    values = ((extras.config or {}).get(f"{field}_token_{name}") for name in ("index", "id"))
+    """The id that stands for the rows of a picture ("image") or clip ("audio") in the source's config.json: of its two
+    names "id" precedes "index" in all versions of transformers."""
+    values = ((extras.config or {}).get(f"{field}_token_{name}") for name in ("id", "index"))
     return next((value for value in values if isinstance(value, int)), None)
 
 
@@ -117,34 +123,3 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     vocab = tokenizer["model"]["vocab"]
     ids: dict[str, int] = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
     return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
-
-
-def _serves(reader: Reader, files: Mapping[str, Path]) -> bool:
-    """Whether the processor's files that came along do what the run's loader did."""
-    if isinstance(reader, Sounds):
-        return pictures.FILE in files and read_json(files[pictures.FILE]).get("processor_class") == audio.PROCESSOR
-    try:
-        return all(name in files for name in PROCESSORS) and pictures.read(files) == reader
-    except ConvertError:
-        return False
-
-
-def _processor(encoder: Encoder) -> dict[str, Any]:
-    """Item and prompt processing as the loader does it."""
-    reader, model = encoder.items.reader, encoder.model
-    if isinstance(reader, Sounds):
-        return {
-            pictures.FILE: audio.features(reader, model),
-            pictures.NESTED: audio.processor(encoder.placeholder),
-        }
-    assert isinstance(reader, Pictures)
-    return {
-        pictures.FILE: pictures.write(reader),
-        pictures.NESTED: {
-            "processor_class": "LlavaProcessor",
-            "image_token": encoder.placeholder,
-            "patch_size": model.patch_size,
-            "vision_feature_select_strategy": model.select,
-            "num_additional_image_tokens": int(model.has_class_token),
-        },
-    }

@@ -16,14 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from hetjax import config
 from hetjax.hf import pieces, tensors
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, stored_tensor
 from hetjax.hf.output import written
 from hetjax.hf.source import Array, Sliceable
 from hetjax.hf.stored import FILES, MODEL, PARAMS, UNUSED
-from hetjax.names import nested
+from hetjax.run import config
+from hetjax.run.names import nested
 
 AT_ONCE = 2**24  # bytes that are written together, at least: each write leaves a version of the index
 

@@ -1,6 +1,6 @@
 """Orbax checkpoints as sources: what `from_hf` writes, and what a training run leaves in its workdir.
 
-CKPT/params/            Orbax, names as in hetjax/checkpoint.py: params/llm/layers/0003/attention/q
+CKPT/params/            Orbax, names as in hetjax/run/checkpoint.py: params/llm/layers/0003/attention/q
 CKPT/model.gin          the models
 CKPT/files/             config.json, tokenizer and processor of the folder it came from, for the export
 CKPT/unused.safetensors tensors of that folder that no model of ours reads (CLIP's last norm, layers behind the
@@ -17,14 +17,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hetjax import checkpoint, config
-from hetjax.experiment import Experiment
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
-from hetjax.hf.keys import Parts
+from hetjax.hf.parts import Parts
 from hetjax.hf.source import Array, Extras, Sliceable, Source, read_json
-from hetjax.names import flat, nested
-from hetjax.record import OPERATIVE
+from hetjax.run import checkpoint, config
+from hetjax.run.experiment import Experiment
+from hetjax.run.names import flat, nested
+from hetjax.run.record import OPERATIVE
 
 PARAMS, MODEL, FILES, UNUSED = "params", "model.gin", "files", "unused.safetensors"
 Tree = Any

@@ -1,0 +1,98 @@
+"""The model as a graph: modules, each with its own layout, and the edges that carry one module's output into another.
+
+    vision ──┐
+             ├──> llm ──> loss
+    audio  ──┘
+
+Exactly one module, the sink, feeds nothing: it is the language model and yields the loss.
+"""
+
+import dataclasses
+import enum
+
+from hetjax.core.layout import Layout
+from models.contract import ModuleDef
+
+
+class Remat(enum.StrEnum):
+    """What a layer keeps for its backward pass: everything, its matmul results, or only its input."""
+
+    NONE = "none"
+    DOTS = "dots"
+    FULL = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One node: what it computes, where and how it is laid out."""
+
+    name: str
+    definition: ModuleDef
+    layout: Layout
+    remat: Remat = Remat.FULL
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """`producer`'s output enters the first layer of `consumer`."""
+
+    producer: str
+    consumer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Modules and edges. Raises ValueError unless every module reaches the one sink directly."""
+
+    modules: tuple[Module, ...]
+    edges: tuple[Edge, ...]
+
+    def __post_init__(self) -> None:
+        names = [m.name for m in self.modules]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"modules: the name {name!r} is used {names.count(name)} times; give each its own name"
+                )
+            if not name.isidentifier():
+                raise ValueError(f"modules: {name!r} is not a valid name; use letters, digits and underscores")
+        for edge in self.edges:
+            for end in (edge.producer, edge.consumer):
+                if end not in names:
+                    raise ValueError(
+                        f"edges: {edge.producer} -> {edge.consumer} names {end!r}; the modules are {names}"
+                    )
+        sinks = [n for n in names if all(e.producer != n for e in self.edges)]
+        if len(sinks) != 1:
+            raise ValueError(f"edges: exactly one module may feed nothing (the language model); {sinks} feed nothing")
+        for name in names:
+            consumers = [e.consumer for e in self.edges if e.producer == name]
+            if consumers and consumers != sinks:
+                raise ValueError(f"edges: {name} feeds {consumers}; an encoder feeds {sinks[0]} and nothing else")
+        width = self.sink.definition.width
+        for module in self.encoders:
+            if module.definition.width != width:
+                raise ValueError(
+                    f"{module.name}: its output has {module.definition.width} features, "
+                    f"{self.sink.name} takes {width}; "
+                    f"set {module.name}'s output_width to {width}"
+                )
+
+    def module(self, name: str) -> Module:
+        """The module of this name."""
+        return next(m for m in self.modules if m.name == name)
+
+    @property
+    def sink(self) -> Module:
+        """The language model."""
+        return next(m for m in self.modules if all(e.producer != m.name for e in self.edges))
+
+    @property
+    def encoders(self) -> tuple[Module, ...]:
+        """Every module but the sink."""
+        return tuple(m for m in self.modules if m is not self.sink)
+
+
+def vlm(encoders: tuple[Module, ...], llm: Module) -> Graph:
+    """The graph in which every encoder feeds the language model."""
+    return Graph((*encoders, llm), tuple(Edge(e.name, llm.name) for e in encoders))

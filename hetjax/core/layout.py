@@ -1,0 +1,291 @@
+"""Where a module stands and how it is cut: layouts, placement, stage meshes. The only file that builds a mesh.
+
+A stage's devices form a grid of four axes, outermost first:
+
+    dp      the batch (samples, or an encoder's pictures) is cut
+    copies  everything is repeated, which is what a homogeneous encoder does over the language model's cp
+    cp      the sequence is cut
+    tp      heads, feed-forward and vocabulary are cut
+
+pp cuts a module's layers into stages, each on its own dp x copies x cp x tp consecutive devices of the placement. With
+eight devices, dp=2, tp=2, pp=2:
+
+    stage 0: devices 0 1 | 2 3      stage 1: devices 4 5 | 6 7      (tp inside, dp across the bar)
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hetjax.core import stacks
+from models.axes import Axes, Axis
+from models.contract import Dims, ModuleDef
+
+AXES = ("dp", "copies", "cp", "tp")
+DATA_AXES = ("dp", "cp")  # axes over which a parameter's gradient is summed
+LOGICAL = {
+    "batch": "dp",
+    "items": "dp",
+    "seq": "cp",
+    "heads": "tp",
+    "kv_heads": "tp",
+    "mlp": "tp",
+    "vocab": "tp",
+    "experts": None,  # every device of a stage holds all of them
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one module is cut, and on which devices.
+
+    `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
+    `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
+    """
+
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    copies: int = 1
+    devices: str | tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "cp", "tp", "pp", "copies"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
+        if isinstance(self.devices, str):
+            object.__setattr__(self, "devices", _parse_devices(self.devices))
+        elif self.devices is not None:
+            object.__setattr__(self, "devices", tuple(self.devices))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def stage_size(self) -> int:
+        """Devices of one pipeline stage."""
+        return self.dp * self.copies * self.cp * self.tp
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the module."""
+        return self.stage_size * self.pp
+
+    @property
+    def device_ids(self) -> tuple[int, ...]:
+        """Positions in `jax.devices()`, stage by stage."""
+        if self.devices is None:
+            return tuple(range(self.num_devices))
+        return tuple(int(i) for i in self.devices)
+
+    def __str__(self) -> str:
+        sizes = [f"{n}={getattr(self, n)}" for n in ("dp", "copies", "cp", "tp", "pp") if getattr(self, n) > 1]
+        return " x ".join(sizes) or "dp=1"
+
+
+def like(layout: Layout) -> Layout:
+    """The homogeneous layout of an encoder: the devices, dp and tp of `layout`'s first stage, repeated over its cp."""
+    return Layout(
+        dp=layout.dp,
+        tp=layout.tp,
+        copies=layout.copies * layout.cp,
+        devices=layout.device_ids[: layout.stage_size],
+    )
+
+
+def _parse_devices(text: str) -> tuple[int, ...]:
+    ids: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(f"Layout.devices={text!r}: {part!r} is neither a number nor a range; write '0-3,6'")
+        start, stop = int(match[1]), int(match[2] or match[1])
+        if stop < start:
+            raise ValueError(
+                f"Layout.devices={text!r}: the range {part.strip()!r} runs backwards; write '{stop}-{start}'"
+            )
+        ids += range(start, stop + 1)
+    return tuple(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage of a module: layers `lo` to `hi` on `mesh`."""
+
+    module: str
+    index: int
+    num_stages: int
+    lo: int
+    hi: int
+    mesh: Mesh
+    device_ids: tuple[int, ...]
+
+    @property
+    def first(self) -> bool:
+        """Whether the stage holds the module's `first` part."""
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the stage holds the module's `last` part."""
+        return self.index == self.num_stages - 1
+
+    @property
+    def axes(self) -> Axes:
+        """What the module's code sees of the mesh."""
+        return Axes(**{name: Axis(name, self.mesh.shape[name]) for name in ("dp", "cp", "tp")})
+
+
+def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Sequence[jax.Device]) -> list[StagePlan]:
+    """The stages of a module. Raises ValueError, before anything compiles, for a layout that the module cannot have."""
+    _check_devices(name, layout, len(devices))
+    _check_module(name, definition, layout)
+    counts = _layer_counts(name, definition.num_layers, layout)
+    plans = []
+    for index in range(layout.pp):
+        ids = layout.device_ids[index * layout.stage_size : (index + 1) * layout.stage_size]
+        grid = np.array([devices[i] for i in ids]).reshape(layout.dp, layout.copies, layout.cp, layout.tp)
+        lo = sum(counts[:index])
+        plans.append(StagePlan(name, index, layout.pp, lo, lo + counts[index], Mesh(grid, AXES), ids))
+    return plans
+
+
+def _check_devices(name: str, layout: Layout, available: int) -> None:
+    ids, needed = layout.device_ids, layout.num_devices
+    if len(ids) != needed:
+        raise ValueError(
+            f"{name}: {layout} needs {needed} devices, Layout.devices names {len(ids)}; name {needed}, "
+            "or change the layout"
+        )
+    for i in ids:
+        if ids.count(i) > 1:
+            raise ValueError(f"{name}: Layout.devices names device {i} {ids.count(i)} times; name each device once")
+        if not 0 <= i < available:
+            raise ValueError(
+                f"{name}: {layout} stands on device {i}, but there are {available} (0 to {available - 1}); "
+                "use fewer devices, or emulate more (emulated_devices)"
+            )
+
+
+def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
+    for axis in ("dp", "copies", "cp", "tp", "pp"):
+        if getattr(layout, axis) > 1 and axis not in definition.axes:
+            raise ValueError(
+                f"{name}: {axis}={getattr(layout, axis)}, but the model's code does not handle {axis} "
+                f"(it handles {', '.join(sorted(definition.axes))}); set {axis}=1"
+            )
+    for axis, counts in definition.divisible.items():
+        size = getattr(layout, axis)
+        for what, count in counts.items():
+            if count % size:
+                fits = [str(n) for n in range(1, count + 1) if count % n == 0]
+                raise ValueError(
+                    f"{name}: {axis}={size} does not divide {what}={count}; use {axis} of {', '.join(fits[:8])}"
+                )
+
+
+def _layer_counts(name: str, num_layers: int, layout: Layout) -> tuple[int, ...]:
+    if layout.pp > num_layers:
+        raise ValueError(f"{name}: pp={layout.pp} stages for {num_layers} layers; use pp of at most {num_layers}")
+    if layout.layers is None:
+        return tuple(num_layers // layout.pp + (i < num_layers % layout.pp) for i in range(layout.pp))
+    if len(layout.layers) != layout.pp or sum(layout.layers) != num_layers or min(layout.layers) < 1:
+        raise ValueError(
+            f"{name}: Layout.layers={list(layout.layers)} must be pp={layout.pp} counts of at least 1 that add up to "
+            f"{num_layers} layers"
+        )
+    return layout.layers
+
+
+def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items: int, seq: int) -> None:
+    """Raises ValueError unless a module's layout divides the microbatch.
+
+    `groups` of samples, `items` slots of this encoder in the microbatch (0 for the sink), `seq` tokens a row.
+    """
+    if is_sink and groups % layout.dp:
+        raise ValueError(
+            f"{name}: dp={layout.dp} does not divide the microbatch's groups={groups}; set groups to a multiple of "
+            f"{layout.dp}, or dp to a divisor of {groups}"
+        )
+    if not is_sink and items % layout.dp:
+        raise ValueError(
+            f"{name}: dp={layout.dp} does not divide the microbatch's {items} item slots (groups x slots_per_group); "
+            f"make them a multiple of {layout.dp}"
+        )
+    if is_sink and layout.cp > 1 and seq % (2 * layout.cp):
+        raise ValueError(
+            f"{name}: cp={layout.cp} cuts the sequence into {2 * layout.cp} chunks (zig-zag), which do not divide "
+            f"seq_len={seq}; make seq_len a multiple of {2 * layout.cp}"
+        )
+
+
+def spec(dims: Dims) -> P:
+    """The partition spec of a tensor with these logical dims."""
+    return P(*(LOGICAL[d] if d else None for d in dims))
+
+
+def sharding(mesh: Mesh, dims: Dims) -> NamedSharding:
+    """The sharding on `mesh` of a tensor with these logical dims."""
+    return NamedSharding(mesh, spec(dims))
+
+
+def param_specs(definition: ModuleDef, plan: StagePlan) -> dict:
+    """Partition specs of a stage's parameters: {"first", "layers", "last"}, as far as the stage has them."""
+    specs = {}
+    if plan.first:
+        specs["first"] = _specs(definition.first.logical)
+    if plan.hi > plan.lo:
+        kinds = [_specs(part.logical, stacked=True) for part in definition.layers[plan.lo : plan.hi]]
+        specs[stacks.LAYERS] = stacks.join(kinds, lambda same: same[0])
+    if plan.last:
+        specs["last"] = _specs(definition.last.logical)
+    return specs
+
+
+def _specs(logical: Mapping, *, stacked: bool = False) -> dict:
+    lead = (None,) if stacked else ()
+    return {k: _specs(v, stacked=stacked) if isinstance(v, Mapping) else spec((*lead, *v)) for k, v in logical.items()}
+
+
+def zero_spec(shape: tuple[int, ...], where: P, mesh: Mesh, *, skip: bool = False) -> tuple[P, int | None]:
+    """(spec, dim) of a parameter cut over its data replicas too, on the first dim whose shard divides (ZeRO-1).
+
+    dim None: none divides, and every replica keeps the whole leaf. `skip` leaves the first dim alone: stacked layers
+    are stored one by one.
+    """
+    replicas = math.prod(mesh.shape[a] for a in DATA_AXES)
+    entries = [*where, *[None] * (len(shape) - len(where))]
+    for dim, (size, entry) in enumerate(zip(shape, entries, strict=True)):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        local = size // math.prod(mesh.shape[a] for a in names)
+        if local % replicas == 0 and not (skip and dim == 0):
+            return P(*entries[:dim], (*names, *DATA_AXES), *entries[dim + 1 :]), dim
+    return where, None
+
+
+def zigzag(seq: int, cp: int) -> np.ndarray:
+    """The order of positions that gives cp contiguous shards equal causal work: shard r gets chunks r and 2cp-1-r."""
+    chunks = np.arange(seq).reshape(2 * cp, -1)
+    return np.concatenate([chunks[[r, 2 * cp - 1 - r]].reshape(-1) for r in range(cp)])
+
+
+def picture(stages: Sequence[StagePlan], num_devices: int) -> str:
+    """A table: which device holds which part of which module."""
+    modules = list(dict.fromkeys(s.module for s in stages))
+    cells = {(i, m): "" for i in range(num_devices) for m in modules}
+    for stage in stages:
+        held = f"layers {stage.lo}-{stage.hi - 1}" if stage.hi > stage.lo + 1 else f"layer {stage.lo}"
+        for place, device in zip(np.ndindex(*stage.mesh.devices.shape), stage.device_ids, strict=True):
+            part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if stage.mesh.shape[a] > 1]
+            cells[device, stage.module] = " ".join([held, *part])
+    rows = [["device", *modules], *[[str(i), *(cells[i, m] or "-" for m in modules)] for i in range(num_devices)]]
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,91 @@
+"""How much memory a run takes on each device, from the compiled programs; checked before any data are loaded."""
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+from hetjax.core.stage import Stage
+from hetjax.core.trainer import Trainer
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes on one device. `workspace`: of the largest program that runs there."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int  # of the microbatches in flight
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
+    """Memory by device position. Needs compiled programs."""
+    devices: dict[int, DeviceMemory] = {}
+    for key, stage in trainer.pipeline.stages.items():
+        mine = _of_stage(stage, trainer.pipeline.schedule.max_in_flight[key])
+        for device in stage.plan.device_ids:
+            have = devices.get(device, DeviceMemory(0, 0, 0, 0, 0))
+            added = DeviceMemory(*(a + b for a, b in zip(have, mine, strict=True)))
+            devices[device] = added._replace(workspace=max(have.workspace, mine.workspace))
+    return devices
+
+
+def _of_stage(stage: Stage, in_flight: int) -> DeviceMemory:
+    mine = stage.parameters
+    per_microbatch = _bytes((stage.x, stage.batch, stage.kept))
+    workspace = max(
+        (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()),
+        default=0,
+    )
+    return DeviceMemory(
+        _bytes(mine.params),
+        _bytes(mine.state),
+        _bytes(mine.acc) if mine.trains else 0,
+        max(in_flight, 1) * per_microbatch,
+        workspace,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of one device's shards of abstract arrays."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def table(devices: dict[int, DeviceMemory]) -> str:
+    """One line per device, in MiB."""
+    lines = ["device  weights  optimizer  gradients  activations  workspace  total (MiB)"]
+    for device, memory in sorted(devices.items()):
+        mib = [f"{n / 2**20:.1f}" for n in (*memory, memory.total)]
+        widths = (7, 9, 9, 11, 9, 5)
+        lines.append(f"{device:<6}  " + "  ".join(text.rjust(w) for text, w in zip(mib, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def check(devices: dict[int, DeviceMemory], available: dict[int, int]) -> None:
+    """Raises ValueError for the first device that needs more than the bytes it has."""
+    for device, memory in sorted(devices.items()):
+        if device in available and memory.total > available[device]:
+            raise ValueError(
+                f"device {device}: the run needs {memory.total / 2**30:.2f} GiB, the device has "
+                f"{available[device] / 2**30:.2f} GiB; use fewer samples a group, remat='full', or more devices"
+            )
+
+
+def available(devices: list[jax.Device]) -> dict[int, int]:
+    """Bytes of each device; emulated CPU devices share the machine's memory in equal parts."""
+    found = {}
+    for position, device in enumerate(devices):
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            found[position] = stats["bytes_limit"]
+        elif device.platform == "cpu":
+            found[position] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    return found

@@ -1,0 +1,158 @@
+"""A stage's parameters: their values at step 0, and how they, their gradients and the optimizer's state are sharded.
+
+    params   the module's specs: cut over tp, repeated over the data replicas
+    acc      one gradient per data replica: a leading dim over (dp, cp)
+    grads    their sum, cut over the data replicas too (ZeRO-1), like the optimizer's state
+
+A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage; the last
+one borrows a copy: it has gradients there, and neither optimizer state nor a place in a checkpoint.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hetjax.core import optimizer, stacks
+from hetjax.core.graph import Module
+from hetjax.core.layout import DATA_AXES, StagePlan, param_specs, zero_spec
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.stacks import LAYERS
+from models.contract import Params
+
+Tree = Any
+FIRST_KEY, LAST_KEY = 1 << 20, (1 << 20) + 1  # beside the layers' keys, which are their indices
+
+
+class Parameters:
+    """Abstract trees (shape, dtype, sharding) of one stage, and the functions that make them concrete."""
+
+    def __init__(self, module: Module, plan: StagePlan, config: OptimizerConfig, *, seed: int, dtype: Any) -> None:
+        self._module, self._plan, self._seed, self.dtype = module, plan, seed, dtype
+        self.config = config
+        self.tied = dict(module.definition.tied) if plan.last else {}  # leaf of `last` -> leaf of `first`
+        self.borrowed = frozenset(("last", leaf) for leaf in self.tied if not plan.first)
+        self.specs = param_specs(module.definition, plan)
+        if plan.first:  # one leaf serves both parts
+            for leaf in self.tied:
+                del self.specs["last"][leaf]
+        self.params = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
+        self.trainable, self.frozen = self.split(self.params)
+        self.trains = bool(self.trainable)
+        self.num_replicas = plan.mesh.shape["dp"] * plan.mesh.shape["cp"]
+        specs = _at_paths(self.specs, self.trainable)
+        self.acc = jax.tree.map(
+            lambda a, s: self._at(jax.ShapeDtypeStruct((self.num_replicas, *a.shape), a.dtype), P(DATA_AXES, *s)),
+            self.trainable,
+            specs,
+        )
+        leaves, tree = jax.tree_util.tree_flatten_with_path(self.trainable)
+        zero = [
+            zero_spec(a.shape, s, plan.mesh, skip=path[0].key == LAYERS)
+            for (path, a), s in zip(leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)), strict=True)
+        ]
+        self.zero_dims = jax.tree.unflatten(tree, [-1 if dim is None else dim for _, dim in zero])
+        self.grads = jax.tree.map(self._at, self.trainable, jax.tree.unflatten(tree, [s for s, _ in zero]))
+        self.tx = optimizer.transformation(config, module.name)
+        self.state = self._abstract_state() if self.trains else ()
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """(trainable, frozen) leaves; a borrowed leaf trains where its owner does."""
+        trainable, frozen = optimizer.split(self.config, self._module.name, self.owned(params))
+        for part, leaf in self.borrowed:
+            owner = f"{self._module.name}/first/{self.tied[leaf]}"
+            side = trainable if self.config.trains(owner) else frozen
+            side.setdefault(part, {})[leaf] = params[part][leaf]
+        return trainable, frozen
+
+    def multipliers(self, params: Params) -> Tree:
+        """Learning-rate multiplier of every leaf."""
+        return optimizer.multipliers(self.config, self._module.name, params)
+
+    def owned(self, tree: Tree) -> Tree:
+        """Nested dicts of leaves without those that the stage borrows."""
+        if not self.borrowed or not isinstance(tree, dict):
+            return tree
+        kept = {
+            part: {k: v for k, v in leaves.items() if (part, k) not in self.borrowed} for part, leaves in tree.items()
+        }
+        return {part: leaves for part, leaves in kept.items() if leaves}
+
+    def layers_of(self, path: Sequence[str]) -> list[int]:
+        """The module's layers whose rows the stacked leaf at `path` holds; `path` begins behind "layers"."""
+        return stacks.holders(self._module.definition, path, self._plan.lo, self._plan.hi)
+
+    def full_last(self, params: Params) -> Params:
+        """The parameters of `last`, with the leaves that it shares with `first` where this stage has both."""
+        shared = {leaf: params["first"][source] for leaf, source in self.tied.items()} if self._plan.first else {}
+        return {**params["last"], **shared}
+
+    def _make(self, key: jax.Array) -> Params:
+        definition, plan = self._module.definition, self._plan
+        key = jax.random.fold_in(key, zlib.crc32(self._module.name.encode()) & 0x7FFFFFFF)
+        part_key = lambda n: jax.random.fold_in(key, n)
+        layers = definition.layers[plan.lo : plan.hi]
+        keys = jax.vmap(part_key)(jnp.arange(plan.lo, plan.hi))
+        params: Params = {
+            LAYERS: stacks.join([jax.vmap(layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(layers)])
+        }
+        first = definition.first.init(part_key(FIRST_KEY)) if plan.first or self.borrowed else {}
+        if plan.first:
+            params["first"] = first
+        if plan.last:
+            last = dict(definition.last.init(part_key(LAST_KEY)))
+            for leaf in self.tied:
+                del last[leaf]
+            params["last"] = last | {leaf: first[self.tied[leaf]] for _, leaf in self.borrowed}
+        return jax.tree.map(lambda a: a.astype(self.dtype), params)
+
+    def init(self) -> Params:
+        """Fresh values: functions of seed, module name, part and global layer index alone."""
+        return jax.jit(self._make, out_shardings=shardings(self.params))(jax.random.key(self._seed))
+
+    def init_state(self, params: Params) -> Tree:
+        """The optimizer's state before the first step."""
+        if not self.trains:
+            return ()
+        return jax.jit(self.tx.init, out_shardings=shardings(self.state))(self.owned(self.split(params)[0]))
+
+    def zeros(self) -> Tree:
+        """Empty gradient accumulators, in the parameters' precision."""
+        make = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.acc)
+        return jax.jit(make, out_shardings=shardings(self.acc))()
+
+    def _abstract_state(self) -> Tree:
+        """Moments lie as their gradients do: the tail of a moment's path is its parameter's; scalars are repeated."""
+        where = {
+            jax.tree_util.keystr(k): g.sharding.spec
+            for k, g in jax.tree_util.tree_leaves_with_path(self.owned(self.grads))
+        }
+
+        def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+            return self._at(leaf, next((where[t] for t in tails if t in where), P()) if leaf.ndim else P())
+
+        state = jax.eval_shape(self.tx.init, self.owned(self.trainable))
+        return jax.tree_util.tree_map_with_path(place, state)
+
+    def _at(self, a: Any, where: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(self._plan.mesh, where))
+
+
+def shardings(tree: Tree) -> Tree:
+    """The shardings of abstract arrays."""
+    return jax.tree.map(lambda a: a.sharding, tree)
+
+
+def spec_tree(tree: Tree) -> Tree:
+    """The partition specs of abstract arrays."""
+    return jax.tree.map(lambda a: a.sharding.spec, tree)
+
+
+def _at_paths(tree: Tree, like: Tree) -> Tree:
+    """The part of nested dict `tree` at the paths of nested dict `like`."""
+    return {k: _at_paths(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in like.items()}

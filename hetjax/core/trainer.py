@@ -1,0 +1,180 @@
+"""A built run: initialise, compile, step, evaluate, and turn the state into layout-free arrays and back."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hetjax.core import optimizer
+from hetjax.core.finish import Finish, Outcome
+from hetjax.core.layout import check_batch, picture
+from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.core.stacks import LAYERS
+from hetjax.core.stage import Abstract
+from hetjax.core.train_spec import TrainSpec
+
+Tree = Any
+Path = tuple[Any, ...]  # key path of a leaf, as jax.tree_util gives it
+Thunks = Sequence[tuple[str, Callable[[], object]]]  # (name of a program, function that compiles it)
+Microbatches = Sequence[Mapping[str, np.ndarray]]
+
+
+class State(NamedTuple):
+    """All that a step changes. Arrays are per stage, under that stage's layout."""
+
+    params: dict[StageKey, Tree]
+    optimizer: dict[StageKey, Tree]
+    acc: dict[StageKey, Tree]  # empty gradient accumulators, reused by every step
+    step: int
+
+
+class StepGradients(NamedTuple):
+    """What `Trainer.gradients` leaves for `Trainer.update`."""
+
+    grads: dict[StageKey, Tree]
+    losses: list[jax.Array]  # sums, one per microbatch
+    acc: dict[StageKey, Tree]  # emptied
+    target_count: float
+    host: HostTimes
+
+
+class Trainer:
+    """Pipeline, end of step and optimizer of one graph under its layouts.
+
+    Raises ValueError for a layout that the devices, the modules or the microbatch do not allow.
+    """
+
+    def __init__(self, spec: TrainSpec) -> None:
+        self.spec, self.graph = spec, spec.graph
+        for module in spec.graph.modules:
+            items, seq = num_items(module.definition, spec.batch), spec.batch["tokens"].shape[1]
+            is_sink = module is spec.graph.sink
+            check_batch(module.name, module.layout, is_sink=is_sink, items=items, seq=seq, groups=spec.groups)
+        self.pipeline = Pipeline(spec)
+        optimizer.check(spec.optimizer, self._paths())
+        self.finish = Finish(self.pipeline)
+
+    def _paths(self) -> list[str]:
+        stages = self.pipeline.stages.items()
+        trees = [(name, stage.parameters.owned(stage.parameters.params)) for (name, _), stage in stages]
+        found = [
+            optimizer.path_of(n, path) for n, tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ]
+        return list(dict.fromkeys(found))
+
+    def picture(self) -> str:
+        """Which device holds which part of which module."""
+        plans = [plan for stages in self.pipeline.plans.values() for plan in stages]
+        return picture(plans, 1 + max(i for plan in plans for i in plan.device_ids))
+
+    def compile(
+        self,
+        report: Callable[[str, int, int], None] = lambda name, done, total: None,
+        *,
+        evaluate: bool = False,
+        others: Thunks = (),
+    ) -> None:
+        """Compiles every program, and `others`, in parallel threads; `report(name, done, total)` after each."""
+        thunks = [*self.pipeline.thunks(evaluate=evaluate), *self.finish.thunks(), *others]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            names = {pool.submit(thunk): name for name, thunk in thunks}
+            for done, future in enumerate(concurrent.futures.as_completed(names), 1):
+                future.result()
+                report(names[future], done, len(thunks))
+
+    def init(self) -> State:
+        """The first step's state. Values depend on seed, module, part and global layer index, never on the layout."""
+        stages = self.pipeline.stages
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each stage compiles its own
+            params = dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
+        return self.begin(State(params, {}, {}, self.spec.first_step))
+
+    def begin(self, state: State) -> State:
+        """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
+        jax.tree.map(lambda leaf: leaf.delete(), (state.optimizer, state.acc))
+        stages, params = self.pipeline.stages, state.params
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            states = dict(
+                zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)
+            )
+        return State(params, states, self.pipeline.zeros(), self.spec.first_step)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate with which step `step` of the run, counted from 1, is made."""
+        return optimizer.learning_rate(self.spec.optimizer, step - 1 - self.spec.first_step)
+
+    def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
+        """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
+        return self.update(state, self.gradients(state, microbatches))
+
+    def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
+        """The step's gradients, before clipping. The state's accumulators are consumed."""
+        if len(microbatches) != self.spec.num_microbatches:
+            raise ValueError(
+                f"step: got {len(microbatches)} microbatches, the run was built for {self.spec.num_microbatches}"
+            )
+        count = float(sum(m["weights"].sum(dtype=np.float64) for m in microbatches))
+        done = self.pipeline.run(state.params, microbatches, state.acc, count)
+        grads, acc = self.finish.reduce(done.acc)
+        return StepGradients(grads, done.losses, acc, count, done.host)
+
+    def update(self, state: State, done: StepGradients) -> tuple[State, Outcome]:
+        """The state after the step whose gradients these are. `state` is consumed."""
+        params, states, outcome = self.finish.apply(
+            state.params,
+            state.optimizer,
+            done.grads,
+            done.losses,
+            count=done.target_count,
+            learning_rate=self.learning_rate(state.step + 1),
+            host=done.host,
+        )
+        return State(params, states, done.acc, state.step + 1), outcome
+
+    def evaluate(self, state: State, microbatch: Mapping[str, np.ndarray]) -> tuple[float, np.ndarray]:
+        """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position).
+
+        Needs `compile(evaluate=True)`."""
+        loss, likeliest = self.pipeline.evaluate(state.params, microbatch)
+        return float(loss), likeliest
+
+    def flat(self, trees: Mapping[StageKey, Tree]) -> dict[str, dict[Path, np.ndarray]]:
+        """Per-stage trees as whole modules on the host: module -> path -> array, layers of all stages concatenated."""
+        modules: dict[str, dict[Path, np.ndarray]] = {}
+        for (name, index), tree in sorted(trees.items()):
+            whole = modules.setdefault(name, {})
+            leaves = jax.tree_util.tree_leaves_with_path(self.pipeline.stages[name, index].parameters.owned(tree))
+            for path, leaf in leaves:
+                array = np.asarray(leaf)
+                whole[path] = np.concatenate([whole[path], array]) if is_stacked(path) and path in whole else array
+        return modules
+
+    def whole(self, trees: Mapping[StageKey, Tree]) -> dict[str, Tree]:
+        """Per-stage parameters or gradients as whole modules on the host, as one device would hold them."""
+        modules: dict[str, Tree] = {}
+        for name, leaves in self.flat(trees).items():
+            module = modules.setdefault(name, {})
+            for path, leaf in leaves.items():
+                node = module
+                for part in path[:-1]:
+                    node = node.setdefault(part.key, {})
+                node[path[-1].key] = leaf
+        return modules
+
+
+def path_parts(path: Path) -> list[str]:
+    """The path in words."""
+    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path]
+
+
+def is_stacked(path: Path) -> bool:
+    """Whether the leaf at `path` holds all layers of a stage on its first dim."""
+    return any(isinstance(key, jax.tree_util.DictKey) and key.key == LAYERS for key in path)
+
+
+def num_items(definition: Any, batch: Abstract) -> int:
+    """Item slots of a module's microbatch; 0 for the language model."""
+    return next((batch[k].shape[0] for k, dims in definition.reads.items() if dims[0] == "items"), 0)

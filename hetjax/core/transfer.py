@@ -1,0 +1,290 @@
+"""Compiled programs that carry arrays between two meshes in pieces, without touching the host.
+
+`wire.py` says which pieces cross; this file runs them: static slices on each source device, ONE batched `device_put` of
+all pieces, a join on each destination device, and one all-gather inside the destination mesh where it wants replicas.
+
+`jax.device_put` is direct and asynchronous for single-device pieces; between most shardings it pulls the array through
+numpy and blocks the host until the producer is done. Programs are per device, since the pieces of two devices differ.
+"""
+
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from hetjax.core import wire
+
+
+def blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[int, wire.Box]:
+    """The block of each device of `sharding`, by device id, in the mesh's order."""
+    indices = sharding.devices_indices_map(shape)
+    return {
+        device.id: tuple(part.indices(size)[:2] for part, size in zip(indices[device], shape, strict=True))
+        for device in sharding.mesh.devices.flat
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of an edge: its type and both of its shardings. All leaves of an edge share their two meshes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    source: NamedSharding
+    destination: NamedSharding
+
+    @property
+    def mirror(self) -> "Leaf":
+        """The leaf of the way back."""
+        return dataclasses.replace(self, source=self.destination, destination=self.source)
+
+    @functools.cached_property
+    def held(self) -> dict[int, wire.Box]:
+        """Device id -> block, on the source."""
+        return blocks(self.source, self.shape)
+
+    @functools.cached_property
+    def wanted(self) -> dict[int, wire.Box]:
+        """Device id -> block, on the destination."""
+        return blocks(self.destination, self.shape)
+
+
+@dataclasses.dataclass
+class Program:
+    """A function compiled ahead of time for inputs of fixed type and place."""
+
+    name: str
+    function: Callable[..., tuple[jax.Array, ...]]
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    out_shardings: Any
+    compiled: jax.stages.Compiled | None = None
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The executable; the first call compiles it, later calls from any thread return the same one."""
+        if self.compiled is None:
+            with self.lock:
+                if self.compiled is None:  # another thread may have been first
+                    lowered = jax.jit(self.function, out_shardings=self.out_shardings).lower(*self.inputs)
+                    self.compiled = lowered.compile()
+        return self.compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One direction of an edge: `run` takes and returns its arrays in the order of the leaves."""
+
+    run: Callable[[list[jax.Array]], list[jax.Array]]
+    programs: tuple[Program, ...]
+    wire_bytes: int
+
+
+def landing(leaf: Leaf, crossing: wire.Wire) -> jax.ShapeDtypeStruct:
+    """What the pieces become on the destination: the array itself, or with `crossing.dim` shared by the replicas."""
+    dim, mesh = crossing.dim, leaf.destination.mesh
+    if dim is None:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.destination)
+    entries = [*leaf.destination.spec, *[None] * (len(leaf.shape) - len(leaf.destination.spec))]
+    entries[dim] = (*axis_names(entries[dim]), *_free_axes(leaf.destination))
+    rows = crossing.rows * math.prod(mesh.shape[name] for name in entries[dim])
+    shape = (*leaf.shape[:dim], rows, *leaf.shape[dim + 1 :])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
+
+
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _free_axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """The mesh axes over which `sharding` replicates, in the mesh's order: the rank of a replica counts along them."""
+    used = {name for entry in sharding.spec for name in axis_names(entry)}
+    return tuple(name for name, size in sharding.mesh.shape.items() if name not in used and size > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One single-device program of the pieces route; inputs are places in the list of all values of a call."""
+
+    program: Program
+    inputs: tuple[int, ...]
+
+
+class Pieces:
+    """Builds the route between any two shardings.
+
+    Every single-device array of a call gets a place in one list, fixed here: the source's shards, what the cuts return,
+    what was put, what the joins return. A call does no more than fill that list, wrap its end and gather.
+    """
+
+    def __init__(self, leaves: tuple[Leaf, ...]) -> None:
+        self.leaves = leaves
+        self.wires = [wire.plan(leaf.held, leaf.wanted) for leaf in leaves]
+        self.landings = [landing(leaf, crossing) for leaf, crossing in zip(leaves, self.wires, strict=True)]
+        meshes = (leaves[0].source.mesh, leaves[0].destination.mesh)
+        self.devices = {device.id: device for mesh in meshes for device in mesh.devices.flat}
+        self.size = 0
+        self.taken: dict[tuple[int, int, wire.Box], int] = {}  # (leaf, sender, box in its block) -> place
+        self.got: dict[tuple[int, int], list[tuple[wire.Box, int]]] = {}  # (leaf, receiver) -> (box in landing, place)
+        self.landed: dict[tuple[int, int], int] = {}  # (leaf, receiver) -> place
+        for index, leaf in enumerate(leaves):
+            for device in leaf.held:
+                self.taken[index, device, self._whole(index, device)] = self._next()
+
+    def route(self) -> Route:
+        """The finished route."""
+        cuts, sends, joins = self._cuts(), self._sends(), self._joins()
+        origins, receivers = [place for place, _ in sends], [device for _, device in sends]
+        wraps = [
+            (struct.shape, struct.sharding, [self.landed[index, device] for device in leaf.wanted])
+            for index, (leaf, struct) in enumerate(zip(self.leaves, self.landings, strict=True))
+        ]
+        shared = {index: crossing.dim for index, crossing in enumerate(self.wires) if crossing.dim is not None}
+        gather = self._gather(shared) if shared else None
+
+        def run(arrays: list[jax.Array]) -> list[jax.Array]:
+            values = [shard.data for array in arrays for shard in array.addressable_shards]
+            for step in cuts:
+                values += step.program.compile()(*[values[place] for place in step.inputs])
+            values += jax.device_put([values[place] for place in origins], receivers)
+            for step in joins:
+                values += step.program.compile()(*[values[place] for place in step.inputs])
+            out: list[jax.Array] = [
+                jax.make_array_from_single_device_arrays(shape, sharding, [values[place] for place in places])
+                for shape, sharding, places in wraps
+            ]
+            if gather:
+                for index, array in zip(shared, gather.compile()(*[out[index] for index in shared]), strict=True):
+                    out[index] = array
+            return out
+
+        programs = (*(step.program for step in (*cuts, *joins)), *([gather] if gather else []))
+        moved = (crossing.moved * leaf.dtype.itemsize for crossing, leaf in zip(self.wires, self.leaves, strict=True))
+        return Route(run, programs, sum(moved))
+
+    def _next(self) -> int:
+        self.size += 1
+        return self.size - 1
+
+    def _whole(self, index: int, device: int) -> wire.Box:
+        block = self.leaves[index].held[device]
+        return wire.relative(block, block)
+
+    def _program(
+        self, name: str, function: Callable[..., Any], inputs: Sequence[tuple[int, wire.Box]], device: int
+    ) -> Program:
+        """`function` on one device, of inputs that have the size of a box of a leaf."""
+        place = SingleDeviceSharding(self.devices[device])
+        structs = tuple(
+            jax.ShapeDtypeStruct([stop - start for start, stop in box], self.leaves[index].dtype, sharding=place)
+            for index, box in inputs
+        )
+        return Program(f"{name} on {device}", function, structs, place)
+
+    def _cuts(self) -> list[Step]:
+        """One program per source device with all of its slices; a piece that is a whole shard needs none."""
+        slices: dict[int, dict[tuple[int, wire.Box], None]] = {}  # the inner dict is an ordered set
+        for index, crossing in enumerate(self.wires):
+            for piece in crossing.pieces:
+                if (index, piece.sender, piece.take) not in self.taken:
+                    slices.setdefault(piece.sender, {})[index, piece.take] = None
+        steps = []
+        for device, boxes in slices.items():
+            needed = sorted({index for index, _ in boxes})
+            shards = [(index, self._whole(index, device)) for index in needed]
+            function = functools.partial(_cut, boxes=tuple((needed.index(index), box) for index, box in boxes))
+            places = tuple(self.taken[index, device, box] for index, box in shards)
+            steps.append(Step(self._program("cut", function, shards, device), places))
+            for index, box in boxes:
+                self.taken[index, device, box] = self._next()
+        return steps
+
+    def _sends(self) -> list[tuple[int, jax.Device]]:
+        """Place and receiver of every piece that leaves its device."""
+        sends = []
+        for index, crossing in enumerate(self.wires):
+            for piece in crossing.pieces:
+                place = self.taken[index, piece.sender, piece.take]
+                if piece.sender != piece.receiver:
+                    sends.append((place, self.devices[piece.receiver]))
+                    place = self._next()
+                self.got.setdefault((index, piece.receiver), []).append((piece.place, place))
+        return sends
+
+    def _joins(self) -> list[Step]:
+        """One program per destination device that makes its landings; a landing that is one piece needs none."""
+        steps = []
+        for device in self.leaves[0].wanted:
+            parts: list[tuple[tuple[int, ...], np.dtype, tuple[wire.Box, ...]]] = []
+            inputs: list[tuple[int, wire.Box]] = []
+            places: list[int] = []
+            for index, (leaf, landing) in enumerate(zip(self.leaves, self.landings, strict=True)):
+                shape = landing.sharding.shard_shape(landing.shape)
+                got = self.got.get((index, device), [])
+                if [box for box, _ in got] == [tuple((0, size) for size in shape)]:
+                    self.landed[index, device] = got[0][1]
+                    continue
+                parts.append((shape, leaf.dtype, tuple(box for box, _ in got)))
+                inputs += [(index, box) for box, _ in got]
+                places += [place for _, place in got]
+                self.landed[index, device] = self._next()
+            if parts:
+                function = functools.partial(_join, parts=tuple(parts))
+                steps.append(Step(self._program("join", function, inputs, device), tuple(places)))
+        return steps
+
+    def _gather(self, shared: Mapping[int, int]) -> Program:
+        """One program on the destination mesh that completes the blocks whose replicas received parts of them.
+
+        `shared`: leaf -> the dim along which they did."""
+        inputs = tuple(self.landings[index] for index in shared)
+        out = tuple(self.leaves[index].destination for index in shared)
+        sizes = [self.leaves[i].destination.shard_shape(self.leaves[i].shape)[dim] for i, dim in shared.items()]
+        axes = [_free_axes(sharding) for sharding in out]
+
+        def gather(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            whole = [
+                lax.all_gather(array, names, axis=dim, tiled=True)
+                for array, names, dim in zip(arrays, axes, shared.values(), strict=True)
+            ]
+            return tuple(
+                lax.slice_in_dim(array, 0, size, axis=dim)
+                for array, size, dim in zip(whole, sizes, shared.values(), strict=True)
+            )
+
+        # The result is the same on all replicas, which shard_map cannot see from an all_gather: no check.
+        function = jax.shard_map(
+            gather,
+            mesh=self.leaves[0].destination.mesh,
+            in_specs=tuple(struct.sharding.spec for struct in inputs),
+            out_specs=tuple(sharding.spec for sharding in out),
+            check_vma=False,
+        )
+        return Program("gather", function, inputs, out)
+
+
+def _cut(*shards: jax.Array, boxes: tuple[tuple[int, wire.Box], ...]) -> tuple[jax.Array, ...]:
+    """The boxes (input, box) of one device's shards."""
+    return tuple(lax.slice(shards[index], *zip(*box, strict=True)) for index, box in boxes)
+
+
+def _join(
+    *pieces: jax.Array, parts: tuple[tuple[tuple[int, ...], np.dtype, tuple[wire.Box, ...]], ...]
+) -> tuple[jax.Array, ...]:
+    """The landings (shape, dtype, box of each piece) of one device; rows that nothing lands on are zeros."""
+    queue = iter(pieces)
+    out = []
+    for shape, dtype, boxes in parts:
+        landing = jnp.zeros(shape, dtype)
+        for box in boxes:
+            landing = lax.dynamic_update_slice(landing, next(queue), [start for start, _ in box])
+        out.append(landing)
+    return tuple(out)

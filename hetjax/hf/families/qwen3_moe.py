@@ -1,0 +1,74 @@
+"""Qwen3-MoE: Qwen3 with experts in all layers or in some."""
+
+from typing import Any
+
+from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import decoder, experts, qwen2, qwen3
+from hetjax.hf.families.family import LINEAR
+from hetjax.hf.fields import Config
+from models.decoder import Decoder
+from models.moe import Experts
+
+KEYS = {
+    "layers/moe/router": ("model.layers.N.mlp.gate.weight", LINEAR),
+    "layers/moe/gate": ("model.layers.N.mlp.experts.E.gate_proj.weight", LINEAR),
+    "layers/moe/up": ("model.layers.N.mlp.experts.E.up_proj.weight", LINEAR),
+    "layers/moe/down": ("model.layers.N.mlp.experts.E.down_proj.weight", LINEAR),
+}
+
+
+def traits(c: Config, where: str) -> dict[str, Any]:
+    """Experts, norms and window."""
+    return dict(qk_norm=True, experts=_experts(c, where), sliding_window=qwen2.window(c, where, first_layer=0))
+
+
+def _experts(c: Config, where: str) -> Experts | None:
+    """None where each layer is dense."""
+    count = experts.count(c, where, default=128)
+    layers, step = range(c["num_hidden_layers"]), c["decoder_sparse_step"]
+    if step < 1:
+        raise ConvertError(f"{where}: decoder_sparse_step={step}: it must be at least 1 (1: each layer has experts)")
+    dense = tuple(i for i in layers if i in c["mlp_only_layers"] or (i + 1) % step)
+    if len(dense) == len(layers):
+        return None
+    return Experts(count, c["num_experts_per_tok"], c["moe_intermediate_size"], c["norm_topk_prob"], dense)
+
+
+def fields(model: Decoder) -> dict[str, Any]:
+    """The fields of experts, window and biases."""
+    mixture = model.experts
+    assert mixture is not None
+    own = dict(
+        num_experts=mixture.count,
+        moe_intermediate_size=mixture.width,
+        norm_topk_prob=mixture.renormalise,
+        decoder_sparse_step=1,
+        mlp_only_layers=list(mixture.dense_layers),
+    )
+    return qwen3.fields(model) | experts.write(mixture) | own
+
+
+FAMILY = decoder.family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    holds=lambda model: model.experts is not None and model.qk_norm,
+    defaults=dict(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=24,
+        num_key_value_heads=4,
+        sliding_window=4096,
+        use_sliding_window=False,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=(),
+    ),
+    traits=traits,
+    fields=fields,
+    keys=KEYS,
+    renamed={"num_local_experts": "num_experts"},
+    unapplied=experts.unapplied,
+)

@@ -1,0 +1,188 @@
+"""The judge: a whole training step as one pure function on one device.
+
+It shares the models' layer functions with the trainer and nothing else: no stages, no schedule, no boundary, no
+sharding, no microbatches (the step is one batch), layers in a Python loop, full logits, its own rate, clip and skip.
+"""
+
+import copy
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hetjax.core import optimizer
+from hetjax.core.graph import Graph
+from models.axes import ONE_DEVICE
+from models.contract import ModuleDef
+
+Tree = Any
+
+
+class Result(NamedTuple):
+    """One reference step: mean loss over the targets, gradients before clipping, and what the step left behind."""
+
+    loss: jax.Array
+    grads: dict[str, Tree]
+    params: dict[str, Tree]
+    state: dict[str, Tree]
+
+
+def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The step's microbatches as one batch: item indices are moved to where their microbatch's items now lie."""
+    batch = {k: np.concatenate([m[k] for m in microbatches]) for k in microbatches[0]}
+    for encoder in graph.encoders:
+        key = f"{encoder.name}.index"
+        slots = next(microbatches[0][k].shape[0] for k, d in encoder.definition.reads.items() if d[0] == "items")
+        shift = slots * encoder.definition.rows
+        batch[key] = np.concatenate([np.where(m[key] >= 0, m[key] + i * shift, -1) for i, m in enumerate(microbatches)])
+    return batch
+
+
+def apply_module(definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array]) -> Tree:
+    """A module from its first part to its last, layer by layer."""
+    carry = definition.first.apply(params["first"], x, batch, ONE_DEVICE)
+    for i, layer in enumerate(definition.layers):
+        carry = layer.apply(layer_params(definition, params["layers"], i), carry, batch, ONE_DEVICE)
+    last = dict(params["last"]) | {path: params["first"][source] for path, source in definition.tied.items()}
+    return definition.last.apply(last, carry, batch, ONE_DEVICE)
+
+
+def layer_params(definition: ModuleDef, stacked: Tree, i: int) -> Tree:
+    """Parameters of layer `i`. A leaf is stacked over the layers that have it."""
+
+    def own(stacked: Tree, layers: list[Tree]) -> Tree:
+        if not isinstance(stacked, Mapping):
+            return stacked[sum(layer is not None for layer in layers[:i])]
+        inside = {name: [(layer or {}).get(name) for layer in layers] for name in stacked}
+        return {name: own(value, inside[name]) for name, value in stacked.items() if inside[name][i] is not None}
+
+    return own(stacked, [layer.logical for layer in definition.layers])
+
+
+def initial_params(graph: Graph, seed: int, dtype: Any) -> dict[str, Tree]:
+    """What the parts' own `init` give, one layer after the other: keys are of the seed, the module's name, and a
+    layer's index, or 2**20 for the first and 2**20 + 1 for the last part."""
+    draw = lambda definition, key: jax.tree.map(lambda a: a.astype(dtype), _initial(definition, key))
+    keys = {
+        m.name: jax.random.fold_in(jax.random.key(seed), zlib.crc32(m.name.encode()) & 0x7FFFFFFF)
+        for m in graph.modules
+    }
+    return {m.name: jax.jit(functools.partial(draw, m.definition))(keys[m.name]) for m in graph.modules}
+
+
+def _initial(definition: ModuleDef, key: jax.Array) -> Tree:
+    """One module's parameters."""
+    first = definition.first.init(jax.random.fold_in(key, 2**20))
+    layers = [layer.init(jax.random.fold_in(key, i)) for i, layer in enumerate(definition.layers)]
+    last = definition.last.init(jax.random.fold_in(key, 2**20 + 1))
+    last = {name: leaf for name, leaf in last.items() if name not in definition.tied}
+    parts = {"first": first, "layers": _stacked(layers), "last": last}
+    return {part: leaves for part, leaves in parts.items() if leaves}
+
+
+def _stacked(layers: list[Tree]) -> Tree:
+    """One tree of many: a leaf is stacked over the layers that have it."""
+    if not isinstance(layers[0], Mapping):
+        return jnp.stack(layers)
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {name: _stacked([layer[name] for layer in layers if name in layer]) for name in names}
+
+
+def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Cross-entropy from full logits, summed over target tokens and divided by their number."""
+    edges: dict[str, jax.Array] = {}
+    for encoder in graph.encoders:
+        y = apply_module(encoder.definition, params[encoder.name], {}, batch)
+        edges |= {encoder.name if k == "x" else f"{encoder.name}.{k}": v for k, v in y.items()}
+    y = apply_module(graph.sink.definition, params[graph.sink.name], edges, batch)
+    logits = (y["x"] @ y["head"].astype(y["x"].dtype)).astype(jnp.promote_types(y["x"].dtype, jnp.float32))
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), batch["targets"][..., None], -1)[..., 0]
+    weights = batch["weights"].astype(logits.dtype)
+    return -(chosen * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+
+def learning_rate(config: optimizer.OptimizerConfig, step: int) -> float:
+    """Linear warm-up to the peak, then a cosine to the end fraction: written out again, to judge the trainer's."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.decay_steps == 0:
+        return config.learning_rate
+    progress = min((step - config.warmup_steps) / max(config.decay_steps - config.warmup_steps, 1), 1.0)
+    floor = config.end_learning_rate_fraction
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * progress))))
+
+
+class Reference:
+    """Trains `graph` on one device, in the precision of its parameters."""
+
+    def __init__(self, graph: Graph, config: optimizer.OptimizerConfig) -> None:
+        self.graph, self.config = graph, config
+        self._grad = jax.jit(jax.value_and_grad(functools.partial(mean_loss, graph)))
+        self._move = jax.jit(self._moved)  # whole: op by op a GPU compiles hundreds of programs
+
+    def with_config(self, config: optimizer.OptimizerConfig) -> "Reference":
+        """The reference of another optimizer for the same model; nothing of the model compiles again."""
+        other = copy.copy(self)
+        other.config = config
+        other._move = jax.jit(other._moved)
+        return other
+
+    def split(self, params: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """(trainable, frozen) parameters by module."""
+        both = {name: optimizer.split(self.config, name, tree) for name, tree in params.items()}
+        return {n: b[0] for n, b in both.items()}, {n: b[1] for n, b in both.items()}
+
+    def init_state(self, params: dict[str, Tree]) -> dict[str, Tree]:
+        """The optimizer's state before the first step."""
+        return {n: self._tx(n).init(tree) for n, tree in self.split(params)[0].items()}
+
+    def _tx(self, name: str) -> optax.GradientTransformation:
+        return optimizer.transformation(self.config, name)
+
+    def step(
+        self,
+        params: dict[str, Tree],
+        state: dict[str, Tree],
+        microbatches: Sequence[Mapping[str, np.ndarray]],
+        step: int,
+    ) -> Result:
+        """One training step over all microbatches."""
+        loss, grads = self._grad(params, whole_batch(self.graph, microbatches))
+        return self.update(params, state, loss, self.split(grads)[0], step)
+
+    def update(
+        self, params: dict[str, Tree], state: dict[str, Tree], loss: jax.Array, grads: dict[str, Tree], step: int
+    ) -> Result:
+        """What a step makes of its loss and gradients (of trainable parameters); of NaN and infinity nothing."""
+        trainable, frozen = self.split(params)
+        norm = _norm(grads)
+        if not bool(jnp.isfinite(norm) & jnp.isfinite(loss)):
+            return Result(loss, grads, params, state)
+        clip = self.config.clip_norm
+        factor = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
+        moved, new_state = self._move(trainable, state, grads, factor, learning_rate(self.config, step))
+        new_params = {name: optimizer.merge(moved[name], frozen[name]) for name in moved}
+        return Result(loss, grads, new_params, new_state)
+
+    def _moved(
+        self, trainable: dict[str, Tree], state: dict[str, Tree], grads: dict[str, Tree], factor: float, rate: float
+    ) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """(parameters, state) after a step with gradients times `factor`."""
+        moved, new_state = {}, {}
+        for name, tree in trainable.items():
+            clipped = jax.tree.map(lambda g: g * factor, grads[name])
+            updates, new_state[name] = self._tx(name).update(clipped, state[name], tree)
+            multipliers = optimizer.multipliers(self.config, name, tree)
+            moved[name] = jax.tree.map(lambda p, u, m: p + rate * m * u, tree, updates, multipliers)
+        return moved, new_state
+
+
+@jax.jit
+def _norm(grads: dict[str, Tree]) -> jax.Array:
+    """Of all gradients together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))

@@ -1,0 +1,81 @@
+"""What every command does first: read its arguments, choose emulated devices, keep compiled programs."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from hetjax.run.ginfile import ConfigError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """A parsed command line. `workdir` is "" for a command without one; `flags` are the command's own."""
+
+    gin_files: tuple[str, ...]
+    bindings: tuple[str, ...]  # gin syntax: "experiment.Experiment.steps = 100"
+    workdir: str
+    flags: argparse.Namespace
+
+
+def parse_arguments(
+    argv: Sequence[str], parser: argparse.ArgumentParser | None = None, *, needs_workdir: bool = True
+) -> Arguments:
+    """The arguments in `argv` (without the program's name). `parser` brings the command's own flags.
+
+    Adds `--gin_file=FILE` and `--gin.NAME=VALUE`, both repeatable, and `--workdir=DIR` where the command needs one.
+    Exits with status 2 on an unknown flag, naming the nearest one.
+    """
+    parser = parser or argparse.ArgumentParser()
+    parser.allow_abbrev = False
+    parser.add_argument("--gin_file", action="append", required=True, metavar="FILE", help="repeatable; later ones win")
+    parser.add_argument("--gin.NAME", metavar="VALUE", help="binds one setting: --gin.experiment.Experiment.steps=100")
+    if needs_workdir:
+        parser.add_argument("--workdir", required=True, metavar="DIR", help="metrics, checkpoints, configuration")
+    bindings = [a for a in argv if a.startswith("--gin.")]
+    flags, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--gin.")])
+    for binding in bindings:
+        if "=" not in binding:
+            parser.error(f"{binding} has no value: write {binding}=VALUE")
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    names = (binding.removeprefix("--gin.").partition("=") for binding in bindings)
+    settings = tuple(f"{name} = {value}" for name, _, value in names)
+    return Arguments(tuple(flags.gin_file), settings, getattr(flags, "workdir", ""), flags)
+
+
+def emulate_devices(count: int) -> None:
+    """Makes this process run on `count` emulated CPU devices. Call it before the first array.
+
+    Also sets PJRT_NPROC, the width of the CPU client's thread pool: in one as narrow as a small machine's, programs
+    with collectives starve each other and the client aborts. Both are read when the backend starts.
+    """
+    os.environ.setdefault("PJRT_NPROC", str(max(64, 8 * count)))
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backend has started, in a notebook or a test: enough devices will do
+        pass
+    found = jax.devices()
+    if found[0].platform != "cpu" or len(found) < count:
+        raise ConfigError(
+            f"{count} emulated CPU devices asked for, but jax already runs on {len(found)} {found[0].platform} "
+            "device(s): start a fresh process, or set emulated devices before the first use of jax"
+        )
+
+
+def use_compilation_cache(directory: str | None = None) -> None:
+    """Keeps compiled programs in `directory`; None is $XDG_CACHE_HOME/hetjax or ~/.cache/hetjax, "" keeps none.
+
+    A directory that jax was already given (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    if directory == "":
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(directory or Path(root) / "hetjax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

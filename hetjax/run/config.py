@@ -1,0 +1,241 @@
+"""gin files and `--gin.NAME=VALUE` become one frozen dataclass; nothing else in the project knows of them.
+
+A file imports the modules that it names and binds fields of the dataclasses in them; a scope tells two instances apart:
+
+    from hetjax.core import layout
+    from hetjax.run import experiment
+    experiment.Experiment.steps = 100
+    experiment.Experiment.llm = @llm/experiment.LanguageModel()
+    llm/experiment.LanguageModel.layout = @llm/layout.Layout()
+    llm/layout.Layout.tp = 2
+
+Only gin's parser is used. Bindings are looked up here, and as gin does: `@scope/name()` enters that scope, `@name()`
+stays in the scope it is used in, an inner scope wins over an outer one. But every name, field and type is checked, a
+binding that reaches no value is an error (gin takes a misspelt scope in silence), and there is no global state. The
+command line may stand before a file's binding, and its text needs no quotes. Errors name the file, the line and the
+nearest valid name.
+"""
+
+import dataclasses
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from hetjax.run.ginfile import Bare, Binding, ConfigError, Key, Name, Reader, nearest, resolve, scoped
+
+T = TypeVar("T")
+
+
+def load(gin_files: Iterable[str], bindings: Iterable[str], root: Callable[..., T]) -> T:
+    """`root()` with every field that the files and then the bindings (`NAME = VALUE`) set. Raises ConfigError."""
+    reader = Reader()
+    for path in gin_files:
+        reader.read_file(path)
+    for text in bindings:
+        reader.read_binding(text)
+    builder = _Builder(reader)
+    try:
+        result = builder.build(root, "", "", f"{root.__module__.rpartition('.')[2]}.{root.__qualname__}")
+    except RecursionError as error:
+        raise ConfigError("a reference or macro leads back to itself") from error
+    builder.check_used()
+    return result
+
+
+class _Builder:
+    """Calls what the bindings bind, and remembers which of them it used."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.bindings, self.macros = reader.bindings, reader.macros
+        self.used: set[Any] = set()
+        self.calls: list[tuple[Any, str]] = []  # (target, scope)
+        for binding in reader.replaced:
+            self._use_macros(binding.value)
+
+    def build(self, target: Callable[..., T], scope: str, where: str, name: str) -> T:
+        """`target(**fields)` with the fields that are bound in `scope` or around it."""
+        self.calls.append((target, scope))
+        keys = self._bound(target, scope, self.bindings)
+        in_files = self._bound(target, scope, (k for k, binding in self.bindings.items() if binding.in_file))
+        parameters = inspect.signature(target).parameters
+        required = (p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+        for field in required:
+            if field not in keys:
+                raise ConfigError(f"{where}{name} needs a value for {field}: bind {scoped(scope, name)}.{field}")
+        hints = typing.get_type_hints(target)
+        self.used |= set(keys.values())
+        for key in in_files.values():  # what the command line alone stands before was not written in vain
+            self.used.add(key)
+            self._use_macros(self.bindings[key].value)
+        fields = {f: self._value(self.bindings[key], scope, hints.get(f, Any)) for f, key in keys.items()}
+        try:
+            return target(**fields)
+        except ValueError as error:  # it names a setting: point at its line
+            places = [self.bindings[key].where for f, key in keys.items() if re.search(rf"\b{f}\b", str(error))]
+            raise ConfigError(f"{places[0] if places else where}{error}") from error
+
+    def _bound(self, target: Any, scope: str, keys: Iterable[Key]) -> dict[str, Key]:
+        """Field -> which of `keys` sets it for `target` in `scope`."""
+        mine = [key for key in keys if key.target is target]
+        return {key.field: key for outer in _around(scope) for key in mine if key.scope == outer}
+
+    def _use_macros(self, value: Any) -> None:
+        def use(leaf: Any) -> None:
+            name = leaf.text[1:] if isinstance(leaf, Name) and leaf.text.startswith("%") else None
+            if name in self.macros and name not in self.used:
+                self.used.add(name)
+                self._use_macros(self.macros[name].value)
+
+        _map(use, value)
+
+    def _value(self, binding: Binding, scope: str, hint: Any) -> Any:
+        value = _map(lambda leaf: self._evaluate(leaf, scope, binding.where), binding.value)
+        if isinstance(value, Bare):
+            if hint is Any:
+                raise ConfigError(value.why)
+            value = value.text
+        try:
+            return _fit(value, hint)
+        except TypeError as error:
+            wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            wanted = re.sub(r"\bfloat\b", "finite float", wanted)
+            shown = value if isinstance(binding.value, Bare) else binding.value
+            raise ConfigError(f"{binding.where}{binding.name} = {shown!r}, but it must be {wanted}") from error
+
+    def _evaluate(self, leaf: Any, scope: str, where: str) -> Any:
+        if not isinstance(leaf, Name):
+            return leaf
+        inner, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
+        if leaf.text.startswith("@"):
+            target = resolve(name, leaf.symbols, where)
+            return self.build(target, inner or scope, where, name) if leaf.text.endswith("()") else target
+        macro = self.macros.get(leaf.text[1:])
+        if macro is None:
+            raise ConfigError(f"{where}{leaf} is set nowhere{nearest(leaf.text[1:], self.macros)}")
+        self.used.add(leaf.text[1:])
+        return _map(lambda part: self._evaluate(part, scope, macro.where), macro.value)
+
+    def check_used(self) -> None:
+        """Raises ConfigError for the first binding that reached no value."""
+        for name, macro in self.macros.items():
+            if name not in self.used:
+                raise ConfigError(f"{macro.where}{name} is never used: no value is %{name}")
+        for key, binding in self.bindings.items():
+            if key in self.used:
+                continue
+            scopes = {outer for target, scope in self.calls if target is key.target for outer in _around(scope)}
+            why = "nothing builds it"
+            if key.scope in scopes:
+                why = "an inner scope sets it wherever it is built"
+            elif scopes:
+                setting = binding.name.rpartition("/")[2]
+                why += f" in that scope{nearest(binding.name, [scoped(s, setting) for s in sorted(scopes)])}"
+            raise ConfigError(f"{binding.where}{binding.name} is never used: {why}")
+
+
+def operative(value: Any) -> str:
+    """A dataclass with all that it holds as a gin file, defaults included; `load` makes an equal one of it.
+
+    A field whose value has no name in a module (what `@optax.scale_by_lion()` returns) is a comment.
+    """
+    imports: dict[str, str] = {}
+    lines: list[str] = []
+    _write_fields(value, "", imports, lines)
+    return "\n".join([*imports.values(), "", *lines, ""])
+
+
+def _write_fields(value: Any, scope: str, imports: dict[str, str], lines: list[str]) -> None:
+    name = scoped(scope, _write_name(type(value), imports))
+    fields = [field for field in dataclasses.fields(value) if field.init]
+    inner: list[str] = []
+    for field in fields:
+        path = scoped(scope, field.name)
+        try:
+            lines.append(f"{name}.{field.name} = {_write(getattr(value, field.name), path, imports, inner)}")
+        except ConfigError as error:
+            lines.append(f"# {name}.{field.name}: {error}")
+    lines += inner
+
+
+def _write(value: Any, scope: str, imports: dict[str, str], lines: list[str]) -> str:
+    """`value` in gin's syntax; what a reference in it stands for goes to `lines`, each in a scope of its own."""
+    if isinstance(value, (list, tuple)):
+        items = [_write(item, f"{scope}_{i}", imports, lines) for i, item in enumerate(value)]
+        return f"[{', '.join(items)}]" if isinstance(value, list) else f"({''.join(f'{item}, ' for item in items)})"
+    if isinstance(value, dict):
+        pairs = (f"{key!r}: {_write(v, f'{scope}_{i}', imports, lines)}" for i, (key, v) in enumerate(value.items()))
+        return f"{{{', '.join(pairs)}}}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _write_fields(value, scope, imports, lines)
+        return f"@{scope}/{_write_name(type(value), imports)}()"
+    if callable(value) and "<" not in value.__qualname__:  # not made inside of a function
+        return f"@{_write_name(value, imports)}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise ConfigError(f"a {type(value).__name__} made at run time has no name that a gin file could write")
+
+
+def _write_name(target: Any, imports: dict[str, str]) -> str:
+    """What a gin file calls a class or function; adds the import."""
+    parent, _, module = target.__module__.rpartition(".")
+    statement = f"from {parent} import {module}" if parent else f"import {module}"
+    if imports.setdefault(module, statement) != statement:
+        module = target.__module__.replace(".", "_")
+        imports[module] = f"import {target.__module__} as {module}"
+    return f"{module}.{target.__qualname__}"
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `function` applied inside of lists, tuples and dicts."""
+    if type(value) in (list, tuple):
+        return type(value)(_map(function, item) for item in value)
+    if type(value) is dict:
+        return {_map(function, key): _map(function, item) for key, item in value.items()}
+    return function(value)
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as the declared type takes it: a list for a tuple, an int for a float. Raises TypeError for another, and
+    for a float that is not finite."""
+    if hint is Any:
+        return value
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for arg in args:
+            try:
+                return _fit(value, arg)
+            except TypeError:
+                continue
+        raise TypeError
+    base = origin or hint
+    if base is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:  # nan is not
+            raise TypeError
+        return float(value)
+    if base is tuple and isinstance(value, list):
+        value = tuple(value)
+    if origin is typing.Literal:
+        matches = value in args
+    else:
+        checkable = isinstance(base, type) and not getattr(base, "_is_protocol", False)
+        matches = not checkable or (isinstance(value, base) and not (base is int and isinstance(value, bool)))
+    if not matches:
+        raise TypeError
+    if base is tuple and args:
+        items = args[:1] * len(value) if args[-1] is ... else args
+        if len(items) != len(value):
+            raise TypeError
+        return tuple(map(_fit, value, items))
+    if isinstance(value, dict) and args:
+        return {_fit(key, args[0]): _fit(item, args[1]) for key, item in value.items()}
+    return value
+
+
+def _around(scope: str) -> list[str]:
+    """The scopes that `scope` lies in, from the outermost ("") to itself."""
+    parts = scope.split("/") if scope else []
+    return ["/".join(parts[:i]) for i in range(len(parts) + 1)]

@@ -1,0 +1,193 @@
+"""Where the numbers of a run go: DIR/metrics.jsonl always, the terminal, and TensorBoard by setting.
+
+    with open_writers(workdir, num_steps=1500, resumed_step=500) as writers:
+        writers.write(510, {"loss": 2.31, "tokens_per_second": 41000.0})
+
+metrics.jsonl holds one JSON object per line, each with its "step"; it can be read while the run goes on, and a run that
+was killed and resumed leaves the same file as one that was not.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hetjax.run.samples import Sample
+
+FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
+Values = Mapping[str, Any]  # numbers, or scalars of NumPy or jax
+
+
+class Writer(Protocol):
+    """Takes the values of a step, and samples of its answers; `close` says that no more will come."""
+
+    def write(self, step: int, values: Values) -> None: ...
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def open_writers(
+    directory: str | os.PathLike[str],
+    *,
+    num_steps: int,
+    resumed_step: int | None = None,
+    tensorboard: bool = False,
+    stream: TextIO | None = None,
+) -> Iterator[Writer]:
+    """One writer for all places. `stream` is the terminal; None is standard output.
+
+    `resumed_step` is the step of the checkpoint that the run continues from: what was written for later steps is
+    dropped. None starts anew.
+    """
+    with contextlib.ExitStack() as stack:
+        writers: list[Writer] = []
+        if tensorboard:
+            writers.append(stack.enter_context(contextlib.closing(TensorBoard(Path(directory), resumed_step))))
+        writers.append(stack.enter_context(contextlib.closing(JsonLines(Path(directory), resumed_step))))
+        terminal = Terminal(num_steps, resumed_step or 0, stream or sys.stdout)
+        writers.append(stack.enter_context(contextlib.closing(terminal)))
+        yield _All(writers)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. A last line that a killed run left unfinished is left out."""
+    lines = Path(path).read_text().split("\n")
+    records = [json.loads(line) for line in lines[:-1]]
+    with contextlib.suppress(json.JSONDecodeError):
+        records += [json.loads(lines[-1])] if lines[-1] else []
+    return records
+
+
+class _All:
+    """Hands everything to several writers."""
+
+    def __init__(self, writers: list[Writer]) -> None:
+        self.writers = writers
+
+    def write(self, step: int, values: Values) -> None:
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        for writer in self.writers:
+            writer.write(step, numbers)
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for writer in self.writers:
+            writer.show(step, samples)
+
+    def close(self) -> None:
+        """Nothing: `open_writers` closes them."""
+
+
+class JsonLines:
+    """Appends to DIR/metrics.jsonl, and samples to DIR/samples.jsonl.
+
+    A value that is not finite is null, as JSON has no other word for it."""
+
+    def __init__(self, directory: Path, resumed_step: int | None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        for path in (directory / FILE, directory / SAMPLES):
+            if path.exists():
+                kept = [] if resumed_step is None else [r for r in read_jsonl(path) if r["step"] <= resumed_step]
+                _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file = (directory / FILE).open("a")
+
+    def write(self, step: int, values: Values) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+        self.file.flush()
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        with (self.directory / SAMPLES).open("a") as file:
+            for sample in samples:
+                texts = dict(id=sample.id, question=sample.question, answer=sample.answer, expected=sample.expected)
+                file.write(json.dumps({"step": step} | texts) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Makes `text` the content of `path`, or leaves it as it was if the process dies on the way."""
+    new = path.with_suffix(".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+class TensorBoard:
+    """Event files in DIR/tensorboard; viewers hide what an interrupted run wrote for steps after `resumed_step`."""
+
+    def __init__(self, directory: Path, resumed_step: int | None) -> None:
+        try:
+            from tensorboardX import SummaryWriter  # an extra, and slow to import
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "tensorboard=True needs the package tensorboardX, which is not installed; "
+                "run `pip install 'hetjax[tensorboard]'` or set tensorboard=False"
+            ) from error
+        purge_step = 0 if resumed_step is None else resumed_step + 1
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
+
+    def write(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for number, sample in enumerate(samples):
+            lines = (sample.question, f"**answer** {sample.answer}", f"**expected** {sample.expected}")
+            self.writer.add_text(f"sample/{number}", "\n\n".join(lines), step)
+            for place, picture in enumerate(sample.pictures):
+                self.writer.add_image(f"sample/{number}/{place}", picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Terminal:
+    """A progress bar on a terminal, a line per write elsewhere (files, CI, notebooks)."""
+
+    def __init__(self, num_steps: int, step: int, stream: TextIO) -> None:
+        self.num_steps, self.stream = num_steps, stream
+        console = Console(file=stream)
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, TextColumn("{task.description}"), console=console)
+            self.task = self.progress.add_task("", total=num_steps, completed=step)
+            self.progress.start()
+
+    def write(self, step: int, values: Values) -> None:
+        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, description=text)
+        else:
+            print(f"step {step}/{self.num_steps}  {text}", file=self.stream, flush=True)
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            texts = {"asked": sample.question, "answered": sample.answer, "expected": sample.expected}
+            line = "  ".join(f"{name} {' '.join(text.split())!r}" for name, text in texts.items())
+            if self.progress is not None:
+                self.progress.console.print(f"step {step}: {line}", markup=False, highlight=False)
+            else:
+                print(f"step {step}/{self.num_steps}  {line}", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def _short(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

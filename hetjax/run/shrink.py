@@ -1,0 +1,71 @@
+"""A small model in a large one's place: same layouts, vocabulary and pictures; fewer and narrower layers."""
+
+import dataclasses
+import math
+from typing import Any
+
+from hetjax.core.layout import Layout
+from hetjax.run.experiment import Experiment
+from models.decoder import Decoder
+from models.moe import Experts
+from models.vit import ViT
+from models.whisper import Whisper
+
+HEAD_DIM = 8
+
+
+def shrunk(experiment: Experiment) -> Experiment:
+    """The experiment with every module cut down to sizes that its layout still divides."""
+    llm = experiment.llm
+    model = _smaller(llm.model, llm.layout, {})
+    encoders = tuple(
+        dataclasses.replace(e, model=_smaller(e.model, e.layout, {"output_width": model.width}), layout=_even(e.layout))
+        for e in experiment.encoders
+    )
+    return dataclasses.replace(
+        experiment, llm=dataclasses.replace(llm, model=model, layout=_even(llm.layout)), encoders=encoders
+    )
+
+
+def _even(layout: Layout) -> Layout:
+    """The layout, with its layers cut evenly: their number is another now."""
+    return dataclasses.replace(layout, layers=None)
+
+
+def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
+    """A model config of as many layers as stages (at least 2), and heads of `HEAD_DIM` in the same ratio."""
+    if not isinstance(model, Decoder | ViT | Whisper):
+        kind = type(model).__name__
+        raise ValueError(f"--shrink knows the sizes of Decoder, ViT and Whisper, not of {kind}; leave it out")
+    fields = {f.name for f in dataclasses.fields(model)}
+    kv_heads = getattr(model, "num_kv_heads", model.num_heads)
+    ratio = model.num_heads // kv_heads
+    kv_heads = min(kv_heads, math.lcm(2, layout.tp))
+    heads = kv_heads * ratio
+    sizes: dict[str, Any] = more | {
+        "num_layers": min(model.num_layers, max(2, layout.pp)),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "width": heads * HEAD_DIM,
+        "head_dim": HEAD_DIM,
+        "mlp_width": 4 * HEAD_DIM * layout.tp,
+        "projector_width": 4 * HEAD_DIM * layout.tp,
+    }
+    if isinstance(model, ViT):  # as many features, as far apart as the layers allow
+        behind = (model.num_built - depth for depth in model.depths)
+        sizes |= {"feature_layer": tuple(-1 - min(n, sizes["num_layers"]) for n in behind)}
+    if isinstance(model, Decoder) and model.experts is not None:
+        sizes["experts"] = _fewer(model.experts, sizes["num_layers"], 2 * HEAD_DIM * layout.tp)
+    if isinstance(model, Whisper) and model.hidden is None:
+        del sizes["projector_width"]
+    return dataclasses.replace(model, **{name: size for name, size in sizes.items() if name in fields})
+
+
+def _fewer(experts: Experts, num_layers: int, width: int) -> Experts:
+    """Fewer and narrower experts, in the last layer at least, beside dense layers where there were some."""
+    count = min(experts.count, 4)
+    dense = tuple(i for i in experts.dense_layers if i < num_layers - 1)
+    if experts.dense_layers and num_layers > 1:
+        dense = dense or (0,)
+    per_token = min(experts.per_token, count)
+    return dataclasses.replace(experts, count=count, per_token=per_token, width=width, dense_layers=dense)
