@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hetjax.data import Pictures
-from hetjax.data.problems import SampleError
+from hetjax.data.conversations import SampleError
 
 Colour = tuple[int, int, int]
 Save = Callable[[Path], Any]

@@ -85,7 +85,7 @@ def test_pixels_are_those_of_transformers_bit_for_bit(name: str, tmp_path: Path)
         save(tmp_path / file)
         image = transformers.image_utils.load_image(str(tmp_path / file))
         theirs = processor(image, return_tensors="np")
-        assert reader.look(tmp_path / file).rows == 0  # all
+        assert reader.look(tmp_path / file).rows == 0
         ours = reader.read(tmp_path / file)
         np.testing.assert_array_equal(ours["pixels"], theirs["pixel_values"][0].transpose(1, 2, 0), err_msg=file)
 

@@ -172,6 +172,12 @@ def test_broken_missing_and_long_clips_are_counted_and_named(tmp_path: Path) -> 
         Sounds(80, 1, 1, MODEL.rows_of, "cut")
 
 
+@pytest.mark.parametrize("setting", [dict(pad_to_square=True), dict(resampling="bilinear")], ids=str)
+def test_what_is_said_of_pictures_means_nothing_to_an_encoder_that_hears(setting: dict) -> None:
+    with pytest.raises(ValueError, match=r"audio: \w+=.* means nothing to an encoder of clips; leave it out"):
+        Encoder(MODEL, **setting).items  # noqa: B018
+
+
 def test_a_clip_cut_at_its_context_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, [(80,), (90,), (200,)])
     with Loader(DataConfig(path, seq_len=64, samples_per_group=1, shuffle=False), [VISION, AUDIO]) as loader:
@@ -195,12 +201,6 @@ def test_rows_are_those_of_the_header_whatever_is_decoded(tmp_path: Path) -> Non
                 frames = int(AUDIO.read(tmp_path / name).values["frames"])
                 wanted = min(-(-count * sounds.RATE // rate), MODEL.context * sounds.HOP)
                 assert frames == -(-wanted // sounds.HOP) and header.rows == MODEL.rows_of(frames), (rate, count, name)
-
-
-@pytest.mark.parametrize("setting", [dict(pad_to_square=True), dict(resampling="bilinear")], ids=str)
-def test_what_is_said_of_pictures_means_nothing_to_an_encoder_that_hears(setting: dict) -> None:
-    with pytest.raises(ValueError, match=r"audio: \w+=.* means nothing to an encoder of clips; leave it out"):
-        Encoder(MODEL, **setting).items  # noqa: B018
 
 
 def test_a_file_cut_short_is_no_clip(tmp_path: Path) -> None:

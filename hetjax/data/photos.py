@@ -41,40 +41,52 @@ class Photo(NamedTuple):
         return self.image.resize(size, method, box=self.box)
 
 
+class Opened(NamedTuple):
+    """A picture of which the header is read and accepted."""
+
+    image: Image.Image
+    size: Size
+    reduction: int  # by which its sides are divided when it is decoded
+
+
+def look(path: Path, surplus: Callable[[Size], float]) -> bool:
+    """Whether frames follow the first, as the header tells. `surplus` and raises as `read`."""
+    with _opened(path, surplus) as (image, _, _):
+        return image.format in ANIMATED and _has_several(image)
+
+
 def read(path: Path, surplus: Callable[[Size], float]) -> Photo:
     """The picture in a file. `surplus`: pixels on a side of a picture of that size for one that the model sees.
 
     Raises what Pillow raises for broken bytes, and ValueError for what it would change in silence or is too large.
     """
-    with _checked(path, surplus) as (image, size, reduction):
+    with _opened(path, surplus) as (image, size, reduction):
         if math.prod(size) <= LARGE:
             return _whole(image)
         with _DECODING:
             return _whole(image) if reduction == 1 else _reduced(image, size, reduction)
 
 
-def has_several(path: Path, surplus: Callable[[Size], float]) -> bool:
-    """Whether there are frames behind the first, of a file whose header alone is read. Raises as `read`."""
-    with _checked(path, surplus) as (image, _, _):
-        try:
-            return image.format in ANIMATED and bool(getattr(image, "is_animated", False))
-        except Exception:  # what is broken behind the first frame does no harm
-            return False
-
-
 @contextlib.contextmanager
-def _checked(path: Path, surplus: Callable[[Size], float]) -> Iterator[tuple[Image.Image, Size, int]]:
-    """The picture before it is decoded, its size, and by how much its sides are divided then. Raises as `read`."""
+def _opened(path: Path, surplus: Callable[[Size], float]) -> Iterator[Opened]:
     with path.open("rb") as file, _open(file) as image:
         if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8, and give a white picture
             raise ValueError(f"its mode {image.mode} has more than 8 bits a channel; convert it to 8")
         size = image.size
-        reduction = 1 if math.prod(size) <= LARGE else _reduce(image, surplus(size))
+        reduction = _reduce(image, surplus(size)) if math.prod(size) > LARGE else 1
         limit = MAX_PIXELS if reduction == 1 else MAX_REDUCED
         if math.prod(size) > limit:
             more = "" if reduction > 1 else f", or a JPEG, of which up to {MAX_REDUCED} are read at a reduced size"
             raise ValueError(f"it is {size[0]} x {size[1]} pixels, more than {limit}; make it smaller{more}")
-        yield image, size, reduction
+        yield Opened(image, size, reduction)
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Whether there are frames behind the first; what is broken behind it does no harm."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
 
 
 def _open(file: BinaryIO) -> Image.Image:

@@ -62,8 +62,8 @@ class Pictures:
 
     def look(self, path: Path) -> Header:
         """A picture's size and mode are in its header. Raises SampleError with the path and the reason."""
-        with _named(path):
-            several = photos.has_several(path, self._surplus)
+        with _explained(path):
+            several = photos.look(path, self._surplus)
         return Header(cut=f"its picture {path} has several frames, of which the first is taken" if several else "")
 
     def read(self, path: Path) -> Values:
@@ -71,7 +71,7 @@ class Pictures:
 
         Raises SampleError with the path and the reason.
         """
-        with _named(path):
+        with _explained(path):
             rgb = self._fitted(photos.read(path, self._surplus))
         pixels = (np.asarray(rgb, np.float64) * (1 / 255)).astype(np.float32)
         return {"pixels": (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)}
@@ -107,8 +107,8 @@ class Pictures:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a picture becomes a SampleError."""
+def _explained(path: Path) -> Iterator[None]:
+    """What goes wrong with a picture becomes a SampleError."""
     try:
         yield
     except FileNotFoundError as error:
