@@ -71,11 +71,9 @@ def table(name: str, work: Workload, llm: Layout, repeats: int) -> None:
     base = times["homogeneous"]
     for n, (a, b) in layouts.items():
         wall, cpu = times[n]
-        ratios = wall / base.wall, cpu / base.cpu, executed[n] / executed["homogeneous"]
-        print(
-            f"{n:<12} {a!s:<18} {b!s:<18} {wall:6.3f}  {ratios[0]:5.2f}  {cpu:6.3f}  {ratios[1]:5.2f}  {ratios[2]:12.2f}",
-            flush=True,
-        )
+        of_base = wall / base.wall, cpu / base.cpu, executed[n] / executed["homogeneous"]
+        numbers = f"{wall:6.3f}  {of_base[0]:5.2f}  {cpu:6.3f}  {of_base[1]:5.2f}  {of_base[2]:12.2f}"
+        print(f"{n:<12} {a!s:<18} {b!s:<18} {numbers}", flush=True)
 
 
 def encoder_flops(work: Workload) -> float:
