@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hetjax.data import inspect
+from hetjax.data.paths import expanded
 from hetjax.run import command, config, experiment
 
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
                 )
                 print(f"[{number}] {text}\n")
                 if flags.pictures:
-                    directory = Path(flags.pictures) / f"microbatch-{number}"
+                    directory = Path(expanded(flags.pictures)) / f"microbatch-{number}"
                     print(f"wrote {len(inspect.write_pictures(microbatch, loader.items, directory))} to {directory}\n")
             for problem in loader.bad:
                 print(f"skipped {problem}")

@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = command.parse_arguments(argv)
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
-        files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
-        asked = "\n".join([*files, "# command line", *arguments.bindings, ""])
+        asked = config.asked(arguments.gin_files, arguments.bindings)
         train(run, Path(arguments.workdir), {"config.gin": asked, record.OPERATIVE: config.operative(run)})
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

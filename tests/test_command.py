@@ -45,7 +45,7 @@ def test_arguments_are_files_settings_a_directory_and_own_flags() -> None:
         (["--gin_file=a", "--workdir=w", "--gin.x.y", "3"], "--gin.x.y has no value: write --gin.x.y=VALUE"),
         (["--workdir=w"], "required: --gin_file"),
         (["--gin_file=a"], "required: --workdir"),
-        (["--gin_f=a", "--workdir=w"], "required: --gin_file"),
+        (["--gin_f=a", "--workdir=w"], r"unknown argument --gin_f=a; did you mean --gin_file\?"),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2(

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from hetjax.data.paths import expanded
+
 ON_BAD_ITEM = ("skip", "stop")
 ON_LONG = ("truncate", "skip")
 
@@ -53,6 +55,9 @@ class DataConfig:
     prefetch: int = 2  # microbatches prepared ahead; 0: none, and no background thread
 
     def __post_init__(self) -> None:
+        for name in ("path", "media_root", "tokenizer"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, expanded(getattr(self, name)))
         if Path(self.path).suffix not in (".json", ".jsonl"):
             raise ValueError(f"DataConfig.path={self.path!r}; it must name a .json or .jsonl file of conversations")
         least = dict(seq_len=2, samples_per_group=1, groups=1, seed=0, lookahead=1, workers=1, prefetch=0)

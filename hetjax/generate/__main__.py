@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hetjax.data.paths import expanded
 from hetjax.generate.generator import DTYPES, Answer, load
 from hetjax.generate.prompt import Prompt, ask, read_prompts
 from hetjax.generate.sample import Sampling
@@ -44,7 +45,7 @@ def _prompts(flags: argparse.Namespace, fields: Sequence[str]) -> list[Prompt]:
         return [ask(text, **files) for text in flags.prompt]
     if flags.prompt or any(files.values()):
         raise ValueError("--prompts brings its own questions and files; leave out --prompt, --image and --audio")
-    return read_prompts(flags.prompts, fields)
+    return read_prompts(expanded(flags.prompts), fields)
 
 
 def _line(prompt: Prompt, answer: Answer) -> str:

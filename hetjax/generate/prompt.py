@@ -9,6 +9,7 @@ from typing import Any
 from hetjax.data import ItemSpec
 from hetjax.data.conversations import SampleError, read_files, read_turns
 from hetjax.data.items import Item
+from hetjax.data.paths import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_items(prompt: Prompt, items: Sequence[ItemSpec]) -> dict[str, list[Item
             takes = f"it takes {', '.join(by_field)}" if by_field else "it takes text alone"
             raise ValueError(f"{field} {names[0]}: the model has no encoder for {field}; {takes}")
     try:
-        return {i.name: [i.read(Path(name)) for name in prompt.files.get(i.field, ())] for i in items}
+        return {i.name: [i.read(Path(expanded(name))) for name in prompt.files.get(i.field, ())] for i in items}
     except SampleError as error:
         raise ValueError(f"{error.path}: {error}; check the path and the file") from error
 
