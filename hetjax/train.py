@@ -1,6 +1,7 @@
 """Trains: build, open the data, compile, restore, then step, log, evaluate and save until the last step.
 
-    python -m hetjax.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+    hetjax train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+    hetjax train --gin_file=configs/quickstart.gin --workdir=runs/short --gin.experiment.Experiment.steps=100
 
 Called again with the same --workdir it continues from the newest checkpoint. SIGTERM, or Ctrl-C, saves and exits with
 status 0; a second Ctrl-C stops at once.
@@ -27,7 +28,8 @@ from hetjax.run.log import Log
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0 trained or saved after a signal, 2 for what the user can fix."""
-    arguments = command.parse_arguments(argv)
+    arguments = command.parse_arguments(argv, command.new_parser("train", __doc__))
+    command.escape_unprintable()
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
         asked = config.asked(arguments.gin_files, arguments.bindings)

@@ -35,7 +35,7 @@ def test_arguments_are_files_settings_a_directory_and_own_flags() -> None:
     )
     assert got.gin_files == ("a.gin", "b.gin") and got.workdir == "runs/a" and got.flags.rounds == 3
     assert got.bindings == ("x.Y.z = 'a=b'", "N = 4")
-    assert command.parse_arguments(["--gin_file=a.gin"], needs_workdir=False).workdir == ""
+    assert command.parse_arguments(["--gin_file=a.gin"], argparse.ArgumentParser(), needs_workdir=False).workdir == ""
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_wrong_command_line_ends_with_status_2(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit:
-        command.parse_arguments(argv)
+        command.parse_arguments(argv, command.new_parser("train", ""))
     assert exit.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 

@@ -50,10 +50,11 @@ def test_the_data_lie_at_home(home: Path) -> None:
 def test_files_and_workdir_of_the_command_line_and_what_a_file_includes_lie_at_home(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    got = command.parse_arguments(["--gin_file=~/a.gin", "--gin_file", "~/b.gin", "--workdir=~/runs/a"])
+    typed = ["--gin_file=~/a.gin", "--gin_file", "~/b.gin", "--workdir=~/runs/a"]
+    got = command.parse_arguments(typed, command.new_parser("train", ""))
     assert got.gin_files == (f"{home}/a.gin", f"{home}/b.gin") and got.workdir == f"{home}/runs/a"
     with pytest.raises(SystemExit):
-        command.parse_arguments(["--gin_file=~/a.gin", "--workdir=~nobody-here/runs"])
+        command.parse_arguments(["--gin_file=~/a.gin", "--workdir=~nobody-here/runs"], command.new_parser("train", ""))
     assert "~nobody-here is no user's home directory" in capsys.readouterr().err
     (home / "a.gin").write_text("steps = 3\n")
     Path("run.gin").write_text("import test_home\ninclude '~/a.gin'\ntest_home.steps_of.steps = %steps\n")

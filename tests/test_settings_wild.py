@@ -180,7 +180,7 @@ def argv(case: Case) -> list[str]:
 
 
 def load(arguments: Sequence[str]) -> Wild:
-    parsed = command.parse_arguments(arguments, needs_workdir=False)
+    parsed = command.parse_arguments(arguments, command.new_parser("train", ""), needs_workdir=False)
     return config.load(parsed.gin_files, parsed.bindings, sys.modules[__name__].Wild)
 
 
@@ -209,7 +209,7 @@ def test_a_setting_is_what_was_typed_or_refused(case: Case, files: Any) -> None:
 @pytest.mark.parametrize("case", [c for c in TYPED if not isinstance(c.right, str)], ids=lambda c: repr(c.typed)[:60])
 def test_what_was_asked_for_and_what_it_became_are_gin_files_of_the_same_run(case: Case, files: Any) -> None:
     files(case)
-    parsed = command.parse_arguments(argv(case), needs_workdir=False)
+    parsed = command.parse_arguments(argv(case), command.new_parser("train", ""), needs_workdir=False)
     got = load(argv(case))
     Path("asked.gin").write_text(config.asked(parsed.gin_files, parsed.bindings), encoding="utf-8")
     Path("operative.gin").write_text(config.operative(got), encoding="utf-8")

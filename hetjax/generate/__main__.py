@@ -1,7 +1,7 @@
 """Answers of a model, in text.
 
-    python -m hetjax.generate --model DIR --image a.png --prompt "What is it?"
-    python -m hetjax.generate --model DIR --prompts FILE.jsonl --tp 2 --emulated_devices 2
+    hetjax generate --model DIR --image a.png --prompt "What is it?"
+    hetjax generate --model DIR --prompts FILE.jsonl --tp 2 --emulated_devices 2
 
 DIR is a Hugging Face folder, a checkpoint of `hetjax.convert` or the workdir of a run. Exit status 0: answered; 2: it
 cannot be, and why.
@@ -23,6 +23,7 @@ from hetjax.run import command
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
     flags = _parser().parse_args(argv)
+    command.escape_unprintable()
     try:
         sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.emulated_devices:
@@ -51,14 +52,11 @@ def _prompts(flags: argparse.Namespace, fields: Sequence[str]) -> list[Prompt]:
 def _line(prompt: Prompt, answer: Answer) -> str:
     values: dict[str, Any] = dict(id=prompt.id) if prompt.id else {}
     values |= dict(question=prompt.turns[-1], answer=answer.text, tokens=len(answer.tokens), ended=answer.ended)
-    return json.dumps(values, ensure_ascii=False)
+    return json.dumps(values, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m hetjax.generate", description="Answers of a model to prompts with pictures and clips."
-    )
-    parser.allow_abbrev = False
+    parser = command.new_parser("generate", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder, checkpoint or workdir")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeatable")

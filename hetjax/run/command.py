@@ -27,16 +27,20 @@ class Arguments:
     flags: argparse.Namespace
 
 
-def parse_arguments(
-    argv: Sequence[str], parser: argparse.ArgumentParser | None = None, *, needs_workdir: bool = True
-) -> Arguments:
+def new_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The parser of `hetjax NAME`; `about`, with its examples, is what --help begins with."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=f"hetjax {name}", description=about.strip(), formatter_class=raw, allow_abbrev=False
+    )
+
+
+def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser, *, needs_workdir: bool = True) -> Arguments:
     """The arguments in `argv` (without the program's name). `parser` brings the command's own flags.
 
     Adds `--gin_file=FILE` and `--gin.NAME=VALUE`, both repeatable, and `--workdir=DIR` where the command needs one.
     Exits with status 2 on an unknown flag, naming the nearest one, and without a file, saying what one is.
     """
-    parser = parser or argparse.ArgumentParser()
-    parser.allow_abbrev = False
     parser.add_argument(
         "--gin_file", action="append", metavar="FILE", help="what the run is; repeatable, later ones win"
     )
