@@ -20,7 +20,7 @@ from hetjax.core import memory
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
 from hetjax.hf import initial
-from hetjax.run import checkpoint, command, config, evaluate, experiment, metrics, record, samples
+from hetjax.run import checkpoint, command, config, evaluate, experiment, metrics, record, samples, terminal
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
@@ -33,7 +33,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
         asked = config.asked(arguments.gin_files, arguments.bindings)
-        train(run, Path(arguments.workdir), {"config.gin": asked, record.OPERATIVE: config.operative(run)})
+        workdir, start = Path(arguments.workdir), time.perf_counter()
+        train(run, workdir, {"config.gin": asked, record.OPERATIVE: config.operative(run)})
+        records, kept = metrics.read_jsonl(workdir / metrics.FILE), checkpoint.steps_in(workdir / "checkpoints")
+        seconds = time.perf_counter() - start
+        print(terminal.summary(workdir, records, num_steps=run.ends[-1], kept=kept, seconds=seconds))
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
