@@ -99,7 +99,10 @@ def test_the_compilation_cache_is_where_it_was_asked_for(monkeypatch: pytest.Mon
     jax.config.update("jax_compilation_cache_dir", None)
     command.use_compilation_cache("/tmp/own")
     assert jax.config.jax_compilation_cache_dir == "/tmp/own"
+    jax.config.update("jax_compilation_cache_dir", None)
+    command.use_compilation_cache("~/own")
+    assert jax.config.jax_compilation_cache_dir == os.path.expanduser("~/own") != "~/own"
     command.use_compilation_cache("/tmp/other")  # jax has one already
-    assert jax.config.jax_compilation_cache_dir == "/tmp/own" and jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_compilation_cache_dir != "/tmp/other" and jax.config.jax_enable_compilation_cache
     command.use_compilation_cache("")
     assert not jax.config.jax_enable_compilation_cache

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -11,6 +12,7 @@ import runs
 from hetjax import convert, train
 from hetjax.data import DataConfig
 from hetjax.data.paths import expanded
+from hetjax.generate import __main__ as answers
 from hetjax.generate import ask
 from hetjax.generate.prompt import read_items
 from hetjax.hf.output import written
@@ -84,6 +86,13 @@ def test_what_is_missing_is_missing_at_home(
     except ValueError as error:
         message = str(error)
     assert "neither a Hugging Face folder" in message or str(home / "model") in message
+
+
+def test_prompts_lie_at_home(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = SimpleNamespace(chat=SimpleNamespace(items=[]))
+    monkeypatch.setattr(answers, "load", lambda *_, **__: model)
+    assert answers.main(["--model=x", "--prompts=~/asked.jsonl"]) == 2
+    assert f"--prompts={home}/asked.jsonl" in capsys.readouterr().err
 
 
 def test_what_is_written_is_written_at_home(home: Path) -> None:

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import io
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
+from hetjax import generate
+from hetjax.generate import __main__ as answers
 from hetjax.run import command, config
 from hetjax.run.ginfile import ConfigError
 
@@ -31,6 +34,7 @@ class Wild:
     root: str | None = None
     devices: str | tuple[int, ...] | None = None
     either: int | str | None = None
+    numbers: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
     listed: Sequence[str] = ()
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -49,7 +53,22 @@ def spelling() -> str:
 
 HEAD = "import test_settings_wild as t\n"
 TEXTS = [
-    *("a#b.json", "#", "/data/run (1)/x.json", "(1)", "()", "[1]", "[1].json", "{x}", "{'a': 1}", "a,b", "1 2"),
+    *(
+        "a#b.json",
+        "#",
+        "/data/run (1)/x.json",
+        "(1)",
+        "()",
+        "[1]",
+        "[1].json",
+        "{x}",
+        "{'a': 1}",
+        "{[1]: 2}",
+        "{@a: 1}",
+        "[" * 999,
+        "a,b",
+        "1 2",
+    ),
     *("me@host/a.json", "@home/a.json", "@a", "@x()", "@t.Wild", "100%", "%20/a", "%X", "$HOME/a", "a;b", "a=b", "="),
     *("it's.json", "'half", '"half', 'say "x".json', "'a'#b", "b'x'", "C:\\data\\new.json", "\\", "'\\d", "a\\"),
     *("a b", " a ", "a\tb", "a\nb", "a\nt.Wild.rate = 3", "日本/é.json", "🙂", "\udce9.json", "", "- a", "-a"),
@@ -106,6 +125,8 @@ TYPED = [
     typed({"names": ("*",)}, 'names=("*",)'),
     typed({"names": ()}, "names=[]"),
     typed(r"names=llm/\*: .*names = 'llm/\*', but it must be tuple.* in brackets: \['llm/\*'\]", "names=llm/*"),
+    typed(r"numbers=1,2: .*numbers = '1,2', but it must be tuple.* in brackets: \[1,2\]", "numbers=1,2"),
+    typed({"numbers": (1, 2)}, "numbers=[1,2]"),
     typed("names=.a.b: .*must be tuple", "names=[a[b"),
     typed({"starts": {"llm": "models/a#1", "vision": "C:\\b"}}, "starts={llm: models/a#1, 'vision': C:\\b}"),
     typed({"starts": {"llm": "2"}}, 'starts={"llm": 2}'),
@@ -149,6 +170,9 @@ STORED = [
     stored("run.gin:2: .*path = None, but it must be str", run=HEAD + "t.Wild.path = None\n"),
     stored("run.gin:2: .*listed = 'abc', but it must be .*Sequence", run=HEAD + "t.Wild.listed = 'abc'\n"),
     stored("run.gin:2: data is not a value; a string needs quotes", run=HEAD + "t.Wild.path = data/a.json\n"),
+    stored("run.gin: unhashable", run=HEAD + "t.Wild.starts = {[1]: 2}\n"),
+    stored("run.gin:2: .*null byte", run=HEAD + "t.Wild.path = 'a\0b'\n"),
+    stored("run.gin is not UTF-8 text", run=(HEAD + "t.Wild.count = 1\n").encode("utf-16")),
     stored("run.gin is not UTF-8 text", run=(HEAD + "t.Wild.path = 'é'\n").encode("latin-1")),
     stored({}, run=""),
     stored({"count": 2}, run=HEAD + "t.Wild.count = 1\nt.Wild.count = 2\n"),
@@ -267,3 +291,9 @@ record.write(pathlib.Path(sys.argv[1]), {"config.gin": "# \xe9"}, 3)
     assert ran.returncode == 0 and re.match(r"2 \\xd7 3 \\u65e5", ran.stdout), ran.stderr
     kept = {path.name: path.read_bytes().decode() for path in tmp_path.iterdir()}
     assert kept == {"config.gin": "# é", "config_until_step_3.gin": "# é 日本"}
+
+
+def test_lines_of_answers_are_json_whatever_the_terminal_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, shown in {"ascii": r'"\u00e9"', "utf-8": '"é"'}.items():
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert shown in answers._line(generate.ask("é"), generate.Answer("é", [3], True, 1))

@@ -148,6 +148,8 @@ def _statements(text: str, symbols: Mapping[str, Any], path: str) -> Iterator[An
     except (SyntaxError, tokenize.TokenError) as error:
         line = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
         raise ConfigError(f"{path}:{line}: {explain(error)}") from error
+    except TypeError as error:  # a dict's key that is a list, a dict or a reference
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _binding(text: str, symbols: Mapping[str, Any]) -> tuple[config_parser.BindingStatement, str]:

@@ -74,7 +74,7 @@ def read_typed(text: str, symbols: Mapping[str, Any], where: str) -> Typed:
             tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
             if len(statements) != 1 or any(token.type == tokenize.COMMENT for token in tokens):
                 raise SyntaxError("Unable to parse value.")
-    except (SyntaxError, tokenize.TokenError, ValueError) as error:  # ValueError: undecodable, or too many digits
+    except (SyntaxError, tokenize.TokenError, ValueError, TypeError, RecursionError) as error:  # text may be anything
         return Typed(text, None, f"{where}{explain(error)}", symbols)
     return Typed(text, statements[0].value, "", symbols)
 
@@ -82,7 +82,9 @@ def read_typed(text: str, symbols: Mapping[str, Any], where: str) -> Typed:
 def explain(error: Exception) -> str:
     """What is wrong with a value, from what gin's parser raised."""
     word = re.search(r"Failed to parse token '(.*)'", str(error.args[0]))
-    return f"{word[1]} is not a value; a string needs quotes: '{word[1]}'" if word else f"{error.args[0]}"
+    if word and word[1][:1] not in QUOTES:
+        return f"{word[1]} is not a value; a string needs quotes: '{word[1]}'"
+    return f"{error.args[0]}"
 
 
 def settle(typed: Typed, hint: Any, known: Callable[[Name], bool]) -> Any:
@@ -214,10 +216,12 @@ def _is_mapping(base: Any) -> bool:
 
 def wanted(value: Any, hint: Any) -> str:
     """What a field of type `hint` takes in place of `value`, for an error."""
-    base, args = _parts(hint)
+    args = _parts(hint)[1]
     name = hint.__name__ if isinstance(hint, type) and not args else str(hint)
-    alone = isinstance(value, str) and (_is_sequence(base) or any(_is_sequence(_parts(arg)[0]) for arg in args))
-    return re.sub(r"\bfloat\b", "finite float", name) + (f", in brackets: [{value!r}]" if alone else "")
+    items = [inner[1] for inner in map(_parts, (hint, *args)) if _is_sequence(inner[0])]
+    alone = isinstance(value, str) and items  # text that may be the items of a list
+    brackets = f", in brackets: [{value!r}]" if alone and str in items[0] else f", in brackets: [{value}]"
+    return re.sub(r"\bfloat\b", "finite float", name) + (brackets if alone else "")
 
 
 def leaves(value: Any) -> Iterator[Any]:
