@@ -21,7 +21,6 @@ from hetjax.run import command
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
     flags = _parser().parse_args(argv)
-    command.escape_unprintable()
     try:
         source = open_source(flags.source)
         if flags.command == "from_hf":

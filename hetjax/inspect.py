@@ -26,7 +26,6 @@ def main(argv: Sequence[str]) -> int:
         help="also write there what the encoders get, clips as spectrograms",
     )
     arguments = command.parse_arguments(argv, parser, needs_workdir=False)
-    command.escape_unprintable()
     flags = arguments.flags
     try:
         run = config.load(arguments.gin_files, arguments.bindings, experiment.Experiment)

@@ -29,7 +29,6 @@ from hetjax.run.log import Log
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0 trained or saved after a signal, 2 for what the user can fix."""
     arguments = command.parse_arguments(argv, command.new_parser("train", __doc__))
-    command.escape_unprintable()
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
         asked = config.asked(arguments.gin_files, arguments.bindings)

@@ -51,7 +51,6 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--shrink", action="store_true", help="a small model of the same layers and layouts")
     arguments = command.parse_arguments(argv, parser, needs_workdir=False)
-    command.escape_unprintable()
     flags = arguments.flags
     try:
         if flags.steps < 1:

@@ -278,7 +278,7 @@ def test_records_are_utf8_and_printing_ends_no_run_whatever_the_locale(locale: s
     code = r"""
 import pathlib, sys
 from hetjax.run import command, record
-command.escape_unprintable()
+command.new_parser("train", "")
 print("2 \xd7 3 \u65e5\u672c")
 record.write(pathlib.Path(sys.argv[1]), {"config.gin": "# \xe9 \u65e5\u672c"}, None)
 record.write(pathlib.Path(sys.argv[1]), {"config.gin": "# \xe9"}, 3)

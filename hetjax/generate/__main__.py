@@ -23,7 +23,6 @@ from hetjax.run import command
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
     flags = _parser().parse_args(argv)
-    command.escape_unprintable()
     try:
         sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.emulated_devices:

@@ -28,7 +28,12 @@ class Arguments:
 
 
 def new_parser(name: str, about: str) -> argparse.ArgumentParser:
-    """The parser of `hetjax NAME`; `about`, with its examples, is what --help begins with."""
+    """The parser of `hetjax NAME`; `about`, with its examples, is what --help begins with.
+
+    From here on the command prints \\xd7 where the terminal's encoding lacks a character, as under LC_ALL=C, and does
+    not end by it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
         prog=f"hetjax {name}", description=about.strip(), formatter_class=raw, allow_abbrev=False
@@ -65,12 +70,6 @@ def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser, *, nee
     except ValueError as error:
         parser.error(str(error))
     return Arguments(gin_files, settings, workdir, flags)
-
-
-def escape_unprintable() -> None:
-    """Prints \\xd7 where the terminal's encoding lacks a character, as under LC_ALL=C, and ends no command by it."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def emulate_devices(count: int) -> None:
