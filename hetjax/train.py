@@ -1,6 +1,7 @@
 """Trains: build, open the data, compile, restore, then step, log, evaluate and save until the last step.
 
-    python -m hetjax.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+    hetjax train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+    hetjax train --gin_file=configs/quickstart.gin --workdir=runs/short --gin.experiment.Experiment.steps=100
 
 Called again with the same --workdir it continues from the newest checkpoint. SIGTERM, or Ctrl-C, saves and exits with
 status 0; a second Ctrl-C stops at once.
@@ -19,7 +20,7 @@ from hetjax.core import memory
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
 from hetjax.hf import initial
-from hetjax.run import checkpoint, command, config, evaluate, experiment, metrics, record, samples
+from hetjax.run import checkpoint, command, config, evaluate, experiment, metrics, record, samples, terminal
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
@@ -27,12 +28,15 @@ from hetjax.run.log import Log
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0 trained or saved after a signal, 2 for what the user can fix."""
-    arguments = command.parse_arguments(argv)
+    arguments = command.parse_arguments(argv, command.new_parser("train", __doc__))
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
-        files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
-        asked = "\n".join([*files, "# command line", *arguments.bindings, ""])
-        train(run, Path(arguments.workdir), {"config.gin": asked, record.OPERATIVE: config.operative(run)})
+        asked = config.asked(arguments.gin_files, arguments.bindings)
+        workdir, start = Path(arguments.workdir), time.perf_counter()
+        train(run, workdir, {"config.gin": asked, record.OPERATIVE: config.operative(run)})
+        records, kept = metrics.read_jsonl(workdir / metrics.FILE), checkpoint.steps_in(workdir / "checkpoints")
+        seconds = time.perf_counter() - start
+        print(terminal.summary(workdir, records, num_steps=run.ends[-1], kept=kept, seconds=seconds))
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

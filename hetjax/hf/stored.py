@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hetjax.data.paths import expanded
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
 from hetjax.hf.parts import Parts
@@ -133,7 +134,7 @@ class Workdir:
 
 def open_source(path: str | Path) -> Source:
     """The source at `path`, whatever it is. Raises ConvertError."""
-    where = Path(path).absolute()
+    where = Path(expanded(path)).absolute()
     if not where.is_dir():
         raise ConvertError(f"{path}: no such directory; name a Hugging Face folder, a checkpoint or a workdir")
     if (where / MODEL).is_file():

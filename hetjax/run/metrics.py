@@ -16,10 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from hetjax.run.samples import Sample
+from hetjax.run.terminal import Terminal
 
 FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
 Values = Mapping[str, Any]  # numbers, or scalars of NumPy or jax
@@ -153,41 +151,3 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-
-
-class Terminal:
-    """A progress bar on a terminal, a line per write elsewhere (files, CI, notebooks)."""
-
-    def __init__(self, num_steps: int, step: int, stream: TextIO) -> None:
-        self.num_steps, self.stream = num_steps, stream
-        console = Console(file=stream)
-        self.progress: Progress | None = None
-        if console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, TextColumn("{task.description}"), console=console)
-            self.task = self.progress.add_task("", total=num_steps, completed=step)
-            self.progress.start()
-
-    def write(self, step: int, values: Values) -> None:
-        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, description=text)
-        else:
-            print(f"step {step}/{self.num_steps}  {text}", file=self.stream, flush=True)
-
-    def show(self, step: int, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            texts = {"asked": sample.question, "answered": sample.answer, "expected": sample.expected}
-            line = "  ".join(f"{name} {' '.join(text.split())!r}" for name, text in texts.items())
-            if self.progress is not None:
-                self.progress.console.print(f"step {step}: {line}", markup=False, highlight=False)
-            else:
-                print(f"step {step}/{self.num_steps}  {line}", file=self.stream, flush=True)
-
-    def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-
-def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -25,9 +25,9 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
     with _explained(workdir):
         for name, text in files.items():
             path, new = workdir / name, workdir / f"{name}.new"
-            new.write_text(text)
+            new.write_text(text, encoding="utf-8")
             kept = path.with_stem(f"{path.stem}_until_step_{resumed}")
-            if resumed is not None and path.exists() and path.read_text() != text and not kept.exists():
+            if resumed is not None and path.exists() and path.read_text(encoding="utf-8") != text and not kept.exists():
                 os.replace(path, kept)
             os.replace(new, path)
 
@@ -35,7 +35,7 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
 def changed(workdir: Path, operative: str) -> str:
     """The settings that decide which arrays a run has, where the operative configuration in `workdir` differs."""
     path = workdir / OPERATIVE
-    before, now = _settings(path.read_text() if path.is_file() else ""), _settings(operative)
+    before, now = _settings(path.read_text(encoding="utf-8") if path.is_file() else ""), _settings(operative)
     found = {name: value for name, value in now.items() if ARRAYS.search(name) and before.get(name, value) != value}
     return ", ".join(f"{name} = {value}, which was {before[name]}" for name, value in found.items())
 
