@@ -26,6 +26,7 @@ from hetjax.run.names import flat, nested
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax writes, until it is complete
 FIRST_STEP = "first_step"  # of the trainer that saved: where its optimizer's state began
 
 
@@ -41,7 +42,10 @@ class Checkpoints:
     """The checkpoints of one run: DIR/<step>, the last `keep` of them."""
 
     def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
+        """Removes what a call left unfinished. Raises CheckpointError if `directory` is a file."""
         self.directory = Path(directory).absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is no directory; move it away, or use another workdir")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
@@ -51,8 +55,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.suppress(*(() if kind is None else (CheckpointError,))):  # one error is told, the first
+            self.wait()
+        self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -139,15 +145,15 @@ class Checkpoints:
         with self._explained(self.latest or 0, "written"):
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, and ends the writer's threads."""
-        self.wait()
-        self._manager.close()
-
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps whose checkpoints lie in `directory`. Makes nothing, as `Checkpoints` does."""
+    """The steps whose complete checkpoints lie in `directory`. Makes nothing, as `Checkpoints` does."""
     return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+
+
+def unfinished_in(directory: Path) -> list[Path]:
+    """What calls that were killed, or met a full disk, left of checkpoints that they wrote."""
+    return sorted(directory.glob(f"*{UNFINISHED}*"))
 
 
 def programs(trainer: Trainer) -> Thunks:
