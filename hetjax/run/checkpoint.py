@@ -26,6 +26,8 @@ from hetjax.run.names import flat, nested
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
+READING = "if it is damaged, remove this directory and the run resumes from the one before"
+WRITING = "make room if the disk is full, and start the same command again"  # it, or the one that was under way
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax writes, until it is complete
 FIRST_STEP = "first_step"  # of the trainer that saved: where its optimizer's state began
 
@@ -56,9 +58,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with contextlib.suppress(*(() if kind is None else (CheckpointError,))):  # one error is told, the first
+        """Waits, and ends the writer's threads. Raises as `wait`, unless an error is under way: that one is told."""
+        try:
             self.wait()
-        self._manager.close()
+            self._manager.close()
+        except Exception:
+            if kind is None:
+                raise
 
     @property
     def latest(self) -> int | None:
@@ -71,7 +77,7 @@ class Checkpoints:
         Raises CheckpointError if it was not, or if the one before it could not be written."""
         if self.latest == state.step:
             return
-        with self._explained(state.step, "written"):
+        with self._explained(state.step, "written", WRITING):
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
             )
@@ -90,7 +96,7 @@ class Checkpoints:
         if step is None:
             raise CheckpointError(f"{self.directory}: no complete checkpoint; train first, or check the path")
         data = self.check(trainer, step)
-        with self._explained(step, "read"):
+        with self._explained(step, "read", READING):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(nested(abstract_names(trainer))))
             found = self._manager.restore(step, args=args)
         return from_names(trainer, dict(flat(found["state"])), step), data
@@ -99,7 +105,7 @@ class Checkpoints:
         """The position of the data at `step`. Reads no array.
 
         Raises CheckpointError if the checkpoint is damaged, of another phase, or of another model or optimizer."""
-        with self._explained(step, "read"):
+        with self._explained(step, "read", READING):
             self._check_phase(step, trainer.spec.first_step)
             self._check_names(step, abstract_names(trainer))
             return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
@@ -129,7 +135,7 @@ class Checkpoints:
                 )
 
     @contextlib.contextmanager
-    def _explained(self, step: int, what: str) -> Iterator[None]:
+    def _explained(self, step: int, what: str, way_out: str) -> Iterator[None]:
         try:
             yield
         except CheckpointError:
@@ -137,12 +143,12 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(
                 f"{self.directory / str(step)}: the checkpoint cannot be {what} ({type(error).__name__}: {error}); "
-                "if it is damaged, remove this directory and the run resumes from the one before"
+                f"{way_out}"
             ) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises CheckpointError if something could not be written."""
-        with self._explained(self.latest or 0, "written"):
+        with self._explained(self.latest or 0, "written", WRITING):
             self._manager.wait_until_finished()
 
 
