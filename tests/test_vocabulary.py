@@ -91,7 +91,7 @@ def test_a_new_row_of_the_head_never_has_the_largest_logit(dtype: type) -> None:
     parts = Parts(llm=Decoder(vocab_size=FULL, width=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_width=8))
     models, found = vocabulary.grown(parts, {"lm_head.weight": head}, FULL)
     grown = found["lm_head.weight"].read()
-    assert models.llm is not None and grown.shape == (models.llm.vocab_size, 16) and grown.dtype == dtype
+    assert models.llm is not None and grown.shape == (models.llm.vocab_size, 16) == (64, 16) and grown.dtype == dtype
     logits = rng.normal(size=(1000, 16)) @ grown.astype(np.float64).T
     assert (logits.argmax(1) < FULL).all()
     assert vocabulary.grown(parts, {"lm_head.weight": head}, FULL - 1)[0] is parts, "an id that is there needs no row"
