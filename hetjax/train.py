@@ -3,7 +3,7 @@
     python -m hetjax.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
 
 Called again with the same --workdir it continues from the newest checkpoint. SIGTERM, or Ctrl-C, saves and exits with
-status 0; a second Ctrl-C stops at once.
+status 0; a second Ctrl-C, or an error, saves the last complete step if it can, and says which one lies where.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from hetjax.run.log import Log
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit status: 0 trained or saved after a signal, 2 for what the user can fix."""
+    """The exit status: 0 trained or saved after a signal, 2 for what the user can fix. Other errors go through."""
     arguments = command.parse_arguments(argv)
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
@@ -58,7 +58,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         starts = {} if checkpoint.steps_in(directory) else _starts(run, trainers[0])
         refusal = export.refusal(run, workdir)
         if refusal:
-            print(f"not for transformers: convert to_hf will refuse it whole: {refusal}", flush=True)
+            print(f"no export: python -m hetjax.convert to_hf will refuse it whole: {refusal}", flush=True)
         stack.enter_context(record.made(workdir))
         checkpoints = stack.enter_context(_open_checkpoints(run, workdir))
         resumed = checkpoints.latest
