@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from hetjax.data import Pictures
 from hetjax.data.items import ItemSpec
 from hetjax.hf import chat_template, older, pictures
-from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
 from hetjax.hf.folder import TOKENIZER
 from hetjax.hf.parts import Parts
@@ -36,9 +35,7 @@ class Beside(NamedTuple):
 
 
 def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping[str, Extras]) -> Beside:
-    """All that goes beside the weights of `parts`, which the source names as `named` says.
-
-    Raises ConvertError if no id is left for the token of pictures or clips."""
+    """All that goes beside the weights of `parts`, which the source names as `named` says."""
     came: dict[str, Path] = {}
     for part in ("vision", "audio", "llm"):  # the language model's tokenizer wins
         files = extras[part].files if part in extras else {}
@@ -61,9 +58,10 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
         came = {name: path for name, path in came.items() if name not in TOKENIZER}
         made = {name: value for name, value in made.items() if name not in TOKENIZER}
     encoder = None if whole is None else next(e for e in run.encoders if e.name == named[whole.encoder])
-    if encoder is not None and token is None:
-        token = _add_token(tokenizer, encoder.placeholder, parts.llm.vocab_size)
-        came.pop("tokenizer.json", None)
+    if encoder is not None and (token is None or encoder.placeholder in _ids(tokenizer)):
+        token = _add_token(tokenizer, encoder.placeholder)
+        if "tokenizer.json" in came and read_json(came["tokenizer.json"]) != tokenizer:
+            came.pop("tokenizer.json")
     if parts.whole and Tokenizer.from_str(json.dumps(tokenizer)).num_special_tokens_to_add(False):
         tokenizer["post_processor"] = None  # processors let it add tokens, which no prompt of the training had
         came.pop("tokenizer.json", None)
@@ -101,20 +99,14 @@ def item_token(extras: Extras, field: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def _add_token(tokenizer: dict[str, Any], text: str, vocab_size: int) -> int:
-    """The id of `text` in the tokenizer, which gets it as a new one if it has none."""
+def _add_token(tokenizer: dict[str, Any], text: str) -> int:
+    """The id of `text` in the tokenizer, which gets it as a new one if it has none; the vocabulary may have to grow."""
     added = tokenizer.setdefault("added_tokens", [])
     ids = _ids(tokenizer)
-    if text in (token["content"] for token in added):
-        return ids[text]
     new = ids.get(text, max(ids.values()) + 1)
-    if new >= vocab_size:
-        raise ConvertError(
-            f"Decoder.vocab_size={vocab_size}: all ids are taken by the tokenizer's {new} tokens, and {text} needs one "
-            f"in the exported model; give the tokenizer a token {text}, or train with vocab_size={new + 1} or more"
-        )
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added.append({"id": new, "content": text, **flags, "special": True})
+    if text not in (token["content"] for token in added):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": new, "content": text, **flags, "special": True})
     return new
 
 

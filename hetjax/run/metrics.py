@@ -58,12 +58,31 @@ def open_writers(
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line that a killed run left unfinished is left out."""
-    lines = Path(path).read_text().split("\n")
-    records = [json.loads(line) for line in lines[:-1]]
-    with contextlib.suppress(json.JSONDecodeError):
-        records += [json.loads(lines[-1])] if lines[-1] else []
-    return records
+    """The records of a metrics.jsonl. A last line that a killed run left unfinished is left out.
+
+    Raises ValueError for another line that is none."""
+    *lines, rest = Path(path).read_text(errors="replace").split("\n")
+    records = [_record(line) for line in lines]
+    if None in records:
+        raise ValueError(
+            f"{path}:{records.index(None) + 1} is no record: {lines[records.index(None)][:60]!r}; remove the line, or "
+            "move the file away"
+        )
+    return [record for record in (*records, _record(rest)) if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+def last_step(directory: Path) -> int | None:
+    """The last step of which there are records in `directory`. Raises ValueError for a file that holds others."""
+    files = (directory / name for name in (FILE, SAMPLES))
+    return max((record["step"] for path in files if path.is_file() for record in read_jsonl(path)), default=None)
 
 
 class _All:
@@ -101,17 +120,27 @@ class JsonLines:
 
     def write(self, step: int, values: Values) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        self.file.flush()
+        with _explained(self.directory / FILE):
+            self.file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+            self.file.flush()
 
     def show(self, step: int, samples: Sequence[Sample]) -> None:
-        with (self.directory / SAMPLES).open("a") as file:
+        with _explained(self.directory / SAMPLES), (self.directory / SAMPLES).open("a") as file:
             for sample in samples:
                 texts = dict(id=sample.id, question=sample.question, answer=sample.answer, expected=sample.expected)
                 file.write(json.dumps({"step": step} | texts) + "\n")
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # every line was written out, or its error raised
+            self.file.close()
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; make room there, and start the same command again") from error
 
 
 def _replace(path: Path, text: str) -> None:

@@ -6,14 +6,22 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hetjax.run import lock
+
 OPERATIVE = "operative_config.gin"
 ARRAYS = re.compile(r"/model/|\.(encoders|model|phases|name|frozen|trainable|momentum)$")  # what decides a run's arrays
 
 
-def make(workdir: Path) -> None:
-    """Makes the directory. Raises ValueError if it cannot be made."""
-    with _explained(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def made(workdir: Path) -> Iterator[None]:
+    """The directory, made if it is not there, for this process alone.
+
+    Raises ValueError if it cannot be made or written, or if another run uses it."""
+    with contextlib.ExitStack() as stack:
+        with _explained(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.held(workdir))
+        yield
 
 
 def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
