@@ -146,14 +146,14 @@ def test_a_run_that_dies_in_its_second_phase_ends_as_if_it_had_not(
 
     def step(self: Trainer, state: State, *rest: Any) -> Any:
         if state.step == 5:
-            raise KeyboardInterrupt  # behind the save of step 4; nothing of what follows it in the loop runs
+            raise KeyboardInterrupt  # between two saves; the last step is saved as it ends
         return plain(self, state, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Trainer, "step", step)
         train.train(run, workdir)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        assert checkpoints.latest == 4
+        assert checkpoints.latest == 5
     train.train(run, workdir)
     assert curves(workdir) == curves(whole)
 

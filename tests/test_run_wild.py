@@ -444,10 +444,13 @@ def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continu
     assert newest == saved or saved < 0, text
     assert re.search(rf"step {newest} .*{workdir}/checkpoints.*the same command continues", text), text
     assert re.search(said.replace("DIR", str(workdir)), text), text
+    if name == "values":
+        assert not runs.records(workdir, "eval/loss"), "nothing is told of an evaluation that did not end"
     status, text = call(workdir, **changes)
     assert status == 0 and f"at step {newest}\n" in text
     losses = runs.records(workdir)
     assert losses == {n: undisturbed[n] for n in losses} and losses.keys() >= set(range(newest + 1, STEPS + 1))
+    assert list(runs.records(workdir, "eval/loss")) == [3, 6, STEPS]
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(STEPS)]
 
 
