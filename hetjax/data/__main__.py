@@ -1,6 +1,7 @@
-"""`python -m hetjax.data inspect ...` starts hetjax/inspect.py, by name: the command stands above the runs
-that it reads, and these above the data."""
+"""`python -m hetjax.data inspect ...` calls hetjax/inspect.py, by name: the command stands above the runs that it
+reads, and these above the data."""
 
-import runpy
+import importlib
+import sys
 
-runpy.run_module("hetjax.inspect", run_name="__main__")
+sys.exit(importlib.import_module("hetjax.inspect").main(sys.argv[1:]))
