@@ -173,8 +173,7 @@ def _signalled() -> Iterator[list[int]]:
 
 def _report_data(loader: Loader) -> None:
     fill = ", ".join(f"{name} {share:.0%}" for name, share in loader.fill().items())
-    counts = f"bad samples: {len(loader.bad)}; cut: {len(loader.truncated)}; too long: {len(loader.too_long)}"
-    print(f"not padding: {fill}; {counts}")
+    print(f"not padding: {fill}; {loader.tally.report()}")
 
 
 def _finished(workdir: Path, step: int) -> bool:

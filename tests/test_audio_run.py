@@ -111,10 +111,11 @@ def test_transformers_hears_the_same_from_the_file_to_the_logits(workdir: Path, 
 
     reader = source.run.encoders[1].items.reader  # type: ignore[attr-defined]
     values = [reader.read(f) for f in files]
-    batch = {f"audio.{name}": jnp.stack([v[name] for v, _ in values]) for name in ("mel", "frames")}
+    batch = {f"audio.{name}": jnp.stack([v[name] for v in values]) for name in ("mel", "frames")}
     tokens = made["input_ids"].numpy().astype(np.int32)
     index = np.full(tokens.shape, -1, np.int32)
-    index[tokens == token] = [slot * SPEECH.rows + r for slot, (_, rows) in enumerate(values) for r in range(rows)]
+    places = [slot * SPEECH.rows + r for slot, f in enumerate(files) for r in range(reader.look(f).rows)]
+    index[tokens == token] = places
     batch |= {"tokens": tokens, "audio.index": index, "positions": np.arange(tokens.shape[1])[None].astype(np.int32)}
     batch["segment_ids"] = np.ones_like(tokens)
     models, params = source.models, whole(source)

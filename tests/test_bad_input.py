@@ -198,7 +198,7 @@ DATA = [
     ),
     (data(groups=0), "DataConfig.groups=0; it must be at least 1"),
     (
-        encoder(placeholder="<i>") | data(on_bad_item="stop"),
+        encoder(field="plot") | data(on_bad_item="stop"),
         "; repair it, or set DataConfig.on_bad_item='skip' to go on",
     ),
 ]

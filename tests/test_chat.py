@@ -17,7 +17,15 @@ from hetjax.hf import chat_template
 
 VISION = ItemSpec("vision", rows=3, reader=Pictures(4, 4))
 CHART = ItemSpec("chart", rows=2, reader=Pictures(2, 2), field="plot", placeholder="<|plot|>")
-CHATML = Template("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n")
+CHATML = Template(
+    "",
+    "<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_end|>",
+    "\n",
+    "<|im_start|>system\n",
+    "<|im_end|>\n",
+)
 ODD = Template("é{{ \"quoted\" }} 'single' \\n", "🙂{% raw %}\t", ' \\"}}\n', "<|im_end|>", "  \n\n")
 
 
@@ -53,6 +61,8 @@ def test_the_chat_template_of_an_export_gives_the_ids_of_the_run(
         ask(" a <image> b <|plot|> <image> ", image=[picture, picture], plot=[picture]),
         Prompt(("one <image>", "answer {{ one }}", "two", "answer", "three"), {"image": (picture,)}),
         Prompt(("one", "two", "three"), {"image": (picture,)}),
+        Prompt(("one", "two", "three"), {"image": (picture,)}, system="be 'brief' {{"),
+        Prompt(("one",), system=""),
     ]
     for prompt in prompts:
         found = read_items(prompt, items)
@@ -66,7 +76,7 @@ def test_the_chat_template_of_an_export_gives_the_ids_of_the_run(
 
 def test_other_roles_and_parts_than_the_training_had_are_refused() -> None:
     written = chat_template.write(CHATML, (VISION,))
-    for message in ({"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
+    for message in ({"role": "tool", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}):
         with pytest.raises(jinja.jinja2.TemplateError, match="the model was"):
             jinja.render(written, [message], {})
 
@@ -118,9 +128,12 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "more placeholders": (ask("<image> <image>", image="a.png"), "2 <image>, but 1 image file"),
+    "more placeholders": (ask("<image> <image>", image="a.png"), "2 <image>, image names 1 files"),
     "no encoder": (ask("x", audio="a.ogg"), "the model has no encoder for audio; it takes image"),
-    "a placeholder in an answer": (Prompt(("a", "<image>", "b")), "an answer of the prompt has <image>"),
+    "a placeholder in an answer": (
+        Prompt(("a", "<image>", "b"), {"image": ("a.png",)}),
+        "an answer contains <image>; it may stand in questions only",
+    ),
 }
 
 
@@ -135,12 +148,14 @@ def test_files_and_placeholders_must_agree(case: str, tokenizer: Tokenizer, pict
         chat.encode(prompt, read_items(prompt, chat.items))
 
 
-def test_a_longer_token_that_hides_a_placeholder_is_named(tokenizer: Tokenizer, picture: str) -> None:
+def test_a_longer_token_hides_no_placeholder(tokenizer: Tokenizer, picture: str) -> None:
     hiding = Tokenizer.from_str(tokenizer.to_str())
     hiding.add_special_tokens(["<image>s"])
-    chat, prompt = RunChat(hiding, CHATML, (VISION,)), ask("<image>s?", image=picture)
-    with pytest.raises(ValueError, match="a longer token holds the others"):
-        chat.encode(prompt, read_items(prompt, chat.items))
+    prompt = ask("<image>s?", image=picture)
+    first, second = (
+        RunChat(t, CHATML, (VISION,)).encode(prompt, read_items(prompt, (VISION,))) for t in (tokenizer, hiding)
+    )
+    assert first == second
 
 
 def test_a_template_that_fails_is_named(tokenizer: Tokenizer) -> None:
@@ -153,13 +168,13 @@ def test_files_of_prompts_are_read_line_by_line_and_their_faults_named(tmp_path:
     path, turns = tmp_path / "asked.jsonl", [{"from": "human", "value": "a\u2028b\x85c"}]
     write = lambda **more: path.write_text(json.dumps({"conversations": turns} | more, ensure_ascii=False), "utf-8")
     write(image="a.png")
-    (prompt,) = read_prompts(path, ["image"])
+    (prompt,) = read_prompts(path, (VISION,))
     assert prompt == Prompt(("a\u2028b\x85c",), {"image": (str(tmp_path / "a.png"),)}, "1")
     for wrong in (5, {"a": "b"}, ["a.png", None]):
         write(image=wrong)
         with pytest.raises(ValueError, match=r"asked.jsonl:1: image=.*; it must be a file name or a list"):
-            read_prompts(path, ["image"])
+            read_prompts(path, (VISION,))
     for wrong, message in (({}, "has no conversations"), ({"conversations": [*turns, *turns]}, "human begins")):
         write(**{"conversations": None} | wrong)
         with pytest.raises(ValueError, match=f"asked.jsonl:1: .*{message}"):
-            read_prompts(path, [])
+            read_prompts(path, ())

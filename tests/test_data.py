@@ -19,7 +19,7 @@ from PIL import Image
 from hetjax.assets import easy_vqa
 from hetjax.data import DataConfig, DataError, ItemSpec, Loader, Pictures, Template, blank, inspect, tokens
 from hetjax.data.conversations import Sample
-from hetjax.data.items import Item, count
+from hetjax.data.items import Header, count
 
 ROOT = Path(__file__).parent.parent
 TEXT = Spec({})
@@ -140,8 +140,8 @@ def test_a_sample_that_does_not_fit_is_the_first_of_the_next_microbatch(tmp_path
 
 def test_picture_values_are_rescaled_resized_and_normalised(tmp_path: Path) -> None:
     reader = Pictures(height=4, width=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
-    pixels = lambda name: reader.read(tmp_path / name)[0]["pixels"]
-    shown = lambda name: reader.to_rgb(reader.read(tmp_path / name)[0])
+    pixels = lambda name: reader.read(tmp_path / name)["pixels"]
+    shown = lambda name: reader.to_rgb(reader.read(tmp_path / name))
     raw = np.random.default_rng(0).integers(0, 256, (4, 8, 3)).astype(np.uint8)
     Image.fromarray(raw).save(tmp_path / "same.png")
     got = pixels("same.png")
@@ -170,9 +170,11 @@ class Lengths:
     arrays = types.MappingProxyType({"length": ((), np.dtype(np.int32))})
     blank = types.MappingProxyType({"length": -1.0})
 
-    def read(self, path: Path) -> tuple[dict[str, np.ndarray], int]:
-        number = int(path.read_text())
-        return {"length": np.int32(number)}, number
+    def look(self, path: Path) -> Header:
+        return Header(int(path.read_text()))
+
+    def read(self, path: Path) -> dict[str, np.ndarray]:
+        return {"length": np.int32(path.read_text())}
 
 
 def test_an_item_takes_as_many_positions_as_it_needs(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_template_surrounds_turns_and_trains_on_answers_and_end_tokens_only(tmp_
     config = DataConfig(str(tmp_path / "x.json"), seq_len=32, samples_per_group=1, template=template)
     tokenizer = tokens.load_tokenizer(config, [VISION])
     sample = Sample(0, "x", ("<image> q0", "a0", "q1", "a1"), {"vision": ("a",)})
-    made = tokens.encode(sample, tokenizer, [VISION], config, {"vision": [Item({}, rows=4)]})
+    made = tokens.encode(sample, tokens.Speller(tokenizer, [VISION], template), config, {"vision": [4]})
     words = [tokenizer.id_to_token(t) for t in [*made.tokens, made.targets[-1]]]
     assert " ".join(words) == "isso <pad> <pad> <pad> <pad> q0 , a0 <end> , so q1 , a1 <end>".replace("isso", "<unk>")
     assert [tokenizer.id_to_token(t) for t in made.targets[made.weights > 0]] == ["a0", "<end>", "a1", "<end>"]
@@ -222,14 +224,14 @@ def test_long_samples_are_truncated_or_skipped_and_counted(tmp_path: Path) -> No
     shape = dict(path=path, seq_len=12, samples_per_group=4, shuffle=False)
     with Loader(DataConfig(**shape), [VISION]) as loader:
         ((batch, owner),) = loader.one_pass()
-        assert (loader.truncated, loader.too_long) == ({1}, {2, 3})
+        assert (loader.tally.truncated, loader.tally.too_long) == ({1}, {2, 3})
         words = [word for word, _, _ in corpus.expected(1, long, [VISION])]
         assert [loader.tokenizer.id_to_token(t) for t in batch["tokens"][1]] == words[:12]
         assert [loader.tokenizer.id_to_token(t) for t in batch["targets"][1]] == words[1:13]
         assert set(owner.ravel().tolist()) == {-1, 0, 1}
     with Loader(DataConfig(**shape, on_long="skip"), [VISION]) as loader:
         ((_, owner),) = loader.one_pass()
-        assert (loader.truncated, loader.too_long) == (set(), {1, 2, 3})
+        assert (loader.tally.truncated, loader.tally.too_long) == (set(), {1, 2, 3})
         assert set(owner.ravel().tolist()) == {-1, 0}
 
 

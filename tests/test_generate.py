@@ -192,7 +192,7 @@ REFUSED = {
     "no such model": (dict(model="nowhere"), "nowhere: no such directory"),
     "no such picture": (dict(image=["gone.png"]), "gone.png: there is no such file"),
     "no encoder": (dict(audio=["a.ogg"]), "audio a.ogg: the model has no encoder for audio; it takes image"),
-    "too few pictures": (dict(prompt=["<image> <image> w3"], image=["PICTURE"]), "2 <image>, but 1 image file"),
+    "too few pictures": (dict(prompt=["<image> <image> w3"], image=["PICTURE"]), "2 <image>, image names 1 files"),
     "too long": (dict(prompt=["w3 " * 300]), "exceeds the model's 256 positions"),
     "tp": (dict(tp=[3]), "tp=3 does not divide heads=4"),
     "devices": (dict(tp=[4], dp=[4]), "there are 8"),
@@ -200,7 +200,7 @@ REFUSED = {
     "greedy with top_k": (dict(top_k=[5]), "do nothing at temperature=0"),
     "top_p": (dict(temperature=[1], top_p=[0]), "top_p=0.0; it must be above 0"),
     "no tokens": (dict(max_new_tokens=[0]), "max_new_tokens=0; it must be at least 1"),
-    "broken lines": (dict(prompt=[], prompts=["LINES"]), "asked.jsonl:1 is not JSON"),
+    "broken lines": (dict(prompt=[], prompts=["LINES"]), "asked.jsonl:1: line 1 is not JSON"),
 }
 
 

@@ -38,14 +38,14 @@ def test_a_reduced_picture_gives_the_pixels_of_the_whole_one(
         exif = Image.Exif()
         exif[0x0112] = orientation
         image.save(path, quality=92, exif=exif)
-        whole = {name: reader.to_rgb(reader.read(path)[0]).astype(int) for name, reader in READERS.items()}
+        whole = {name: reader.to_rgb(reader.read(path)).astype(int) for name, reader in READERS.items()}
         with monkeypatch.context() as patch:
             patch.setattr(photos, "LARGE", 2**16)
             for name, reader in READERS.items():
                 read = photos.read(path, reader._surplus)
                 assert read.image.size[0] * 4 <= read.size[0] + 3, name
                 np.testing.assert_allclose(
-                    reader.to_rgb(reader.read(path)[0]),
+                    reader.to_rgb(reader.read(path)),
                     whole[name],
                     rtol=0,
                     atol=STEPS,

@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Save, str]] = {
 
 def corners(reader: Pictures, path: Path) -> np.ndarray:
     """[4, 3]: the colours in the middle of the four quadrants that the reader makes."""
-    pixels = reader.to_rgb(reader.read(path)[0]).astype(int)
+    pixels = reader.to_rgb(reader.read(path)).astype(int)
     assert pixels.shape == (8, 8, 3)
     return pixels[[1, 1, 6, 6], [1, 6, 1, 6]]
 
@@ -197,7 +197,7 @@ def test_it_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
 def test_a_wide_picture_is_padded_to_a_square_with_the_mean_colour(tmp_path: Path) -> None:
     quadrants(32, 16).save(tmp_path / "a.png")
     reader = Pictures(16, 16, mean=(0.2, 0.4, 0.6), pad_to_square=True)
-    pixels = reader.to_rgb(reader.read(tmp_path / "a.png")[0])
+    pixels = reader.to_rgb(reader.read(tmp_path / "a.png"))
     np.testing.assert_array_equal(pixels[[0, 15]], np.broadcast_to((51, 102, 153), (2, 16, 3)))
     np.testing.assert_array_equal(pixels[[6, 6, 9, 9], [3, 12, 3, 12]], COLOURS)
 

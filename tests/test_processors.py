@@ -15,7 +15,6 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hetjax.data import DataConfig, ItemSpec, Pictures, Template, tokens
-from hetjax.data.items import Item
 from hetjax.hf import pictures
 
 transformers = pytest.importorskip("transformers")
@@ -86,8 +85,8 @@ def test_pixels_are_those_of_transformers_bit_for_bit(name: str, tmp_path: Path)
         save(tmp_path / file)
         image = transformers.image_utils.load_image(str(tmp_path / file))
         theirs = processor(image, return_tensors="np")
-        ours, rows = reader.read(tmp_path / file)
-        assert rows is None
+        assert reader.look(tmp_path / file).rows == 0
+        ours = reader.read(tmp_path / file)
         np.testing.assert_array_equal(ours["pixels"], theirs["pixel_values"][0].transpose(1, 2, 0), err_msg=file)
 
 
@@ -125,7 +124,7 @@ def test_forms_of_the_hub_are_read_as_transformers_reads_them(form: str, tmp_pat
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     FILES["rgb.png"](tmp_path / "a.png")
     theirs = processor(Image.open(tmp_path / "a.png"), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(reader.read(tmp_path / "a.png")[0]["pixels"], theirs)
+    np.testing.assert_array_equal(reader.read(tmp_path / "a.png")["pixels"], theirs)
 
 
 def test_transformers_5_s_own_files_are_read(tmp_path: Path) -> None:
@@ -169,8 +168,8 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "marks by a normaliser": llama,
 }
 VISION = ItemSpec("vision", 3, Pictures(8, 8))
-TURNS = ("<image>\nwhat is it ?<|im_start|> it", "a circle .")
-TEMPLATE = Template(start="<s>", human_prefix="USER: ", human_suffix=" ASSISTANT:", end_token="</s>")
+TURNS = ("<image>\nwhat is it ? it", "a circle .")
+TEMPLATE = Template(start="<s>", human_prefix="USER<|im_start|> ", human_suffix=" ASSISTANT:", end_token="</s>")
 
 
 @pytest.mark.parametrize("placeholder", ["has a token", "gets a token"])
@@ -192,10 +191,14 @@ def test_ids_are_those_of_transformers_for_texts_special_tokens_and_prompts(
     for text in [*TEXTS, "<s> it is</s> so", "<|im_start|>user\nis it<|im_end|>\n"]:
         assert ours.encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False)["input_ids"]
 
-    spelled = tokens.spell(TURNS[:1], ours, [VISION], TEMPLATE, {"vision": [Item({}, rows=3)]})
+    spelled = tokens.Speller(ours, [VISION], TEMPLATE).spell(TURNS[:1], {"vision": [3]})
     prompt = TEMPLATE.start + TEMPLATE.human_prefix + TURNS[0] + TEMPLATE.human_suffix
     expected = theirs(prompt.replace("<image>", "<image>" * 3), add_special_tokens=False)["input_ids"]
     image = theirs.convert_tokens_to_ids("<image>")
     assert spelled.tokens == [tokens.NO_TEXT if token == image else token for token in expected]
     assert spelled.starts == {"vision": [expected.index(image)]} and expected.count(image) == 3
+    text = "<s>is it</s> a <|im_start|>circle <|im_end|>"  # of a user, who may write what he likes
+    bare = tokens.Speller(ours, [VISION], Template(human_suffix="", end_token="</s>"))
+    spelled = bare.spell((text,), {"vision": []})
+    assert spelled.tokens == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokens.vocab_size(ours, [VISION]) == 1 + max(id for t, id in theirs.get_vocab().items() if t != "<image>")

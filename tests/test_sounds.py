@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds, blank, inspect, sounds
-from hetjax.data.conversations import SampleError
+from hetjax.data.problems import SampleError
 from hetjax.run.experiment import Encoder
 from models.whisper import Whisper
 
@@ -176,6 +176,31 @@ def test_broken_missing_and_long_clips_are_counted_and_named(tmp_path: Path) -> 
 def test_what_is_said_of_pictures_means_nothing_to_an_encoder_that_hears(setting: dict) -> None:
     with pytest.raises(ValueError, match=r"audio: \w+=.* means nothing to an encoder of clips; leave it out"):
         Encoder(MODEL, **setting).items  # noqa: B018
+
+
+def test_a_clip_cut_at_its_context_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, [(80,), (90,), (200,)])
+    with Loader(DataConfig(path, seq_len=64, samples_per_group=1, shuffle=False), [VISION, AUDIO]) as loader:
+        assert len(list(loader.one_pass())) == 3 and not loader.bad
+        assert loader.tally.cut_items == {1, 2} and "with a cut picture or clip: 2" in loader.tally.report()
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert (
+        said
+        == f"sample 'id-1': its clip {tmp_path / '1-0.wav'} of 0.9 s is cut at 0.8 s; further ones are only counted"
+    )
+
+
+def test_rows_are_those_of_the_header_whatever_is_decoded(tmp_path: Path) -> None:
+    for rate in (8000, 11025, 16000, 44100, 48000):
+        for count in (rate // 3, rate // 3 + 1, 2 * rate + 7):
+            for name in ("a.wav", "a.flac", "a.mp3", "a.ogg"):
+                if rate == 11025 and name == "a.mp3":
+                    continue
+                soundfile.write(tmp_path / name, noise(count), rate)
+                header = AUDIO.look(tmp_path / name)
+                frames = int(AUDIO.read(tmp_path / name).values["frames"])
+                wanted = min(-(-count * sounds.RATE // rate), MODEL.context * sounds.HOP)
+                assert frames == -(-wanted // sounds.HOP) and header.rows == MODEL.rows_of(frames), (rate, count, name)
 
 
 def test_a_file_cut_short_is_no_clip(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 Imports nothing else of hetjax, and no jax: runs, folders and generation stand above and import from here.
 """
 
-from hetjax.data.conversations import Problem, Sample
+from hetjax.data.conversations import Sample
 from hetjax.data.items import ItemSpec, blank
 from hetjax.data.loader import Loader
 from hetjax.data.pictures import Pictures
+from hetjax.data.problems import Problem
 from hetjax.data.settings import DataConfig, DataError, Template
 from hetjax.data.sounds import Sounds
 

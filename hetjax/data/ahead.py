@@ -1,32 +1,44 @@
 """Work done before it is asked for: samples in parallel threads, microbatches in one. Never changes their order."""
 
 import collections
-import concurrent.futures
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
-def in_order(function: Callable[[A], B], inputs: Iterable[A], workers: int) -> Generator[tuple[A, B], None, None]:
-    """(input, result) for each input, in their order; `workers` threads run a few inputs ahead."""
-    pending: collections.deque[tuple[A, concurrent.futures.Future[B]]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="hetjax-read") as pool:
-        try:
-            for value in inputs:
-                pending.append((value, pool.submit(function, value)))
-                if len(pending) > 2 * workers:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads; at the end they finish what they do, and begin nothing more."""
+    pool = ThreadPoolExecutor(count, thread_name_prefix="hetjax-read")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[A], B], inputs: Iterable[A], ahead: int
+) -> Generator[tuple[A, B], None, None]:
+    """(input, result) for each input, in their order; the pool works on up to `ahead` of them before they are due."""
+    pending: collections.deque[tuple[A, Future[B]]] = collections.deque()
+    try:
+        for value in inputs:
+            pending.append((value, pool.submit(function, value)))
+            if len(pending) > ahead:
                 first, future = pending.popleft()
                 yield first, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
 
 
 class Ahead(Generic[A]):

@@ -1,42 +1,25 @@
-"""Reads LLaVA JSON: a file becomes samples, and entries that are no sample become problems with a name and a reason.
+"""An entry of a data set becomes a sample, or a problem with a name and a reason.
 
     {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                     {"from": "gpt", "value": "a circle"}]}
 
-`image` may be missing, one name, or a list: as many as there are placeholders in the questions, in their order. So may
-`audio`, for <audio>, and whatever other field an encoder has.
+is LLaVA's spelling. The other common one has messages, role, content, user and assistant, and a question's content may
+be a list of parts: [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}].
 """
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hetjax.data import media, source
 from hetjax.data.items import ItemSpec
+from hetjax.data.media import Files
+from hetjax.data.problems import Problem, SampleError, name_of, shown
 from hetjax.data.settings import DataError
+from hetjax.data.source import Malformed, Repeated, kind
 
-ROLES = ("human", "gpt")
-
-
-class Problem(NamedTuple):
-    """A sample that is left out. `path` is the picture or clip at fault, else the file that holds the sample."""
-
-    sample: str
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"sample {self.sample!r} ({self.path}): {self.reason}"
-
-
-class SampleError(Exception):
-    """Why one sample cannot be used; `path` as in `Problem`."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(reason)
-        self.path, self.reason = path, reason
+HUMAN, GPT, SYSTEM = "human", "gpt", "system"
+ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM, "developer": SYSTEM}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,6 +30,7 @@ class Sample:
     id: str
     turns: tuple[str, ...]  # question, answer, question, answer, ...
     files: Mapping[str, tuple[str, ...]]  # item name -> file names, in the order of the placeholders
+    system: str | None = None  # the system turn, before the first question
 
 
 class Conversations(NamedTuple):
@@ -56,93 +40,138 @@ class Conversations(NamedTuple):
     digest: str
 
 
+class Talk(NamedTuple):
+    """What an entry says, and the files that it names; placeholders may be missing."""
+
+    system: str | None
+    turns: tuple[str, ...]  # question, answer, question, ...
+    files: Files
+
+
+class Turn(NamedTuple):
+    """One turn, and the files that its parts name: (item name, file name)."""
+
+    role: str
+    text: str
+    files: tuple[tuple[str, str], ...]
+
+
 def read(path: str, items: Sequence[ItemSpec]) -> Conversations:
     """Every entry of the file. Raises DataError if it cannot be read, is empty, or if a sample can never fit."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"DataConfig.path={path!r}: {error.strerror}; name a file of conversations") from error
-    raw = list(_lines(content, path) if path.endswith(".jsonl") else _list(content, path))
-    if not raw:
-        raise DataError(f"{path} holds no conversation; a run needs at least one")
-    entries = tuple(_entry(value, ordinal, items, path) for ordinal, value in enumerate(raw))
+    found = source.read(path, "DataConfig.path")
+    entries = tuple(_entry(value, ordinal, items, path) for ordinal, value in enumerate(found.entries))
     for entry in entries:
         if isinstance(entry, Sample):
             _check_slots(entry, items, path)
-    return Conversations(entries, hashlib.sha256(content).hexdigest()[:16])
-
-
-def _list(content: bytes, path: str) -> list[Any]:
-    value = _parse(content, path)
-    if not isinstance(value, list):
-        raise DataError(
-            f"{path} holds {_kind(value)}, but a .json file must hold a list of conversations; "
-            "for one conversation a line use .jsonl"
-        )
-    return value
-
-
-def _lines(content: bytes, path: str) -> Iterator[Any]:
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            yield _parse(line, f"{path}:{number}")
-
-
-def _parse(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 text: {error}; save it as UTF-8") from error
+    return Conversations(entries, found.digest)
 
 
 def _entry(value: Any, ordinal: int, items: Sequence[ItemSpec], path: str) -> Sample | Problem:
-    name = str(value.get("id", ordinal)) if isinstance(value, dict) else str(ordinal)
+    name = name_of(value, ordinal)
     try:
-        turns = read_turns(value)
-        if len(turns) % 2:
+        talk = read_talk(value, items)
+        if len(talk.turns) % 2:
             raise SampleError("", "the conversation ends on human, so its last question has no answer")
-        files = {item.name: _files(value, item, turns) for item in items}
+        turns = media.placed(talk.turns, items, talk.files)
     except SampleError as error:
         return Problem(name, path, error.reason)
-    return Sample(ordinal, name, turns, files)
+    return Sample(ordinal, name, turns, talk.files, talk.system)
 
 
-def read_turns(value: Any) -> tuple[str, ...]:
-    """The texts of an entry: question, answer, question, ... Raises SampleError."""
+def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
+    """The texts and files of an entry, whose files are all for one of `items`. Raises SampleError.
+
+    A gpt turn before the first question is left out, as LLaVA does: it answers nothing."""
+    if isinstance(value, Malformed):
+        raise SampleError("", value.reason)
     if not isinstance(value, dict):
-        raise SampleError("", f"it is {_kind(value)}, but must be an object with conversations")
-    turns = value.get("conversations")
-    if not isinstance(turns, list) or not turns:
+        raise SampleError("", f"it is {kind(value)}, but must be an object with conversations")
+    _check_keys(value, "it")
+    entries = media.only(value, ("conversations", "messages"), "it", (None, []))
+    if not isinstance(entries, list):
         raise SampleError("", "it has no conversations; they must be a list of turns")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise SampleError("", f'turn {number} must be {{"from": ..., "value": text}}, not {turn!r}')
-        if turn.get("from") not in ROLES:
-            raise SampleError("", f"turn {number} is from {turn.get('from')!r}; it must be one of {', '.join(ROLES)}")
-        if turn["from"] != ROLES[number % 2]:
-            raise SampleError("", f"turn {number} is from {turn['from']}; human and gpt take turns, human begins")
-    return tuple(turn["value"] for turn in turns)
+    turns = [_turn(turn, f"turn {number}", items) for number, turn in enumerate(entries)]
+    system, first = _system(value, turns)
+    files = _joined(media.of_entry(value, items), [file for turn in turns for file in turn.files], items)
+    first += len(turns) > first and turns[first].role == GPT
+    for number, turn in enumerate(turns[first:]):
+        if turn.role == SYSTEM:
+            raise SampleError("", f"turn {first + number} is a system turn; only the first one may be")
+        if turn.role != (HUMAN, GPT)[number % 2]:
+            raise SampleError("", f"turn {first + number} is from {turn.role}; human and gpt take turns, human begins")
+    if first == len(turns):
+        raise SampleError("", "it has no question; human and gpt take turns")
+    return Talk(system, tuple(turn.text for turn in turns[first:]), files)
 
 
-def read_files(value: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """The file names of an entry. Raises SampleError."""
-    files = value.get(field)
-    files = [] if files is None else [files] if isinstance(files, str) else files
-    if not isinstance(files, list) or not all(isinstance(f, str) and f for f in files):
-        raise SampleError("", f"{field}={files!r}; it must be a file name or a list of them")
-    return tuple(files)
+def _check_keys(value: Mapping[str, Any], where: str) -> None:
+    if isinstance(value, Repeated):
+        raise SampleError("", f"{where} has {shown(value.key)} twice; leave one out")
 
 
-def _files(value: dict[str, Any], item: ItemSpec, turns: tuple[str, ...]) -> tuple[str, ...]:
-    files = read_files(value, item.field)
-    if any(item.placeholder in answer for answer in turns[1::2]):
-        raise SampleError("", f"an answer contains {item.placeholder}; it may stand in questions only")
-    count = sum(question.count(item.placeholder) for question in turns[::2])
-    if count != len(files):
-        raise SampleError("", f"its questions have {count} {item.placeholder}, {item.field} names {len(files)} files")
-    return files
+def _system(value: Mapping[str, Any], turns: Sequence[Turn]) -> tuple[str | None, int]:
+    """(the system text, the turns that it takes)."""
+    text, taken = value.get("system"), turns[0].role == SYSTEM
+    if text in (None, ""):
+        return (turns[0].text, 1) if taken else (None, 0)
+    if taken or not isinstance(text, str):
+        rule = "has a system turn beside it; leave one out" if taken else "must be a text"
+        raise SampleError("", f"system={shown(text)} {rule}")
+    media.check_text(text, "system")
+    return text, 0
+
+
+def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
+    wanted = '{"from": ..., "value": text} or {"role": ..., "content": text or parts}'
+    if not isinstance(turn, dict):
+        raise SampleError("", f"{where} must be {wanted}, not {shown(turn)}")
+    _check_keys(turn, where)
+    role = media.only(turn, ("from", "role"), where)
+    content = media.only(turn, ("value", "content"), where)
+    if not isinstance(content, (str, list)):
+        raise SampleError("", f"{where} must be {wanted}, not {shown(turn)}")
+    speaker = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if speaker is None:
+        raise SampleError("", f"{where} is from {shown(role)}; it must be one of {', '.join(ROLES)}")
+    media.check_read(turn, where)
+    parts = [content] if isinstance(content, str) else [_part(part, where, speaker, items) for part in content]
+    text = "".join(part if isinstance(part, str) else part[0] for part in parts)
+    media.check_text(text, where)
+    return Turn(speaker, text, tuple(part[1] for part in parts if isinstance(part, tuple) and part[1]))
+
+
+def _part(part: Any, where: str, role: str, items: Sequence[ItemSpec]) -> str | tuple[str, tuple[str, str] | None]:
+    """A part's text; of a picture or clip its placeholder on a line of its own, and the file if the part names it."""
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise SampleError("", f'{where} has a part {shown(part)}; it must be {{"type": "text", "text": ...}}')
+    _check_keys(part, where)
+    form = part["type"]
+    if form == "text":
+        if not isinstance(part.get("text"), str):
+            raise SampleError("", f"{where} has a part {shown(part)} without a text")
+        media.check_read(part, where)
+        return part["text"]
+    item = next((i for i in items if form in (i.field, f"{i.field}_url", f"input_{i.field}")), None)
+    if item is None:
+        raise SampleError("", f"{where} has a part of type {shown(form)}, which no encoder takes")
+    if role != HUMAN:
+        raise SampleError("", f"{where} is from {role} and has a part of type {shown(form)}; questions alone may")
+    keys = tuple(dict.fromkeys((item.field, form, "path", "url")))
+    media.check_read(part, where, keys)
+    named = media.only(part, keys, where)
+    named = named.get("url", named.get("path", named)) if isinstance(named, dict) else named
+    file = None if named is None else (item.name, media.file_name(named, item.field))
+    return f"{item.placeholder}\n", file
+
+
+def _joined(beside: Files, within: Sequence[tuple[str, str]], items: Sequence[ItemSpec]) -> Files:
+    """The files of an entry, which stand beside its turns or within them."""
+    for item in items:
+        names = tuple(file for name, file in within if name == item.name)
+        if names and beside[item.name]:
+            raise SampleError("", f"it names files both under {item.field} and in the parts of its turns")
+        beside[item.name] += names
+    return beside
 
 
 def _check_slots(sample: Sample, items: Sequence[ItemSpec], path: str) -> None:
@@ -153,8 +182,3 @@ def _check_slots(sample: Sample, items: Sequence[ItemSpec], path: str) -> None:
                 f"sample {sample.id!r} ({path}) has {count} {item.reader.noun}s for {item.name}, but slots_per_group="
                 f"{item.slots_per_group}: no group can hold it; raise slots_per_group to {count} or take the sample out"
             )
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -1,16 +1,25 @@
 """What an encoder asks of the data: which files it sees or hears, how they are read, and how many there is room for."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from hetjax.data.problems import SampleError
 from hetjax.data.settings import DataConfig
 
 Abstract = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
 Values = Mapping[str, np.ndarray]
+
+
+class Header(NamedTuple):
+    """What a file's header tells before anything is decoded."""
+
+    rows: int = 0  # positions of the sequence that it takes; 0: all that its encoder gives
+    cut: str = ""  # what is left out of it, in words; "": nothing
 
 
 class Item(NamedTuple):
@@ -36,8 +45,12 @@ class Reader(Protocol):
         """Array -> the value that stands for nothing to see or hear; the arrays that are left out say no more."""
         ...
 
-    def read(self, path: Path) -> tuple[Values, int | None]:
-        """The values of one file, and how many rows it takes (None: all that its encoder gives). Raises SampleError."""
+    def look(self, path: Path) -> Header:
+        """What the file's header tells, which decides where its sample stands. Raises SampleError."""
+        ...
+
+    def read(self, path: Path) -> Values:
+        """The values of one file, of as many rows as its header promises. Raises SampleError."""
         ...
 
     def to_rgb(self, values: Values) -> np.ndarray:
@@ -64,10 +77,18 @@ class ItemSpec:
             if not getattr(self, name):
                 raise ValueError(f"{self.name}: {name} is empty; give it a name, such as 'image' or '<image>'")
 
+    def look(self, path: Path) -> Header:
+        """What the header of a file tells. Raises SampleError with the path and the reason."""
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end; `Path` raises for long names
+            why = f"cannot be read as a {self.reader.noun}: it is a directory or a device"
+            raise SampleError(str(path), why)
+        found = self.reader.look(path)
+        return found._replace(rows=found.rows or self.rows)
+
     def read(self, path: Path) -> Item:
         """The item in a file. Raises SampleError with the path and the reason."""
-        values, rows = self.reader.read(path)
-        return Item(values, self.rows if rows is None else rows)
+        rows = self.look(path).rows
+        return Item(self.reader.read(path), rows)
 
 
 def count(microbatch: Mapping[str, np.ndarray], item: ItemSpec) -> int:

@@ -9,22 +9,21 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetjax.data import conversations, microbatch, tokens
-from hetjax.data.ahead import Ahead, in_order
-from hetjax.data.conversations import Problem, Sample, SampleError
+from hetjax.data import conversations, media, microbatch, tokens
+from hetjax.data.ahead import Ahead, in_order, threads
+from hetjax.data.conversations import Sample
 from hetjax.data.items import Abstract, ItemSpec, check_items, count
-from hetjax.data.microbatch import Arrays, Filling, Prepared
+from hetjax.data.making import Making
+from hetjax.data.microbatch import Arrays, File, Filling, Planned
+from hetjax.data.problems import Problem, SampleError
 from hetjax.data.settings import DataConfig, DataError
+from hetjax.data.tally import Tally
 from hetjax.data.tokens import TooLong
-
-LOG = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
@@ -46,20 +45,16 @@ class Made(NamedTuple):
 class Loader:
     """Microbatches of a data set. Raises ValueError at once for what can be known before the first file is read.
 
-    bad: malformed samples and those with a missing or broken file, each once.
-    truncated, too_long: ordinals of samples that were cut, and of those skipped for their length.
+    `tally` counts what is not trained on as it stands.
     """
 
     def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = ()) -> None:
         self.config, self.items = config, tuple(items)
-        check_items(config, self.items)
         self._entries, self._digest = conversations.read(config.path, self.items)
+        check_items(config, self.items)  # behind the path, which may be wrong for all of them
         self.tokenizer = tokens.load_tokenizer(config, self.items)
-        self.bad: list[Problem] = []
-        self.truncated: set[int] = set()
-        self.too_long: set[int] = set()
-        self._named: set[int] = set()  # ordinals in `bad`
-        self._naming = threading.Lock()  # a pass for evaluation may run beside the thread that works ahead
+        self._speller = tokens.Speller(self.tokenizer, self.items, config.template)
+        self.tally = Tally(config, len(self._entries))
         self._position = Position()
         self._ahead: Ahead[Made] | None = None
         self._waited = 0.0
@@ -67,15 +62,18 @@ class Loader:
         self._handed_out = 0
         for ordinal, entry in enumerate(self._entries):
             if isinstance(entry, Problem):
-                self._reject(ordinal, entry)
-        if len(self.bad) == len(self._entries):
-            raise self._nothing_left()
+                self.tally.reject(ordinal, entry)
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def bad(self) -> list[Problem]:
+        """Malformed samples and those with a missing or broken file, each once."""
+        return self.tally.bad
 
     @property
     def num_samples(self) -> int:
@@ -124,17 +122,19 @@ class Loader:
                 yield arrays, owner
 
     def questions(self, count: int) -> Iterator[tuple[Arrays, np.ndarray]]:
-        """(microbatch, owner) of the first `count` samples that can be read, one a row, each up to its last answer.
+        """(microbatch, owner) of the first `count` samples that are well-formed, one a row, each up to its last answer.
 
         owner is int32 [samples, seq_len]: the ordinal of the sample at the last position of its row, else -1.
         """
-        ready = (self._prepare(ordinal, tokens.ask) for ordinal in range(self.num_samples))
-        waiting = list(itertools.islice((s for s in ready if isinstance(s, Prepared)), count))
+        ready = (self._plan(ordinal, tokens.ask) for ordinal in range(self.num_samples))
+        waiting = list(itertools.islice((s for s in ready if isinstance(s, Planned)), count))
         config = dataclasses.replace(self.config, pack=False)
-        while waiting:
-            filling = Filling(config, self.items)
-            waiting = [s for s in waiting if not filling.place(s)]
-            yield filling.arrays, filling.owner
+        with threads(self.config.workers) as pool:
+            while waiting:
+                making = Making(Filling(config, self.items), pool)
+                waiting = [s for s in waiting if not making.place(s)]
+                self._settle(making)
+                yield making.filling.arrays, making.filling.owner
 
     def fill(self) -> dict[str, float]:
         """How much of what was handed out by `next_step` is not padding: of the positions, and of each item's slots."""
@@ -187,83 +187,71 @@ class Loader:
         """Microbatches from a position on. A sample that fits nowhere waits, and is the first to enter the next one."""
         held = [(o, position._replace(waiting=())) for o in position.waiting]
         inputs = itertools.chain(held, self._following(position, endless=endless))
-        reader = in_order(lambda pair: self._prepare(pair[0]), inputs, self.config.workers)
-        with contextlib.closing(reader):
-            results = iter(reader)
-            waiting = [r for _, r in itertools.islice(results, len(held)) if isinstance(r, Prepared)]
+        with (
+            threads(self.config.workers) as pool,
+            contextlib.closing(in_order(pool, self._plan_at, inputs, 2 * self.config.workers)) as results,
+        ):
+            waiting = [r for _, r in itertools.islice(results, len(held)) if isinstance(r, Planned)]
             good = self._good(results)
             while True:
-                filling = Filling(self.config, self.items)
-                waiting = [s for s in waiting if not filling.place(s)]
-                while not filling.full and len(waiting) < self.config.lookahead:
+                making = Making(Filling(self.config, self.items), pool)
+                waiting = [s for s in waiting if not making.place(s)]
+                while not making.filling.full and len(waiting) < self.config.lookahead:
                     after, sample = next(good, (position, None))
                     if sample is None:
                         break
                     position = after
-                    if not filling.place(sample):
+                    if not making.place(sample):
                         waiting.append(sample)
-                if filling.empty:
+                if making.filling.empty:
                     return
+                self._settle(making)
                 position = position._replace(waiting=tuple(s.ordinal for s in waiting))
-                yield Made(filling.arrays, filling.owner, position)
+                yield Made(making.filling.arrays, making.filling.owner, position)
 
     def _good(
-        self, results: Iterator[tuple[tuple[int, Position], Prepared | Problem | TooLong]]
-    ) -> Iterator[tuple[Position, Prepared]]:
-        """What can be placed, in order; the rest is counted. Raises DataError if a whole epoch is left out."""
-        left_out = 0
+        self, results: Iterator[tuple[tuple[int, Position], Planned | Problem | TooLong]]
+    ) -> Iterator[tuple[Position, Planned]]:
+        """What can be placed, in order; the rest is counted. Raises DataError if nothing is left."""
         for (ordinal, after), result in results:
-            left_out += 1
-            if isinstance(result, Prepared):
-                left_out = 0
-                if result.text.truncated:
-                    self._count_long(ordinal, self.truncated, "it is truncated")
-                yield after, result
-            elif isinstance(result, Problem):
-                self._reject(ordinal, result)
+            if isinstance(result, Problem):
+                self.tally.reject(ordinal, result)
+            elif isinstance(result, TooLong):
+                self.tally.cut(self.samples[ordinal], self.tally.too_long, f"it is skipped: {result}")
             else:
-                self._count_long(ordinal, self.too_long, f"it is skipped: {result}")
-            if left_out == self.num_samples:
-                raise self._nothing_left()
+                if result.text.truncated:
+                    self.tally.cut(self.samples[ordinal], self.tally.truncated, "it is truncated")
+                if result.cut:
+                    self.tally.cut(self.samples[ordinal], self.tally.cut_items, result.cut)
+                yield after, result
 
-    def _prepare(
-        self, ordinal: int, encode: Callable[..., tokens.Encoded] = tokens.encode
-    ) -> Prepared | Problem | TooLong:
-        """The sample, tokenised and with its items. Runs in the workers' threads."""
+    def _plan_at(self, place: tuple[int, Position]) -> Planned | Problem | TooLong:
+        ordinal, _ = place
+        return self._plan(ordinal)
+
+    def _plan(self, ordinal: int, encode: Callable[..., tokens.Encoded] = tokens.encode) -> Planned | Problem | TooLong:
+        """The sample, tokenised and with what its files' headers tell. Runs in the workers' threads."""
         sample = self._entries[ordinal]
         if isinstance(sample, Problem):
             return sample
         root = self.config.media_path
         try:
-            items = {i.name: [i.read(root / f) for f in sample.files[i.name]] for i in self.items}
-            text = encode(sample, self.tokenizer, self.items, self.config, items)
+            paths = {item.name: [media.locate(root, name) for name in sample.files[item.name]] for item in self.items}
+            headers = {item.name: [item.look(path) for path in paths[item.name]] for item in self.items}
+            rows = {name: [header.rows for header in found] for name, found in headers.items()}
+            text = encode(sample, self._speller, self.config, rows)
         except TooLong as error:
             return error
         except SampleError as error:
             return Problem(sample.id, error.path or self.config.path, error.reason)
-        return Prepared(ordinal, text, items)
+        files = {name: [File(*pair) for pair in zip(paths[name], rows[name], strict=True)] for name in paths}
+        cut = (header.cut for found in headers.values() for header in found if header.cut)
+        return Planned(ordinal, text, files, next(cut, ""))
 
-    def _reject(self, ordinal: int, problem: Problem) -> None:
-        if self.config.on_bad_item == "stop":
-            raise DataError(f"{problem}; repair it, or set DataConfig.on_bad_item='skip' to go on without it")
-        with self._naming:
-            if ordinal in self._named:
-                return
-            self._named.add(ordinal)
-            self.bad.append(problem)
-        LOG.warning("skipped %s", problem)
-
-    def _count_long(self, ordinal: int, seen: set[int], what: str) -> None:
-        if not seen:
-            LOG.warning("sample %r: %s; further ones are only counted", self.samples[ordinal].id, what)
-        seen.add(ordinal)
-
-    def _nothing_left(self) -> DataError:
-        reasons = "; ".join(str(p) for p in self.bad[:3])
-        return DataError(
-            f"{self.config.path}: every one of its {self.num_samples} samples is left out, {len(self.bad)} as bad and "
-            f"{len(self.too_long)} as longer than seq_len={self.config.seq_len}. {reasons or 'Raise seq_len'}"
-        )
+    def _settle(self, making: Making) -> None:
+        """Names the samples whose files turned out to be broken; they are masked where they stand."""
+        for ordinal, error in making.settle():
+            self.tally.reject(ordinal, Problem(self.samples[ordinal].id, error.path, error.reason), masked=True)
 
     def _count(self, arrays: Arrays) -> None:
         self._handed_out += 1

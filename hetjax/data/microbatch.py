@@ -6,26 +6,56 @@ group:
     groups=2, samples_per_group=2, slots_per_group=3
     rows   0 1 | 2 3        index[row, position] = slot * rows + row of the item, or -1
     slots  0 1 2 | 3 4 5    so a group never needs what another holds
+
+What stands where is decided before any picture or clip is decoded, by texts and headers. A sample with one that then
+turns out to be broken is masked where it stands: so whoever reads none but its own pictures makes the same microbatch.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hetjax.data.items import Abstract, Item, ItemSpec
+from hetjax.data.items import Abstract, ItemSpec, Values
 from hetjax.data.settings import DataConfig
 from hetjax.data.tokens import Encoded
 
 Arrays = dict[str, np.ndarray]
 
 
-class Prepared(NamedTuple):
-    """A sample that is ready to be placed."""
+class File(NamedTuple):
+    """A picture or clip of which the header was read."""
+
+    path: Path
+    rows: int  # positions of the sequence that it takes
+
+
+class Planned(NamedTuple):
+    """A sample that is ready to be placed: its text and its files' headers are read."""
 
     ordinal: int
     text: Encoded
-    items: Mapping[str, Sequence[Item]]  # those of each encoder, in the order of their placeholders
+    files: Mapping[str, Sequence[File]]  # item name -> its files, in the order of their placeholders
+    cut: str = ""  # what is left out of its files, in words
+
+
+class Slot(NamedTuple):
+    """Where the values of a file go."""
+
+    item: ItemSpec
+    file: File
+    number: int  # of the item's slots in the microbatch
+    places: slice  # positions of its row
+
+
+class Placed(NamedTuple):
+    """Where a sample stands."""
+
+    ordinal: int
+    row: int
+    places: slice
+    slots: tuple[Slot, ...]
 
 
 def abstract(config: DataConfig, items: Sequence[ItemSpec]) -> dict[str, Abstract]:
@@ -65,23 +95,34 @@ class Filling:
         """Whether no further sample can fit."""
         return all(used >= self._config.seq_len if self._config.pack else used for used in self._used)
 
-    def place(self, sample: Prepared) -> bool:
-        """Whether the first row with room, in a group with slots, took the sample."""
+    def place(self, sample: Planned) -> Placed | None:
+        """Where the first row with room, in a group with slots, took the sample. Its slots are empty yet."""
         for row in range(self._config.samples):
             if self._fits(sample, row):
-                self._put(sample, row)
-                return True
-        return False
+                return self._put(sample, row)
+        return None
 
-    def _fits(self, sample: Prepared, row: int) -> bool:
+    def put(self, slot: Slot, values: Values) -> None:
+        """Fills a slot."""
+        for array, value in values.items():
+            self.arrays[f"{slot.item.name}.{array}"][slot.number] = value
+
+    def mask(self, placed: Placed) -> None:
+        """Nothing is trained on in a sample, nor do its slots show anything; every other one stays where it is."""
+        self.arrays["weights"][placed.row, placed.places] = 0
+        self.owner[placed.row, placed.places] = -1
+        for slot in placed.slots:
+            self.arrays[f"{slot.item.name}.index"][placed.row, slot.places] = -1
+
+    def _fits(self, sample: Planned, row: int) -> bool:
         if self._used[row] and not self._config.pack:
             return False
         if self._used[row] + len(sample.text.tokens) > self._config.seq_len:
             return False
         group = row // self._config.samples_per_group
-        return all(self._slots[i.name][group] + len(sample.items[i.name]) <= i.slots_per_group for i in self._items)
+        return all(self._slots[i.name][group] + len(sample.files[i.name]) <= i.slots_per_group for i in self._items)
 
-    def _put(self, sample: Prepared, row: int) -> None:
+    def _put(self, sample: Planned, row: int) -> Placed:
         text, start = sample.text, self._used[row]
         place = slice(start, start + len(text.tokens))
         self._segments[row] += 1
@@ -92,12 +133,17 @@ class Filling:
         self.arrays["positions"][row, place] = np.arange(len(text.tokens))
         self.arrays["segment_ids"][row, place] = self._segments[row]
         self.owner[row, place] = np.where(text.weights > 0, sample.ordinal, -1)
-        group = row // self._config.samples_per_group
-        for item in self._items:
-            for first, found in zip(text.starts[item.name], sample.items[item.name], strict=True):
-                slot = group * item.slots_per_group + self._slots[item.name][group]
-                self._slots[item.name][group] += 1
-                for array, values in found.values.items():
-                    self.arrays[f"{item.name}.{array}"][slot] = values
-                rows = slice(start + first, start + first + found.rows)
-                self.arrays[f"{item.name}.index"][row, rows] = slot * item.rows + np.arange(found.rows)
+        slots = tuple(
+            self._slot(sample, row, start, item, n) for item in self._items for n in range(len(sample.files[item.name]))
+        )
+        return Placed(sample.ordinal, row, place, slots)
+
+    def _slot(self, sample: Planned, row: int, start: int, item: ItemSpec, number: int) -> Slot:
+        """The slot that a sample's file gets, whose rows stand in the index."""
+        group, file = row // self._config.samples_per_group, sample.files[item.name][number]
+        slot = group * item.slots_per_group + self._slots[item.name][group]
+        self._slots[item.name][group] += 1
+        first = start + sample.text.starts[item.name][number]
+        places = slice(first, first + file.rows)
+        self.arrays[f"{item.name}.index"][row, places] = slot * item.rows + np.arange(file.rows)
+        return Slot(item, file, slot, places)

@@ -5,9 +5,10 @@ its pixels for each that the model sees: the resizing that follows has the last 
 whole picture but for a few of 255 steps at sharp edges. Other formats are decoded whole.
 """
 
+import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -18,6 +19,7 @@ LARGE = 2**26  # pixels
 MAX_PIXELS = 2**27  # that are decoded: about 1 GB for a moment, with the copy that is turned or converted
 MAX_REDUCED = 2**28  # of a file that is decoded at a reduced size
 GAP = 3
+ANIMATED = ("GIF", "PNG", "TIFF", "WEBP")  # and not a telephone's JPEG, which carries a preview
 ON_ITS_SIDE, RIGHT_FIRST, BOTTOM_FIRST = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)  # EXIF's orientations
 
 Size = tuple[int, int]  # width, height
@@ -39,24 +41,52 @@ class Photo(NamedTuple):
         return self.image.resize(size, method, box=self.box)
 
 
+class Opened(NamedTuple):
+    """A picture of which the header is read and accepted."""
+
+    image: Image.Image
+    size: Size
+    reduction: int  # by which its sides are divided when it is decoded
+
+
+def look(path: Path, surplus: Callable[[Size], float]) -> bool:
+    """Whether frames follow the first, as the header tells. `surplus` and raises as `read`."""
+    with _opened(path, surplus) as (image, _, _):
+        return image.format in ANIMATED and _has_several(image)
+
+
 def read(path: Path, surplus: Callable[[Size], float]) -> Photo:
     """The picture in a file. `surplus`: pixels on a side of a picture of that size for one that the model sees.
 
     Raises what Pillow raises for broken bytes, and ValueError for what it would change in silence or is too large.
     """
+    with _opened(path, surplus) as (image, size, reduction):
+        if math.prod(size) <= LARGE:
+            return _whole(image)
+        with _DECODING:
+            return _whole(image) if reduction == 1 else _reduced(image, size, reduction)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, surplus: Callable[[Size], float]) -> Iterator[Opened]:
     with path.open("rb") as file, _open(file) as image:
         if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8, and give a white picture
             raise ValueError(f"its mode {image.mode} has more than 8 bits a channel; convert it to 8")
         size = image.size
-        if math.prod(size) <= LARGE:
-            return _whole(image)
-        reduction = _reduce(image, surplus(size))
+        reduction = _reduce(image, surplus(size)) if math.prod(size) > LARGE else 1
         limit = MAX_PIXELS if reduction == 1 else MAX_REDUCED
         if math.prod(size) > limit:
             more = "" if reduction > 1 else f", or a JPEG, of which up to {MAX_REDUCED} are read at a reduced size"
             raise ValueError(f"it is {size[0]} x {size[1]} pixels, more than {limit}; make it smaller{more}")
-        with _DECODING:
-            return _whole(image) if reduction == 1 else _reduced(image, size, reduction)
+        yield Opened(image, size, reduction)
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Whether there are frames behind the first; what is broken behind it does no harm."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
 
 
 def _open(file: BinaryIO) -> Image.Image:

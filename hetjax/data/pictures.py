@@ -5,8 +5,9 @@ resized, the middle cut out) and LlavaImageProcessor (padded to a square before)
 the same steps in the same order and precision.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from hetjax.data import photos
-from hetjax.data.conversations import SampleError
-from hetjax.data.items import Abstract, Values
+from hetjax.data.items import Abstract, Header, Values
 from hetjax.data.photos import Photo
+from hetjax.data.problems import SampleError
 
 METHODS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -59,20 +60,21 @@ class Pictures:
         """The mean colour of the normalisation."""
         return {"pixels": 0.0}
 
-    def read(self, path: Path) -> tuple[Values, None]:
+    def look(self, path: Path) -> Header:
+        """A picture's size and mode are in its header. Raises SampleError with the path and the reason."""
+        with _explained(path):
+            several = photos.look(path, self._surplus)
+        return Header(cut=f"its picture {path} has several frames, of which the first is taken" if several else "")
+
+    def read(self, path: Path) -> Values:
         """The pixels: upright, RGB without transparency, padded if asked, resized, in 0..1, less the mean, by std.
 
         Raises SampleError with the path and the reason.
         """
-        try:
+        with _explained(path):
             rgb = self._fitted(photos.read(path, self._surplus))
-        except FileNotFoundError as error:
-            raise SampleError(str(path), "there is no such file") from error
-        except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error...
-            reason = str(error) or type(error).__name__
-            raise SampleError(str(path), f"cannot be read as a picture: {reason}") from error
         pixels = (np.asarray(rgb, np.float64) * (1 / 255)).astype(np.float32)
-        return {"pixels": (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)}, None
+        return {"pixels": (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)}
 
     def _surplus(self, size: photos.Size) -> float:
         """Pixels on a side of a picture of this size for one that the model sees."""
@@ -102,3 +104,15 @@ class Pictures:
         """uint8 [height, width, 3], as the encoder's picture looks."""
         colours = values["pixels"] * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return np.clip(np.rint(colours * 255), 0, 255).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What goes wrong with a picture becomes a SampleError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SampleError(str(path), "there is no such file") from error
+    except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error...
+        reason = str(error) or type(error).__name__
+        raise SampleError(str(path), f"cannot be read as a picture: {reason}") from error

@@ -1,6 +1,7 @@
 """What the data of a run are: settings that check themselves. None of them is a layout, and none is taken from one."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 ON_BAD_ITEM = ("skip", "stop")
@@ -11,14 +12,20 @@ class DataError(ValueError):
     """What is wrong with the data themselves; names the file or the sample, and the way out."""
 
 
+def at_home(path: str) -> Path:
+    """The path, whose ~ is the home directory."""
+    return Path(os.path.expanduser(path))  # `Path.expanduser` raises where nobody's home is
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
     """The text around the turns of a conversation. Trained on: each answer and the `end_token` behind it.
 
         start, then per exchange: human_prefix question human_suffix answer end_token, with answer_suffix between two
 
+    A conversation with a system turn has system_prefix system system_suffix behind `start`.
     ChatML: human_prefix="<|im_start|>user\\n", human_suffix="<|im_end|>\\n<|im_start|>assistant\\n",
-    end_token="<|im_end|>", answer_suffix="\\n".
+    end_token="<|im_end|>", answer_suffix="\\n", system_prefix="<|im_start|>system\\n", system_suffix="<|im_end|>\\n".
     """
 
     start: str = ""
@@ -26,6 +33,8 @@ class Template:
     human_suffix: str = "\n"
     end_token: str = "<end>"  # one token of the vocabulary
     answer_suffix: str = ""
+    system_prefix: str = ""
+    system_suffix: str = "\n"
 
     def __post_init__(self) -> None:
         if not self.end_token:
@@ -36,7 +45,7 @@ class Template:
 class DataConfig:
     """Conversations with pictures and clips, and the fixed shape of the microbatches made of them. Epochs never end."""
 
-    path: str  # LLaVA JSON: .json (a list) or .jsonl (one conversation a line)
+    path: str  # conversations: .json (a list) or .jsonl (one conversation a line)
     seq_len: int  # positions in a row
     samples_per_group: int  # rows in a group
     groups: int = 1  # equal parts of a microbatch; the language model's dp divides it
@@ -47,13 +56,13 @@ class DataConfig:
     shuffle: bool = True
     pack: bool = False  # several samples in one row, first fit; False: one sample a row
     lookahead: int = 16  # samples that may wait for the next microbatch while later ones still fit into this one
-    on_bad_item: str = "skip"  # a sample that is malformed or lacks a file: skip (it is named and counted) or stop
+    on_bad_item: str = "skip"  # a sample that is malformed or has a bad file: skip (named and counted) or stop
     on_long: str = "truncate"  # a sample of more than seq_len positions: truncate or skip; both are counted
     workers: int = 4  # threads that tokenise and read files
     prefetch: int = 2  # microbatches prepared ahead; 0: none, and no background thread
 
     def __post_init__(self) -> None:
-        if Path(self.path).suffix not in (".json", ".jsonl"):
+        if Path(self.path).suffix.lower() not in (".json", ".jsonl"):
             raise ValueError(f"DataConfig.path={self.path!r}; it must name a .json or .jsonl file of conversations")
         least = dict(seq_len=2, samples_per_group=1, groups=1, seed=0, lookahead=1, workers=1, prefetch=0)
         for name, low in least.items():
@@ -71,9 +80,9 @@ class DataConfig:
     @property
     def media_path(self) -> Path:
         """The directory that names of pictures and clips are relative to."""
-        return Path(self.path).parent if self.media_root is None else Path(self.media_root)
+        return at_home(self.path).parent if self.media_root is None else at_home(self.media_root)
 
     @property
     def tokenizer_path(self) -> Path:
         """The tokenizer.json that is read."""
-        return Path(self.path).with_name("tokenizer.json") if self.tokenizer is None else Path(self.tokenizer)
+        return at_home(self.path).with_name("tokenizer.json") if self.tokenizer is None else at_home(self.tokenizer)

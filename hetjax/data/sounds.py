@@ -4,18 +4,20 @@ A clip is one channel at 16 kHz. Frame t is centred on sample 160 t; the context
 only the frames that touch the clip are computed.
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import soundfile
 
-from hetjax.data.conversations import SampleError
-from hetjax.data.items import Abstract, Values
+from hetjax.data.items import Abstract, Header, Values
+from hetjax.data.problems import SampleError
 
 RATE = 16000  # samples a second
 HOP, WINDOW = 160, 400  # samples
@@ -59,14 +61,26 @@ class Sounds:
         """A silent clip of the same length."""
         return {"mel": SILENCE}
 
-    def read(self, path: Path) -> tuple[Values, int]:
-        """The features and rows of a clip. Raises SampleError with the path and the reason."""
-        samples = read_samples(path, self.max_frames * HOP, whole=self.on_long == "skip")
-        own = -(-len(samples) // HOP)
+    def look(self, path: Path) -> Header:
+        """The rows of a clip, by the length and rate in its header. Raises SampleError with the path and the reason."""
+        with _open(path) as file:
+            length = _length(file)
+        most = self.max_frames * HOP
+        if length > most and self.on_long == "skip":
+            why = f"it is longer than {most / RATE:g} s and on_long_clip='skip'; raise max_frames or cut it"
+            raise SampleError(str(path), why)
+        own = -(-min(length, most) // HOP)
         rows = self.rows_of(own)
         if rows < 1 or not own:
-            raise SampleError(str(path), f"it has {len(samples)} samples at {RATE} Hz, too few for one row")
-        return {"mel": log_mel(samples, self.num_mels, self.frames), "frames": np.asarray(own, np.int32)}, rows
+            raise SampleError(str(path), f"it has {length} samples at {RATE} Hz, too few for one row")
+        cut = f"its clip {path} of {length / RATE:.1f} s is cut at {most / RATE:g} s" if length > most else ""
+        return Header(rows, cut)
+
+    def read(self, path: Path) -> Values:
+        """The features of a clip. Raises SampleError with the path and the reason."""
+        samples = read_samples(path, self.max_frames * HOP)
+        own = np.asarray(-(-len(samples) // HOP), np.int32)
+        return {"mel": log_mel(samples, self.num_mels, self.frames), "frames": own}
 
     def to_rgb(self, values: Values) -> np.ndarray:
         """uint8 [num_mels, frames, 3]: the clip's own frames as a spectrogram, low sounds below."""
@@ -76,37 +90,48 @@ class Sounds:
         return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def read_samples(path: Path, count: int, *, whole: bool = False) -> np.ndarray:
-    """At most `count` samples of a file that libsndfile reads (wav, flac, ogg, mp3, ...), float32, channels averaged.
+def read_samples(path: Path, count: int) -> np.ndarray:
+    """The first `count` samples of a file that libsndfile reads (wav, flac, ogg, mp3, ...), float32, channels averaged.
 
-    With `whole`, a longer file is an error. Raises SampleError with the path and the reason.
+    They are as many as its header promises, with silence for a few that lack. Raises SampleError with the path and the
+    reason.
     """
-    if not path.is_file():
-        raise SampleError(str(path), "there is no such file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            # one sample more tells that there is more; resampling looks a little further
-            wanted = (count + 1) * file.samplerate // RATE + file.samplerate // 10
-            found, rate = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1), file.samplerate
-            if len(found) < 0.95 * min(wanted, file.frames):
-                raise ValueError(f"it ends after {len(found)} samples of {file.frames}")
-            cut = CUT.search(file.extra_info)
-            if cut and int(cut[1]) < UNKNOWN_LENGTH:
-                raise ValueError(f"it ends after {cut[2]} bytes of sound of {cut[1]}")
-    except Exception as error:  # libsndfile's errors, and what broken headers make of the sizes
-        raise SampleError(str(path), f"cannot be read as a sound: {error}") from error
-    if not np.isfinite(found).all():
-        raise SampleError(str(path), "cannot be read as a sound: some of its samples are not finite")
+    with _open(path) as file:
+        length, rate = min(_length(file), count), file.samplerate
+        # one sample more, for a header that says too little; resampling looks a little further
+        wanted = (count + 1) * rate // RATE + rate // 10
+        found = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+        if len(found) < 0.95 * min(wanted, file.frames):
+            raise ValueError(f"it ends after {len(found)} samples of {file.frames}")
+        if not np.isfinite(found).all():
+            raise ValueError("some of its samples are not finite")
     if rate != RATE:
         from scipy.signal import resample_poly  # here: slow to import, and most data are at 16 kHz
 
         common = np.gcd(rate, RATE)
         found = resample_poly(found, RATE // common, rate // common).astype(np.float32)
-    if whole and len(found) > count:
-        raise SampleError(
-            str(path), f"it is longer than {count / RATE:g} s and on_long_clip='skip'; raise max_frames or cut it"
-        )
-    return found[:count]
+    found = found[:length]
+    return np.pad(found, (0, length - len(found)))
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[soundfile.SoundFile]:
+    """The clip, of which the header is read. What goes wrong with it becomes a SampleError."""
+    if not os.path.isfile(path):  # `Path.is_file` raises for long names
+        raise SampleError(str(path), "there is no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            cut = CUT.search(file.extra_info)
+            if cut and int(cut[1]) < UNKNOWN_LENGTH:
+                raise ValueError(f"it ends after {cut[2]} bytes of sound of {cut[1]}")
+            yield file
+    except Exception as error:  # libsndfile's errors, and what broken headers make of the sizes
+        raise SampleError(str(path), f"cannot be read as a sound: {error}") from error
+
+
+def _length(file: soundfile.SoundFile) -> int:
+    """Samples at `RATE` that the header promises: what `resample_poly` makes of them."""
+    return -(-file.frames * RATE // file.samplerate)
 
 
 def log_mel(samples: np.ndarray, num_mels: int, frames: int) -> np.ndarray:

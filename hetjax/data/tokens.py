@@ -13,10 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from hetjax.data.conversations import Sample, SampleError
-from hetjax.data.items import Item, ItemSpec
+from hetjax.data.conversations import Sample
+from hetjax.data.items import ItemSpec
+from hetjax.data.problems import SampleError
+from hetjax.data.script import Script
 from hetjax.data.settings import DataConfig, DataError, Template
 
+Rows = Mapping[str, Sequence[int]]  # item name -> positions of each of its pictures or clips
 NO_TEXT = 0  # token at an item's positions and at padding; masks go by position, so any id would do
 
 
@@ -73,58 +76,58 @@ class Spelled(NamedTuple):
     starts: dict[str, list[int]]  # item name -> first position of each item
 
 
-def spell(
-    turns: Sequence[str],
-    tokenizer: Tokenizer,
-    items: Sequence[ItemSpec],
-    template: Template,
-    found: Mapping[str, Sequence[Item]],
-) -> Spelled:
-    """The positions of question, answer, question, ... with as many for each item as `found` says.
+class Speller:
+    """Makes positions of conversations, by one template and one tokenizer."""
 
-    A prompt is tokenised in one go, placeholders and all: so its ids are those that transformers' processors make.
-    Behind a last question the answer would follow: that is a prompt. Raises SampleError if the tokenizer does not make
-    one token of each placeholder, and of nothing else.
-    """
-    spelled = Spelled([], [], {item.name: [] for item in items})
-    shown = {tokenizer.token_to_id(item.placeholder): item for item in items}
-    assert None not in shown  # `load_tokenizer` saw to it
-    for trained, text in _texts(turns, template):
-        for token in tokenizer.encode(text, add_special_tokens=False).ids:
-            ids = [token]
-            if token in shown:
-                name = shown[token].name
-                number = len(spelled.starts[name])
-                ids = [NO_TEXT] * (found[name][number].rows if number < len(found[name]) else 0)
-                spelled.starts[name].append(len(spelled.tokens))
-            spelled.tokens.extend(ids)
-            spelled.answer.extend([trained] * len(ids))
-    for item in items:
-        seen, count = len(spelled.starts[item.name]), len(found[item.name])
-        if seen < count:
-            what = f"the tokenizer sees {seen} of its {count} {item.placeholder}"
-            raise SampleError("", f"{what}: a longer token holds the others; put spaces around them")
-        if seen > count:
-            what = f"the tokenizer sees {seen} {item.placeholder} where the text has {count}"
-            raise SampleError("", f"{what}: other spellings give the same token; take them out of the text")
-    return spelled
+    def __init__(self, tokenizer: Tokenizer, items: Sequence[ItemSpec], template: Template) -> None:
+        self._items, self._template = tuple(items), template
+        self._script = Script(tokenizer, [item.placeholder for item in items])
+
+    def spell(self, turns: Sequence[str], rows: Rows, *, system: str | None = None) -> Spelled:
+        """The positions of question, answer, question, ... with as many for each item as `rows` says.
+
+        A prompt is tokenised in one go, placeholders and all: so its ids are those that transformers' processors make.
+        Behind a last question the answer would follow: that is a prompt. Raises SampleError for a text that cannot be
+        told from a special token.
+        """
+        spelled = Spelled([], [], {item.name: [] for item in self._items})
+        shown = {item.placeholder: item.name for item in self._items if rows[item.name]}
+        for trained, text in self._texts(turns, tuple(shown), system):
+            for token in self._script.encode(text):
+                ids = [token] if isinstance(token, int) else self._place(spelled, rows, shown[token])
+                spelled.tokens.extend(ids)
+                spelled.answer.extend([trained] * len(ids))
+        return spelled
+
+    def _place(self, spelled: Spelled, rows: Rows, name: str) -> list[int]:
+        """The positions of an item's next picture or clip."""
+        starts = spelled.starts[name]
+        starts.append(len(spelled.tokens))
+        return [NO_TEXT] * rows[name][len(starts) - 1]
+
+    def _texts(self, turns: Sequence[str], shown: Sequence[str], system: str | None) -> Iterator[tuple[bool, str]]:
+        """(trained on, text), in order. Prompts and answers are tokenised apart, as in generation."""
+        t, meant, plain = self._template, self._script.meant, self._script.plain
+        opening = meant(t.start + t.human_prefix)
+        if system is not None:
+            opening = meant(t.start + t.system_prefix) + plain(system) + meant(t.system_suffix + t.human_prefix)
+        for number, turn in enumerate(turns):
+            if number % 2:
+                yield from ((True, plain(turn)), (True, meant(t.end_token)))
+            else:
+                yield False, opening + plain(turn, shown) + meant(t.human_suffix)
+                opening = meant(t.answer_suffix + t.human_prefix)
 
 
-def encode(
-    sample: Sample,
-    tokenizer: Tokenizer,
-    items: Sequence[ItemSpec],
-    config: DataConfig,
-    found: Mapping[str, Sequence[Item]],
-) -> Encoded:
-    """The sample's positions, with as many for each item as `found` says.
+def encode(sample: Sample, speller: Speller, config: DataConfig, rows: Rows) -> Encoded:
+    """The sample's positions, with as many for each item as `rows` says.
 
     Raises TooLong if it does not fit and may not, or cannot, be truncated.
     """
-    tokens, answer, starts = spell(sample.turns, tokenizer, items, config.template, found)
+    tokens, answer, starts = speller.spell(sample.turns, rows, system=sample.system)
     count = min(len(tokens) - 1, config.seq_len)  # the last token is a target only
     if len(tokens) - 1 > config.seq_len:
-        _check_cut(len(tokens) - 1, answer, starts, found, config)
+        _check_cut(len(tokens) - 1, answer, starts, rows, config)
     if count < 1:
         raise SampleError("", "it has no question before its answer; a conversation needs at least 2 tokens")
     ids_array, weights = np.asarray(tokens, np.int32), np.asarray(answer, np.float32)
@@ -137,18 +140,12 @@ def encode(
     )
 
 
-def ask(
-    sample: Sample,
-    tokenizer: Tokenizer,
-    items: Sequence[ItemSpec],
-    config: DataConfig,
-    found: Mapping[str, Sequence[Item]],
-) -> Encoded:
+def ask(sample: Sample, speller: Speller, config: DataConfig, rows: Rows) -> Encoded:
     """The sample up to its last answer, with weight at the position behind which the answer starts.
 
     Raises TooLong if nothing fits behind it.
     """
-    tokens, _, starts = spell(sample.turns[:-1], tokenizer, items, config.template, found)
+    tokens, _, starts = speller.spell(sample.turns[:-1], rows, system=sample.system)
     if not 0 < len(tokens) < config.seq_len:
         raise TooLong(f"its question has {len(tokens)} positions of seq_len={config.seq_len}")
     weights = np.zeros(len(tokens), np.float32)
@@ -162,24 +159,14 @@ def _check_cut(
     count: int,
     answer: list[bool],
     starts: Mapping[str, list[int]],
-    found: Mapping[str, Sequence[Item]],
+    rows: Rows,
     config: DataConfig,
 ) -> None:
     needs = f"it needs {count} positions, but seq_len={config.seq_len}"
     if config.on_long == "skip":
         raise TooLong(f"{needs} and on_long='skip'")
-    ends = (s + item.rows for name in starts for s, item in zip(starts[name], found[name], strict=True))
+    ends = (s + count for name in starts for s, count in zip(starts[name], rows[name], strict=True))
     if any(end > config.seq_len for end in ends):
         raise TooLong(f"{needs}, and truncation would cut a picture or clip")
     if not any(answer[1 : config.seq_len + 1]):
         raise TooLong(f"{needs}, and truncation would leave no answer")
-
-
-def _texts(turns: Sequence[str], template: Template) -> Iterator[tuple[bool, str]]:
-    """(trained on, text), in order. Prompts and answers are tokenised apart, as in generation."""
-    for number, turn in enumerate(turns):
-        if number % 2:
-            yield from ((True, turn), (True, template.end_token))
-        else:
-            opening = template.answer_suffix if number else template.start
-            yield False, opening + template.human_prefix + turn + template.human_suffix

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hetjax.data import ItemSpec
 from hetjax.generate.generator import DTYPES, Answer, load
 from hetjax.generate.prompt import Prompt, ask, read_prompts
 from hetjax.generate.sample import Sampling
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
             command.emulate_devices(flags.emulated_devices)
         command.use_compilation_cache()
         model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype)
-        prompts = _prompts(flags, [item.field for item in model.chat.items])
+        prompts = _prompts(flags, model.chat.items)
         settings = dict(max_new_tokens=flags.max_new_tokens, sampling=sampling, batch_size=flags.batch_size)
         for prompt, answer in zip(prompts, model.stream(prompts, **settings), strict=True):
             print(answer.text if len(prompts) == 1 and not flags.prompts else _line(prompt, answer), flush=True)
@@ -38,13 +39,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prompts(flags: argparse.Namespace, fields: Sequence[str]) -> list[Prompt]:
+def _prompts(flags: argparse.Namespace, items: Sequence[ItemSpec]) -> list[Prompt]:
     files = {"image": flags.image, "audio": flags.audio}
     if not flags.prompts:
         return [ask(text, **files) for text in flags.prompt]
     if flags.prompt or any(files.values()):
         raise ValueError("--prompts brings its own questions and files; leave out --prompt, --image and --audio")
-    return read_prompts(flags.prompts, fields)
+    return read_prompts(flags.prompts, items)
 
 
 def _line(prompt: Prompt, answer: Answer) -> str:
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder, checkpoint or workdir")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeatable")
-    asked.add_argument("--prompts", metavar="FILE", help="LLaVA conversations, one a line (.jsonl)")
+    asked.add_argument("--prompts", metavar="FILE", help="conversations: one a line, or a list in a .json")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="of every --prompt; repeatable")
     parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="of every --prompt; repeatable")
     parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")

@@ -12,9 +12,9 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from hetjax.data import ItemSpec, Template
-from hetjax.data.conversations import SampleError
 from hetjax.data.items import Item
-from hetjax.data.tokens import spell
+from hetjax.data.problems import SampleError
+from hetjax.data.tokens import Speller
 from hetjax.generate import jinja
 from hetjax.generate.prompt import Prompt, missing_placeholders
 
@@ -48,12 +48,14 @@ class RunChat:
 
     def __init__(self, tokenizer: Tokenizer, template: Template, items: Sequence[ItemSpec]) -> None:
         self.tokenizer, self.template, self.items = tokenizer, template, tuple(items)
+        self._speller = Speller(tokenizer, items, template)
 
     def encode(self, prompt: Prompt, found: Found) -> Ids:
         """As `Chat`."""
         turns = _in_front(prompt, self.items)
+        rows = {name: [item.rows for item in some] for name, some in found.items()}
         try:
-            tokens, _, starts = spell(turns, self.tokenizer, self.items, self.template, found)
+            tokens, _, starts = self._speller.spell(turns, rows, system=prompt.system)
         except SampleError as error:
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
         return Ids(tokens, starts)
@@ -81,8 +83,9 @@ class FolderChat:
     def encode(self, prompt: Prompt, found: Found) -> Ids:
         """As `Chat`."""
         if self.template is None:
-            if len(prompt.turns) > 1:
-                raise ValueError(f"prompt {prompt.id!r} has several turns, and the model has no chat template")
+            if len(prompt.turns) > 1 or prompt.system is not None:
+                what = "several turns" if prompt.system is None else "a system turn"
+                raise ValueError(f"prompt {prompt.id!r} has {what}, and the model has no chat template")
             text, special = _in_front(prompt, self.items)[0], True
         else:
             text = self._render(prompt)
@@ -126,6 +129,9 @@ class FolderChat:
         else:
             turns = list(_in_front(prompt, self.items))
         messages = [{"role": HF_ROLES[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        if prompt.system is not None:
+            content = [{"type": "text", "text": prompt.system}] if self._takes_parts else prompt.system
+            messages.insert(0, {"role": "system", "content": content})
         try:
             return jinja.render(self.template, messages, self.specials)
         except TemplateError as error:

@@ -1,14 +1,14 @@
 """What the model is asked: a conversation that ends on a question, with pictures and clips by field."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hetjax.data import ItemSpec
-from hetjax.data.conversations import SampleError, read_files, read_turns
+from hetjax.data import ItemSpec, media, source
+from hetjax.data.conversations import read_talk
 from hetjax.data.items import Item
+from hetjax.data.problems import SampleError, name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Prompt:
     turns: tuple[str, ...]
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     id: str = ""
+    system: str | None = None  # the system turn, before the first question
 
     def __post_init__(self) -> None:
         if len(self.turns) % 2 == 0:
@@ -32,36 +33,23 @@ def ask(question: str, **files: str | Sequence[str]) -> Prompt:
     return Prompt((question,), {field: _names(names) for field, names in files.items()})
 
 
-def read_prompts(path: str | Path, fields: Sequence[str]) -> list[Prompt]:
-    """The prompts of a .jsonl file, one conversation of LLaVA's JSON a line; an answer at its end is left out.
+def read_prompts(path: str | Path, items: Sequence[ItemSpec]) -> list[Prompt]:
+    """The prompts of a file, conversations in the spellings of the training data; an answer at its end is left out.
 
-    File names are relative to the file. Raises ValueError.
+    File names are relative to the file. Raises ValueError for the first that is none, or names a file for no `items`.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut inside of texts
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts={path} cannot be read: {error}") from error
-    found = [
-        _prompt(line, f"{path}:{n}", str(n), fields, Path(path).parent)
-        for n, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not found:
-        raise ValueError(f"--prompts={path} holds no conversation; write one a line")
-    return found
+    found = source.read(str(path), "--prompts")
+    numbered = zip(found.lines, found.entries, strict=True)
+    return [_prompt(value, f"{path}:{n}", n, items, Path(path).parent) for n, value in numbered]
 
 
-def _prompt(line: str, where: str, number: str, fields: Sequence[str], root: Path) -> Prompt:
+def _prompt(value: Any, where: str, number: int, items: Sequence[ItemSpec], root: Path) -> Prompt:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    try:
-        texts = read_turns(value)
-        files = {field: tuple(str(root / name) for name in read_files(value, field)) for field in fields}
+        system, turns, files = read_talk(value, items)
     except SampleError as error:
         raise ValueError(f"{where}: {error}") from error
-    return Prompt(texts[: len(texts) - 1 + len(texts) % 2], files, str(value.get("id", number)))
+    located = {i.field: tuple(str(media.locate(root, name)) for name in files[i.name]) for i in items}
+    return Prompt(turns[: len(turns) - 1 + len(turns) % 2], located, name_of(value, number), system)
 
 
 def _names(names: Any) -> tuple[str, ...]:
@@ -90,13 +78,9 @@ def missing_placeholders(prompt: Prompt, items: Sequence[ItemSpec]) -> list[Item
     Raises ValueError if there are more placeholders, or some in an answer."""
     lacking = []
     for item in items:
-        if any(item.placeholder in answer for answer in prompt.turns[1::2]):
-            raise ValueError(f"an answer of the prompt has {item.placeholder}; it may stand in questions only")
-        count = sum(turn.count(item.placeholder) for turn in prompt.turns[::2])
-        files = prompt.files.get(item.field, ())
-        if count > len(files):
-            raise ValueError(
-                f"the prompt has {count} {item.placeholder}, but {len(files)} {item.field} file(s); give one for each"
-            )
-        lacking += [item] * (len(files) - count)
+        count = len(prompt.files.get(item.field, ()))
+        try:
+            lacking += [item] * media.missing(prompt.turns[::2], prompt.turns[1::2], item, count)
+        except SampleError as error:
+            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
     return lacking

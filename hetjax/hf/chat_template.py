@@ -19,13 +19,19 @@ def write(template: Template, items: Sequence[ItemSpec]) -> str:
         "{% if part['type'] == 'text' %}{{ part['text'] }}" + kinds + "{% else %}"
         "{{ raise_exception('the model was not trained with parts of type ' + part['type']) }}{% endif %}"
         "{% endfor %}{% endif %}{% endmacro %}"
-        "{% for message in messages %}{% if message['role'] == 'user' %}"
-        f"{{{{ {_quoted(template.start)} if loop.first else {_quoted(template.answer_suffix)} }}}}"
+        f"{{{{ {_quoted(template.start)} }}}}"
+        "{% for message in messages %}{% if message['role'] == 'system' and loop.first %}"
+        f"{{{{ {_quoted(template.system_prefix)} }}}}{{{{ shown(message['content']) }}}}"
+        f"{{{{ {_quoted(template.system_suffix)} }}}}"
+        "{% elif message['role'] == 'user' %}"
+        "{% if not loop.first and messages[loop.index0 - 1]['role'] != 'system' %}"
+        f"{{{{ {_quoted(template.answer_suffix)} }}}}{{% endif %}}"
         f"{{{{ {_quoted(template.human_prefix)} }}}}{{{{ shown(message['content']) }}}}"
         f"{{{{ {_quoted(template.human_suffix)} }}}}"
         "{% elif message['role'] == 'assistant' %}"
         f"{{{{ shown(message['content']) }}}}{{{{ {_quoted(template.end_token)} }}}}"
-        "{% else %}{{ raise_exception('the model was trained with user and assistant alone') }}{% endif %}{% endfor %}"
+        "{% else %}{{ raise_exception('the model was trained with user and assistant, system in front') }}"
+        "{% endif %}{% endfor %}"
     )
 
 
