@@ -1,6 +1,6 @@
 """Whole commands on the device that is there: `verify` in float32 and bfloat16, and a resume that repeats the bits.
 
-    python benchmarks/gpu_commands.py verify|resume [--json FILE]
+    python benchmarks/gpu_commands.py verify|resume [--dtype float32|bfloat16] [--json FILE]
 
 `verify` is called on unpacked and packed rows. `resume` trains 8 steps, takes the last checkpoint away, continues from
 step 4, and compares loss and gradient norm of every step bit for bit. Exit status 1 if one fails.
@@ -25,23 +25,23 @@ def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["verify", "resume"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of verify")
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        found = {"verify": verify, "resume": resume}[flags.what](Path(directory))
+        found = resume(Path(directory)) if flags.what == "resume" else verify(Path(directory), flags.dtype)
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))
     return 0 if all(row["good"] for row in found) else 1
 
 
-def verify(directory: Path) -> list[dict[str, Any]]:
-    """One row per precision and kind of rows."""
+def verify(directory: Path, dtype: str) -> list[dict[str, Any]]:
+    """One row per kind of rows."""
     gin, found = made.write(directory), []
-    for dtype in ("float32", "bfloat16"):
-        for pack in (False, True):
-            status, said = call("hetjax.verify", gin, f"--dtype={dtype}", f"--gin.settings.DataConfig.pack={pack}")
-            print(f"verify --dtype={dtype}, packed {pack}: exit status {status}\n{said}", flush=True)
-            found.append({"dtype": dtype, "packed": pack, "good": status == 0, "said": said[-3000:]})
+    for pack in (False, True):
+        status, said = call("hetjax.verify", gin, f"--dtype={dtype}", f"--gin.settings.DataConfig.pack={pack}")
+        print(f"verify --dtype={dtype}, packed {pack}: exit status {status}\n{said}", flush=True)
+        found.append({"dtype": dtype, "packed": pack, "good": status == 0, "said": said[-3000:]})
     return found
 
 

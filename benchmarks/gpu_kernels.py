@@ -4,14 +4,16 @@
 
 In float32 (true float32 products) and bfloat16, rows of one document and packed ones; errors are
 ||x - plain|| / ||plain|| of a plain form in float64 on the CPU. A leak is tried bit for bit: another token in one
-document must leave outputs and gradients of all others as they were; and a second call must give the same bits. Exit
-status 1 if a kernel that hetjax picks is wrong; kernels of other libraries are tried and not judged.
+document must leave outputs and gradients of all others as they were. A second call must give the same bits where
+XLA_FLAGS holds --xla_gpu_deterministic_ops=true; elsewhere the values that differ are counted. Exit status 1 if a
+kernel that hetjax picks is wrong; kernels of other libraries are tried and not judged.
 """
 
 import argparse
 import functools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from models.attention import attend, whole
 from models.blockwise import blockwise
 from models.sight import Sight
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -35,7 +38,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     flags = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    s, heads = (32, (4, 2, 16)) if flags.tiny else (4096, (8, 4, 64))
+    s, heads = (32, (4, 2, 16)) if flags.tiny else (2048, (8, 4, 64))
     block = s // 4
     picked: dict[str, Form] = {"attend": attend, "whole": whole, "blocks": functools.partial(blockwise, block=block)}
     found, good = [], True
@@ -55,7 +58,8 @@ def main() -> int:
                         "unsteady": 0,
                         "failure": f"{type(failure).__name__}: {failure}"[:500],
                     }
-                right = row["error"] <= BOUNDS[dtype] and not row["leaks"] and not row["unsteady"]
+                right = row["error"] <= BOUNDS[dtype] and not row["leaks"]
+                right &= row["unsteady"] == 0 or DETERMINISTIC not in os.environ.get("XLA_FLAGS", "")
                 good &= right or name not in picked
                 found.append(row)
                 said = "packed" if packed else "one document"

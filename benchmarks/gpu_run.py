@@ -27,13 +27,16 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One process: a script of this folder with its flags, and the seconds it may take at most."""
+    """One process: a script of this folder with its flags, and the seconds it may take at most.
+
+    `steady`: under XLA's deterministic kernels, which alone give the same bits again."""
 
     name: str
     script: str
     flags: tuple[str, ...]
     tiny: tuple[str, ...]  # in place of `flags`
     seconds: int
+    steady: bool = False
 
 
 SHAPE = ("--heads", "16", "8", "128")
@@ -48,9 +51,11 @@ def mfu(case: str, remat: str, seconds: int) -> Part:
 
 
 TOGETHER = (
-    Part("kernels", "gpu_kernels.py", (), ("--tiny",), 120),
-    Part("verify", "gpu_commands.py", ("verify",), ("verify",), 150),
-    Part("resume", "gpu_commands.py", ("resume",), ("resume",), 150),
+    Part("kernels", "gpu_kernels.py", (), ("--tiny",), 140),
+    Part("kernels, steady", "gpu_kernels.py", (), ("--tiny",), 140, steady=True),
+    Part("verify float32", "gpu_commands.py", ("verify", "--dtype=float32"), ("verify", "--dtype=float32"), 150),
+    Part("verify bfloat16", "gpu_commands.py", ("verify", "--dtype=bfloat16"), ("verify", "--dtype=bfloat16"), 150),
+    Part("resume", "gpu_commands.py", ("resume",), ("resume",), 150, steady=True),
 )
 ALONE = (
     mfu("1b", "full", 90),
@@ -114,6 +119,8 @@ class Run:
         """(exit status, None where time ran out; output; figures) of one part."""
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])])
+        if part.steady:
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
         if share or part.script == "against_transformers.py":  # beside torch
             environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         else:

@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
                     directory = Path(flags.pictures) / f"microbatch-{number}"
                     print(f"wrote {len(inspect.write_pictures(microbatch, loader.items, directory))} to {directory}\n")
             for problem in loader.bad:
-                print(f"skipped {problem}")
+                print(f"bad: {problem}")
+            print(loader.tally.report())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

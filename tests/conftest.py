@@ -30,6 +30,7 @@ jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+assert len(jax.devices()) == NUM_DEVICES  # started here: the first test may ask for fewer
 
 
 class Counter:

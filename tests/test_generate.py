@@ -226,6 +226,6 @@ def test_a_tower_alone_and_a_broken_folder_cannot_answer(tmp_path: Path) -> None
         generate.load(tmp_path / "tower")
     whole = answering.folder(tmp_path / "whole", llava(text("llama"), vision("clip")))
     settings = whole / "preprocessor_config.json"
-    settings.write_text(settings.read_text().replace('"resample": 3', '"resample": 2'))
-    with pytest.raises(ValueError, match=r"resample=2: pictures are read with 3"):
+    settings.write_text(settings.read_text().replace('"resample": 3', '"resample": 0'))
+    with pytest.raises(ValueError, match=r"resample=0: pictures are resized with one of"):
         generate.load(whole)

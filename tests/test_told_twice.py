@@ -15,8 +15,11 @@ from safetensors.numpy import save_file
 from hetjax import convert
 from hetjax.hf import processor, read_config, write_config
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
 from hetjax.hf.source import Extras
 from hetjax.hf.stored import open_source
+from hetjax.run.experiment import Encoder
+from models.vit import ViT
 
 FOUR = {"transformers_version": "4.57.1"}
 FIVE = {"transformers_version": "5.23.0"}
@@ -118,6 +121,20 @@ def test_qwen2_audio_is_tied_by_its_text_config_alone() -> None:
         assert llm is not None and not llm.tied
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_of_two_configs_of_a_clip_tower_the_older_field_counts_as_a_whole_and_is_named(tmp_path: Path) -> None:
+    outside = vision("clip") | dict(image_size=16, num_hidden_layers=5)
+    config = dict(model_type="clip", vision_config=outside, vision_config_dict=dict(image_size=64, hidden_size=96))
+    tower, wanted = read_config.read(config, "config.json").vision, theirs(config, tmp_path).vision_config
+    assert tower is not None
+    ours = (tower.image_size, tower.width, tower.num_layers, tower.patch_size)
+    assert ours == (64, 96, 12, 32)
+    assert ours == (wanted.image_size, wanted.hidden_size, wanted.num_hidden_layers, wanted.patch_size)
+    config["vision_config_dict"] = dict(hidden_act="gelu")
+    with pytest.raises(ConvertError, match=r"config\.json: vision_config_dict: hidden_act='gelu': only"):
+        read_config.read(config, "config.json")
+
+
 LINEAR = dict(rope_type="linear", factor=2.0)
 ROPES: dict[str, dict[str, Any]] = {
     "both thetas": dict(rope_theta=5.0, rope_parameters=dict(rope_type="default", rope_theta=9.0)),
@@ -199,3 +216,20 @@ def test_a_vocabulary_of_another_size_than_the_embedding_names_its_field(
         ConvertError, match=rf"embed_tokens.weight has shape \[48, 32\], config.json \({field}\) makes it"
     ):
         open_source(folder)
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "image_token"]
+)
+def test_a_folder_s_processor_that_counts_other_tokens_than_the_tower_has_rows_is_not_given_back(
+    change: str, tmp_path: Path
+) -> None:
+    encoder = Encoder(ViT(8, 4, 16, 2, 2, 24, 32, "clip", select="default"))
+    llava_family = registry.WHOLE_OF_KIND["llava"]
+    made = llava_family.processor(encoder)
+    if change != "none":
+        made["processor_config.json"][change] = None if change == "patch_size" else "full"
+    files = {name: tmp_path / name for name in made}
+    for name, path in files.items():
+        path.write_text(json.dumps(made[name]))
+    assert llava_family.serves(encoder, files) == (change == "none")

@@ -80,6 +80,7 @@ class Folder:
         self.parts = read_config.read(config, str(path / "config.json"))
         self.models: Mapping[str, Any] = self.parts.models
         self._tie, _ = registry.tie(config)
+        self._fields = {part: f"{field}." if field else "" for part, field in registry.fields(config).items()}
         self._places = keys.places(self.parts)
         files = _files(path)
         spelled: dict[str, str] = {}
@@ -145,7 +146,7 @@ class Folder:
             shape = tuple(self._tensors.slice(spelled).get_shape())
             if shape != place.torch_shape:
                 module, _, rest = name.partition("/")
-                field = f" ({registry.field(self.parts, module)}{ROWS[rest]})" if rest in ROWS else ""
+                field = f" ({self._fields[module]}{ROWS[rest]})" if rest in ROWS else ""
                 raise ConvertError(
                     f"{self.path}: {spelled} has shape {list(shape)}, config.json{field} makes it "
                     f"{list(place.torch_shape)}; the two belong to different models"

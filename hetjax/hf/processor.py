@@ -75,7 +75,7 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
             "eos_token": run.data.template.end_token,
             "clean_up_tokenization_spaces": False,
         }
-    if whole is not None and encoder is not None and not whole.serves(encoder.items.reader, came):
+    if whole is not None and encoder is not None and not whole.serves(encoder, came):
         came = {n: p for n, p in came.items() if n not in PROCESSORS}
         made |= whole.processor(encoder)
     made |= _answers(run, [] if encoder is None else [encoder.items], tokenizer, came)

@@ -9,7 +9,6 @@ from typing import Any
 
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
-from hetjax.hf.families.family import Whole
 from hetjax.hf.fields import Config, refused
 from hetjax.hf.parts import Parts
 
@@ -39,36 +38,36 @@ def read(config: Config, where: str) -> Parts:
 
 
 def _parts(config: Config, where: str) -> Parts:
-    found = registry.inner(config)
+    found, fields = registry.inner(config), registry.fields(config)
+    _check_inner(config, where)
+
+    def read(part: str, **changes: Any) -> Any:
+        place = f"{where}: {fields[part]}" if fields[part] else where
+        return registry.OF_KIND[found[part]["model_type"]].read(found[part], place, **changes)
+
     whole = registry.WHOLE_OF_KIND.get(config["model_type"])
     if whole is None:
-        ((part, inner),) = found.items()
-        return Parts(**{part: registry.OF_KIND[inner["model_type"]].read(inner, where)})
-    _check_inner(whole, found, where)
-    read = lambda part, **changes: registry.OF_KIND[found[part]["model_type"]].read(
-        found[part], f"{where}: {whole.fields[part]}", **changes
-    )
+        return Parts(**{part: read(part) for part in found})
     choices = whole.choices(config, where)
     llm = read("llm")
     return Parts(**{"llm": llm, whole.encoder: read(whole.encoder, output_width=llm.width, **choices)})
 
 
-def _check_inner(whole: Whole, found: Mapping[str, dict[str, Any]], where: str) -> None:
+def _check_inner(config: Config, where: str) -> None:
     """Raises ConvertError unless each config inside is of a kind that fits, in plain numbers."""
-    decoders = [family.kind for family in registry.FAMILIES if family.part == "llm"]
-    for part, config in found.items():
-        field, kinds = whole.fields[part], decoders if part == "llm" else whole.kinds
-        if config["model_type"] not in kinds:
-            kind, why = config["model_type"], f"not supported; these are: {', '.join(kinds)}"
+    for part, inner in registry.inner(config).items():
+        field, kind = registry.fields(config)[part], inner["model_type"]
+        kinds = registry.kinds_inside(config, part)
+        if field and kind not in kinds:
+            why = f"not supported; these are: {', '.join(kinds)}"
             raise refused(where, f"{field}.model_type", kind, registry.REFUSED.get(str(kind), why))
-        if config.get("quantization_config"):
+        if field and inner.get("quantization_config"):
             raise refused(where, f"{field}.quantization_config", "...", "quantised weights are not read")
 
 
 def unapplied(config: Config, part: str) -> str:
     """The fields of config.json, with their values, that transformers applies to a module in training, and we do not:
     they change no parameter and no evaluation. Empty if there are none. `config` is one that was read."""
-    whole, inner = registry.WHOLE_OF_KIND.get(config["model_type"]), registry.inner(config)[part]
-    before = "" if whole is None else f"{whole.fields[part]}."
+    inner, field = registry.inner(config)[part], registry.fields(config)[part]
     found = registry.OF_KIND[inner["model_type"]].unapplied(inner)
-    return ", ".join(f"{before}{name}={value!r}" for name, value in found.items())
+    return ", ".join(f"{field}{'.' * bool(field)}{name}={value!r}" for name, value in found.items())

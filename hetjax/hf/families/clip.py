@@ -13,4 +13,5 @@ FAMILY = tower.family(
     },
     defaults=dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
     fields={},
+    pair_fields=("vision_config_dict", "vision_config"),  # of its first form, which all versions put before the other
 )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hetjax.data.items import Reader
 from hetjax.hf.fields import Config, nonzero
 from hetjax.hf.parts import Parts
 from hetjax.run.experiment import Encoder
@@ -33,7 +32,8 @@ class Family:
     canonical: Callable[[str], str] = lambda key: key  # another spelling of a key, where it is alone -> the hub's
     idle: re.Pattern[str] = NO_KEY  # keys behind the prefix that no model of ours reads
     beside: re.Pattern[str] = NO_KEY  # keys of other models in a folder where it is alone
-    pair: str | None = None  # model_type of folders that hold it, in vision_config, and a text tower beside it
+    pair: str | None = None  # model_type of folders that hold it and a text tower beside it
+    pair_fields: tuple[str, ...] = ("vision_config",)  # there, of which the first that is given counts
     bare: Mapping[str, str] = dataclasses.field(default_factory=dict)  # class -> what its keys lack at the front
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # field of transformers 5 -> of 4
     resized: tuple[str, ...] = ()  # settings, fields of the config too, that a run may have otherwise than its source
@@ -63,4 +63,4 @@ class Whole:
     write: Callable[[Parts], dict[str, Any]]  # its own fields
     check: Callable[[Parts], None]  # raises ConvertError unless the class computes what the models do
     processor: Callable[[Encoder], dict[str, Any]]  # files that process items and prompts as a run's loader does
-    serves: Callable[[Reader, Mapping[str, Path]], bool]  # whether files that came along do so
+    serves: Callable[[Encoder, Mapping[str, Path]], bool]  # whether files that came along do so

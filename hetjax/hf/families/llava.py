@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from hetjax.data import Pictures
-from hetjax.data.items import Reader
 from hetjax.hf import pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import clip, siglip
 from hetjax.hf.families.family import LINEAR, VECTOR, Whole
 from hetjax.hf.fields import Config, present, refused
 from hetjax.hf.parts import Parts
+from hetjax.hf.source import read_json
 from hetjax.run.experiment import Encoder
 
 DEFAULTS: dict[str, Any] = dict(
@@ -20,6 +20,8 @@ DEFAULTS: dict[str, Any] = dict(
     vision_feature_layer=-2,
     vision_feature_select_strategy="default",
 )
+# What transformers' processor takes for fields that processor_config.json leaves out
+ABSENT = dict(processor_class="LlavaProcessor", image_token="<image>", num_additional_image_tokens=0)
 # The tower of a config without vision_config: CLIP ViT-L/14 at 336 pixels
 TOWER: dict[str, Any] = dict(
     model_type="clip_vision_model",
@@ -84,10 +86,13 @@ def processor(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def serves(reader: Reader, files: Mapping[str, Path]) -> bool:
-    """Whether the processor's files read pictures as `reader` does."""
+def serves(encoder: Encoder, files: Mapping[str, Path]) -> bool:
+    """Whether the processor's files read pictures as the loader does, and give each as many tokens as it has rows."""
+    if not {pictures.FILE, pictures.NESTED} <= files.keys():
+        return False
+    prompts, ours = ABSENT | present(read_json(files[pictures.NESTED])), processor(encoder)[pictures.NESTED]
     try:
-        return {pictures.FILE, pictures.NESTED} <= files.keys() and pictures.read(files) == reader
+        return prompts.items() >= ours.items() and pictures.read(files) == encoder.items.reader
     except ConvertError:
         return False
 

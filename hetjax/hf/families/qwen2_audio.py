@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from hetjax.data import Sounds
-from hetjax.data.items import Reader
 from hetjax.hf import audio, pictures
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import whisper
@@ -42,7 +41,7 @@ def processor(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def serves(reader: Reader, files: Mapping[str, Path]) -> bool:
+def serves(encoder: Encoder, files: Mapping[str, Path]) -> bool:
     """Whether the processor's files are those of the class."""
     return pictures.FILE in files and read_json(files[pictures.FILE]).get("processor_class") == audio.PROCESSOR
 

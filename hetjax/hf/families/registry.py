@@ -1,5 +1,6 @@
 """All families, and which of them a config or a model belongs to."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hetjax.hf.families import (
@@ -45,18 +46,23 @@ def whole_of(parts: Parts) -> Whole | None:
     return next(w for w in WHOLES if w.encoder == parts.encoder) if parts.whole else None
 
 
-def field(parts: Parts, module: str) -> str:
-    """What stands before the fields of a module in config.json."""
-    whole = whole_of(parts)
-    return "" if whole is None else f"{whole.fields[module]}."
+def fields(config: Config) -> Mapping[str, str]:
+    """Module name -> field of the config that describes it, "" for the config itself. `config` is of one of `KINDS`."""
+    kind = config["model_type"]
+    if kind in WHOLE_OF_KIND:
+        return WHOLE_OF_KIND[kind].fields
+    if kind in PAIRS:  # of a vision and a text tower, which no model of ours reads
+        family = PAIRS[kind]
+        return {family.part: next((name for name in family.pair_fields if config.get(name)), family.pair_fields[-1])}
+    return {OF_KIND[kind].part: ""}
 
 
 def inner(config: Config) -> dict[str, dict[str, Any]]:
-    """Module name -> the config that describes it, model_type in each: of a whole, of a pair of towers (whose text
-    tower no model of ours reads), or the config itself. `config` is of one of `KINDS`."""
+    """Module name -> the config that describes it, model_type in each. `config` is of one of `KINDS`."""
     kind = config["model_type"]
     if kind in PAIRS:
-        return {PAIRS[kind].part: {"model_type": PAIRS[kind].kind, **(config.get("vision_config") or {})}}
+        ((part, field),) = fields(config).items()
+        return {part: {"model_type": PAIRS[kind].kind, **(config.get(field) or {})}}
     if kind not in WHOLE_OF_KIND:
         return {OF_KIND[kind].part: dict(config)}
     whole = WHOLE_OF_KIND[kind]
@@ -68,6 +74,16 @@ def inner(config: Config) -> dict[str, dict[str, Any]]:
     if VERSION in config:
         found["llm"].setdefault(VERSION, config[VERSION])
     return found
+
+
+def kinds_inside(config: Config, part: str) -> Sequence[str]:
+    """Those of which the config of a module inside may be."""
+    kind = config["model_type"]
+    if kind in PAIRS:
+        return (PAIRS[kind].kind,)
+    if part != "llm" and kind in WHOLE_OF_KIND:
+        return WHOLE_OF_KIND[kind].kinds
+    return [family.kind for family in FAMILIES if family.part == part]
 
 
 def tie(config: Config) -> tuple[str, bool]:

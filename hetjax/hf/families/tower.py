@@ -38,7 +38,15 @@ DEFAULTS: dict[str, Any] = dict(
 )
 
 
-def family(variant: str, architecture: str, *, keys: Table, defaults: Config, fields: Config) -> Family:
+def family(
+    variant: str,
+    architecture: str,
+    *,
+    keys: Table,
+    defaults: Config,
+    fields: Config,
+    pair_fields: tuple[str, ...] = ("vision_config",),
+) -> Family:
     """A family of towers; `fields` are in each config of it, which says no more of them. Alone, the output of a tower
     stays as wide as it is."""
     kind = f"{variant}_vision_model"
@@ -65,6 +73,7 @@ def family(variant: str, architecture: str, *, keys: Table, defaults: Config, fi
         idle=BEHIND,
         beside=PAIRED,
         pair=variant,
+        pair_fields=pair_fields,
         resized=("image_size",),
         shortened=_shortened,
     )
