@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = command.parse_arguments(argv)
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
+        run = record.dated(run, Path(arguments.workdir))
         files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
         asked = "\n".join([*files, "# command line", *arguments.bindings, ""])
         train(run, Path(arguments.workdir), {"config.gin": asked, record.OPERATIVE: config.operative(run)})

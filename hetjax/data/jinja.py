@@ -64,6 +64,13 @@ def render(
     return _without_marks(marked)
 
 
+def date_formats(template: str) -> list[str]:
+    """The formats in which the template writes the date of today."""
+    calls = _environment().parse(template).find_all(nodes.Call)
+    asked = [call.args for call in calls if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now"]
+    return list(dict.fromkeys(args[0].value for args in asked if args and isinstance(args[0], nodes.Const)))
+
+
 def _without_marks(marked: str) -> Rendered:
     text, answers, start = "", [], 0
     for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
@@ -78,10 +85,15 @@ def _without_marks(marked: str) -> Rendered:
 
 @functools.cache
 def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     env.filters["tojson"] = _to_json
     env.globals["raise_exception"] = _raise
-    return env.from_string(template)
+    return env
 
 
 def _raise(message: str) -> None:

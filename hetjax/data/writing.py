@@ -99,7 +99,7 @@ class ChatWriter:
 
     def __init__(self, template: ChatTemplate, script: Script) -> None:
         self.template, self.script = template, script
-        self._date = None if template.date is None else datetime.date.fromisoformat(template.date)
+        self._date = datetime.date.fromisoformat(template.date) if template.date else datetime.date.today()
 
     def write(self, turns: Sequence[str], shown: Sequence[ItemSpec], system: str | None) -> Written:
         """As `Writer`."""
@@ -126,6 +126,11 @@ class ChatWriter:
             return False
         talk = [self._message(role, text, ()) for role, text in zip([USER, ASSISTANT] * 2, PROBES, strict=True)]
         return not self._render(talk, asks=False).text.startswith(self._render(talk[:2], asks=False).text)
+
+    def closing(self) -> str:
+        """What the template puts behind an answer."""
+        talk = [self._message(USER, "question", ()), self._message(ASSISTANT, "probe", ())]
+        return self._render(talk, asks=False).text.rpartition("probe")[2]
 
     def _differences(self, messages: Messages, text: str) -> Stretches:
         """Where the answers lie, each up to its end token: behind what the template makes of all before it.
@@ -173,7 +178,8 @@ class ChatWriter:
         parts: list[dict[str, str]] = []
         for piece in filter(None, pieces):
             item, leads = placed.get(piece), all(part["type"] != "text" for part in parts)
-            if item is not None and (leads or self._token(item) != piece):
+            told = item is not None and item.field in self.template.parts
+            if item is not None and told and (leads or self._token(item) != piece):
                 parts.append({"type": item.field, f"{item.field}_url": ""})
                 continue
             text = self._literal(placed, piece.removeprefix("\n") if parts and parts[-1]["type"] != "text" else piece)

@@ -69,7 +69,8 @@ class FolderChat:
         date: str | None = None,
     ) -> None:
         self.tokenizer, self.items = tokenizer, tuple(items)
-        chat = None if template is None else ChatTemplate(template, "", specials, whole=processor, date=date)
+        parts = {item.field: item.placeholder for item in items}
+        chat = None if template is None else ChatTemplate(template, "", specials, parts, whole=processor, date=date)
         self._speller = Speller(tokenizer, items, chat)
 
     def encode(self, prompt: Prompt, found: Found) -> Ids:

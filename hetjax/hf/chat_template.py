@@ -1,15 +1,28 @@
-"""A run's `Template` as the chat template of a Hugging Face folder: the same text, character by character."""
+"""A run's template as the chat template of a Hugging Face folder: the same text, character by character."""
 
+import datetime
 from collections.abc import Sequence
 
-from hetjax.data import ItemSpec, Template
+from hetjax.data import ChatTemplate, ItemSpec, Template, jinja
 
 FILE = "chat_template.jinja"
 
 
-def write(template: Template, items: Sequence[ItemSpec]) -> str:
-    """The template in jinja. A part such as {"type": "image"} of a question becomes its placeholder and a line's end,
-    which is what `hetjax.generate` puts in front of a question for a file without a placeholder."""
+def dated(template: ChatTemplate) -> str:
+    """The template as it wrote in the run: where it asks for the date of today it gets that of the run."""
+    formats = jinja.date_formats(template.text)
+    if not formats or template.date is None:
+        return template.text
+    day = datetime.date.fromisoformat(template.date)
+    known = ", ".join(f"{_quoted(form)}: {_quoted(day.strftime(form))}" for form in formats)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {{{known}}}[format] }}}}{{%- endmacro -%}}{template.text}"
+
+
+def write(template: Template, items: Sequence[ItemSpec], joint: str = "") -> str:
+    """The template in jinja, with `joint` between a prompt and its answer.
+
+    A part such as {"type": "image"} of a question becomes its placeholder and a line's end, which is what
+    `hetjax.generate` puts in front of a question for a file without a placeholder."""
     kinds = "".join(
         f"{{% elif part['type'] == {_quoted(item.field)} %}}{{{{ {_quoted(item.placeholder + chr(10))} }}}}"
         for item in items
@@ -27,7 +40,7 @@ def write(template: Template, items: Sequence[ItemSpec]) -> str:
         "{% if not loop.first and messages[loop.index0 - 1]['role'] != 'system' %}"
         f"{{{{ {_quoted(template.answer_suffix)} }}}}{{% endif %}}"
         f"{{{{ {_quoted(template.human_prefix)} }}}}{{{{ shown(message['content']) }}}}"
-        f"{{{{ {_quoted(template.human_suffix)} }}}}"
+        f"{{{{ {_quoted(template.human_suffix + joint)} }}}}"
         "{% elif message['role'] == 'assistant' %}"
         f"{{{{ shown(message['content']) }}}}{{{{ {_quoted(template.end_token)} }}}}"
         "{% else %}{{ raise_exception('the model was trained with user and assistant, system in front') }}"

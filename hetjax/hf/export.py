@@ -67,6 +67,7 @@ def to_hf(
         _write_shards({key.removeprefix(lacking): t for key, t in found.items()}, new, max_shard_bytes)
         write_json(new / "config.json", config)
         for name, path in beside.copied.items():
+            (new / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, new / name)
         for name, value in beside.made.items():
             if isinstance(value, str):
