@@ -78,8 +78,8 @@ class Script:
     def merges_behind(self, text: str) -> bool:
         """Whether a token may reach from a text of the template over its end, into a letter or digit behind it."""
         tail = text.rpartition(MARK)[2]
-        if not tail:  # a special token is never part of another
-            return False
+        if not tail:  # a special token is never part of another; without one the question stands there
+            return MARK not in text
         reader = self._reader
         normal = reader.normalizer.normalize_str(f"{tail}b") if reader.normalizer else f"{tail}b"
         cut = reader.pre_tokenizer.pre_tokenize_str(normal) if reader.pre_tokenizer else [(normal, (0, len(normal)))]

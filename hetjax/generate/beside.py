@@ -29,6 +29,12 @@ def chat(source: Source, extras: Extras, date: str | None) -> FolderChat:
     ignored = prompts.ignored(files, whole=whole)
     if ignored:
         LOG.warning("%s: not used, as in transformers: %s", source.path, ignored)
+    other = prompts.otherwise(files, (extras.config or {}).get("model_type", ""))
+    if other:
+        LOG.warning(
+            "%s: ids are those of its tokenizer.json, as in transformers 4; AutoTokenizer of version 5 reads it as %s",
+            *(source.path, other),
+        )
     return FolderChat(tokenizer, template, items, specials=prompts.specials(files), processor=whole, date=date)
 
 

@@ -84,10 +84,9 @@ def template(path: str, end_token: str | None = None, date: str | None = None) -
         raise ConvertError(f"pretrained.template.path={path!r} has no chat template; set a settings.Template() instead")
     tokenizer = prompts.tokenizer(extras.files, source.path)
     token = None if kind is None else item_token(extras, kind.item)
-    parts = {kind.item: tokenizer.id_to_token(token)} if kind is not None and token is not None else {}
-    found = ChatTemplate(
-        text, end_token or "", prompts.specials(extras.files), parts, whole=kind is not None, date=date
-    )
+    shown = None if token is None else tokenizer.id_to_token(token)
+    parts = {} if kind is None or shown is None else {kind.item: shown}
+    found = ChatTemplate(text, end_token or "", prompts.specials(extras.files), parts, kind is not None, date)
     return found if end_token else dataclasses.replace(found, end_token=_end_token(found, tokenizer, path))
 
 

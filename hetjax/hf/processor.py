@@ -70,7 +70,7 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
     if encoder is not None:
         shown = token_of(encoder.items, run.data.template)
         token = _add_token(tokenizer, shown, parts.llm.vocab_size) if token is None else token
-    made |= _spoken(run, [] if encoder is None else [encoder.items], tokenizer, settings, whole=parts.whole)
+    made |= spoken(run, [] if encoder is None else [encoder.items], tokenizer, settings, whole=parts.whole)
     gone = {*made, *TOKENIZER, prompts.LEGACY}
     kept = {n: p for n, p in came.items() if n not in gone and not n.startswith(prompts.NAMED)}
     return Beside(kept, made, token)
@@ -84,7 +84,7 @@ def _tokenizer_settings(came: Mapping[str, Path], made: Mapping[str, Any]) -> di
     return {**settings, **prompts.specials(came)}
 
 
-def _spoken(
+def spoken(
     run: Experiment,
     items: Sequence[ItemSpec],
     tokenizer: dict[str, Any],

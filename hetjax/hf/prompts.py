@@ -65,6 +65,20 @@ def ignored(files: Files, *, whole: bool) -> str:
     return ""
 
 
+def otherwise(files: Files, kind: str) -> str:
+    """The class by which AutoTokenizer of transformers 5 makes other ids than tokenizer.json says; "": none.
+
+    Version 4 takes the file as it stands, and so do PreTrainedTokenizerFast and we."""
+    found, name = _json(files, TOKENIZER), str(_json(files, CONFIG).get("tokenizer_class", ""))
+    normal, cut = found.get("normalizer") or {}, found.get("pre_tokenizer") or {}
+    kinds = [part["type"] for part in cut.get("pretokenizers", [cut]) if part]
+    if kind == "qwen2":
+        return "" if normal.get("type") == "NFC" and kinds == ["Split", "ByteLevel"] else "Qwen2Tokenizer"
+    if kind == "llava" or name.removesuffix("Fast") != "LlamaTokenizer" or "ByteLevel" in kinds:
+        return ""
+    return "" if not normal and kinds == ["Metaspace"] and cut.get("prepend_scheme") == "first" else "LlamaTokenizer"
+
+
 def specials(files: Files) -> dict[str, str]:
     """The special tokens by the names that templates use."""
     settings = _settings(files)
