@@ -1,5 +1,6 @@
 """Tiny folders that answer, with tokenizers of every kind, as they are on the hub: what transformers makes of them."""
 
+import datetime
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import hf_folders
 import numpy as np
+import pytest
 import soundfile
 from hf_folders import llava, qwen2_audio, text, vision
 from PIL import Image
@@ -148,15 +150,29 @@ def prompts(directory: Path, name: str) -> list[Prompt]:
     return [Prompt(("what is it ?",), files), Prompt(three, files), Prompt(three), Prompt(("is it so",))]
 
 
+def today(monkeypatch: pytest.MonkeyPatch, date: str) -> None:
+    """Makes transformers' templates write this date."""
+    from transformers.utils import chat_template_utils
+
+    class Fixed(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Fixed":
+            return cls.fromisoformat(date)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Fixed)
+
+
 class Theirs:
     """What transformers makes of a folder."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, *, loads: bool = True, strings: Sequence[str] = ()) -> None:
         import transformers
 
-        self.name = name
+        self.name, self.strings = name, strings
         kind = transformers.AutoTokenizer if name == "decoder" else transformers.AutoProcessor
         self.processor = kind.from_pretrained(directory)
+        if not loads:
+            return
         architecture = json.loads((directory / "config.json").read_text())["architectures"][0]
         self.model = getattr(transformers, architecture).from_pretrained(directory, dtype="float32").eval()
 
@@ -185,8 +201,8 @@ class Theirs:
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         whole = self.name != "decoder"
         made: list[dict[str, Any]] = [
-            {"role": ("user", "assistant")[n % 2], "content": [{"type": "text", "text": t}] if whole else t}
-            for n, t in enumerate(prompt.turns)
+            {"role": role, "content": [{"type": "text", "text": t}] if whole and role not in self.strings else t}
+            for role, t in zip(("user", "assistant") * len(prompt.turns), prompt.turns, strict=False)
         ]
         for field in prompt.files:
             made[0]["content"].insert(0, {"type": field})

@@ -56,10 +56,10 @@ def read(extras: Extras) -> Defaults:
     """The settings of a folder. Raises ConvertError for what cannot be."""
     settings = _settings(extras)
     draws = bool(settings.get("do_sample"))
-    not_done = NOT_DONE | (DRAWS_NOT_DONE if draws else {})
-    ignored = [
-        f"{name}={settings[name]!r}" for name, plain in not_done.items() if settings.get(name) not in (None, plain)
-    ]
+    plain = NOT_DONE | (DRAWS_NOT_DONE if draws else {})
+    if draws and settings.get("temperature") == 0:  # which transformers refuses, and nothing is left to draw
+        draws, plain = False, plain | dict(temperature=1.0)
+    ignored = [f"{name}={settings[name]!r}" for name in plain if settings.get(name) not in (None, plain[name])]
     try:
         penalties = Penalties(
             float(settings.get("repetition_penalty") or 1.0),
