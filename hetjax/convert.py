@@ -1,8 +1,8 @@
 """Between Hugging Face folders and hetjax checkpoints, in files; neither direction needs torch.
 
-    python -m hetjax.convert from_hf DIR --out CKPT           a checkpoint of parameters, and the models' settings
-    python -m hetjax.convert to_hf CKPT --out DIR             a folder for transformers; a run's workdir will do too
-    python -m hetjax.convert to_torch CKPT --out FILE.pt      a plain state dict (.pt or .safetensors)
+    hetjax convert from_hf DIR --out CKPT           a checkpoint of parameters, and the models' settings
+    hetjax convert to_hf CKPT --out DIR             a folder for transformers; a run's workdir will do too
+    hetjax convert to_torch CKPT --out FILE.pt      a plain state dict (.pt or .safetensors)
 
 What is written appears whole, or, on an error, not at all. Exit status 0: done; 2: it cannot be, and why.
 """
@@ -15,6 +15,7 @@ import jax
 
 from hetjax.hf import export, store
 from hetjax.hf.stored import open_source
+from hetjax.run import command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,22 +42,22 @@ def _modules(text: str | None) -> list[str] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hetjax.convert", description=__doc__.splitlines()[0])
+    parser = command.new_parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
-        "from_hf": "a Hugging Face folder as a checkpoint",
-        "to_hf": "a checkpoint, or a run's newest one, as a Hugging Face folder",
-        "to_torch": "a checkpoint's parameters as one file with a state dict",
+        "from_hf": ("a Hugging Face folder as a checkpoint", "models/llava --out runs/llava"),
+        "to_hf": ("a checkpoint, or a run's newest one, as a Hugging Face folder", "runs/quickstart --out runs/hf"),
+        "to_torch": ("a checkpoint's parameters as one file with a state dict", "runs/quickstart --out weights.pt"),
     }
-    for name, text in about.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("source", metavar="DIR", help="folder, checkpoint or workdir")
-        command.add_argument("--out", required=True, metavar="PATH", help="must not be there yet")
+    for name, (text, example) in about.items():
+        one = commands.add_parser(name, help=text, description=text, epilog=f"hetjax convert {name} {example}")
+        one.add_argument("source", metavar="DIR", help="folder, checkpoint or workdir")
+        one.add_argument("--out", required=True, metavar="PATH", help="must not be there yet")
         if name != "from_hf":
-            command.add_argument("--modules", metavar="A,B", help="those to export, such as llm,audio (default: all)")
-            command.add_argument("--dtype", choices=list(export.DTYPES), help="of the tensors (default: as stored)")
+            one.add_argument("--modules", metavar="A,B", help="those to export, such as llm,audio (default: all)")
+            one.add_argument("--dtype", choices=list(export.DTYPES), help="of the tensors (default: as stored)")
         if name == "to_hf":
-            command.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
+            one.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
     return parser
 
 

@@ -1,18 +1,23 @@
-"""`python -m hetjax.data inspect --gin_file=FILE`: the first microbatches of a run's data, as its model gets them."""
+"""Shows the first microbatches of a run's data, as its model gets them: tokens, masks, positions, pictures.
 
-import argparse
+    hetjax data inspect --gin_file=configs/quickstart.gin --rows=2 --pictures=runs/pictures
+
+Exit status 0: shown; 2: the data cannot be read, and why.
+"""
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hetjax.data import inspect
+from hetjax.data.paths import expanded
 from hetjax.run import command, config, experiment
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hetjax.data", description=__doc__)
-    parser.add_argument("command", choices=["inspect"])
+    parser = command.new_parser("data", __doc__)
+    parser.add_argument("command", choices=["inspect"], help="what to do with the data")
     parser.add_argument("--microbatches", type=int, default=1, metavar="N", help="how many to show (default 1)")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows of each to show (default 2)")
     parser.add_argument(
@@ -36,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
                 )
                 print(f"[{number}] {text}\n")
                 if flags.pictures:
-                    directory = Path(flags.pictures) / f"microbatch-{number}"
+                    directory = Path(expanded(flags.pictures)) / f"microbatch-{number}"
                     print(f"wrote {len(inspect.write_pictures(microbatch, loader.items, directory))} to {directory}\n")
             for problem in loader.bad:
                 print(f"bad: {problem}")

@@ -1,16 +1,16 @@
 """Trains: build, open the data, compile, restore, then step, log, evaluate and save until the last step.
 
-    python -m hetjax.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+    hetjax train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+    hetjax train --gin_file=configs/quickstart.gin --workdir=runs/short --gin.experiment.Experiment.steps=100
 
 Called again with the same --workdir it continues from the newest checkpoint. SIGTERM, or Ctrl-C, saves and exits with
-status 0; a second Ctrl-C stops at once.
+status 0; a second Ctrl-C, or an error, saves the last complete step if it can, and says which one lies where.
 """
 
 import contextlib
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -18,22 +18,25 @@ import jax
 from hetjax.core import memory
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
-from hetjax.hf import initial
-from hetjax.run import checkpoint, command, config, evaluate, experiment, metrics, record, samples
+from hetjax.hf import export, initial
+from hetjax.run import checkpoint, command, config, ending, evaluate, experiment, metrics, record, samples, terminal
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit status: 0 trained or saved after a signal, 2 for what the user can fix."""
-    arguments = command.parse_arguments(argv)
+    """The exit status: 0 trained or saved after a signal, 2 for what the user can fix. Other errors go through."""
+    arguments = command.parse_arguments(argv, command.new_parser("train", __doc__))
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
         run = record.dated(run, Path(arguments.workdir))
-        files = [f"# {path}\n{Path(path).read_text()}" for path in arguments.gin_files]
-        asked = "\n".join([*files, "# command line", *arguments.bindings, ""])
-        train(run, Path(arguments.workdir), {"config.gin": asked, record.OPERATIVE: config.operative(run)})
+        asked = config.asked(arguments.gin_files, arguments.bindings)
+        workdir, start = Path(arguments.workdir), time.perf_counter()
+        train(run, workdir, {"config.gin": asked, record.OPERATIVE: config.operative(run)})
+        records, kept = metrics.read_jsonl(workdir / metrics.FILE), checkpoint.steps_in(workdir / "checkpoints")
+        seconds = time.perf_counter() - start
+        print(terminal.summary(workdir, records, num_steps=run.ends[-1], kept=kept, seconds=seconds))
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -51,56 +54,85 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         payload, wire = (n * run.num_microbatches / 2**20 for n in (boundary.payload_bytes, boundary.wire_bytes))
         print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB of them between device sets")
     with contextlib.ExitStack() as stack:
-        stopped = stack.enter_context(_signalled())
+        stopped = stack.enter_context(ending.signalled())
         loader = stack.enter_context(experiment.train_loader(run))
         held_out = experiment.held_out_loader(run)
         if held_out is not None:
-            stack.enter_context(held_out)
-        directory, readers = workdir / "checkpoints", {e.name: e.items.reader for e in run.encoders}
-        resumes = bool(checkpoint.steps_in(directory))
-        resized = [e.name for e in run.encoders if e.resize_positions]
-        starts = {} if resumes else initial.open_starts(trainers[0].graph, run.init_from, readers, resized=resized)
-        record.make(workdir)
-        checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep))
+            evaluate.check(loader, stack.enter_context(held_out))
+        directory = workdir / "checkpoints"
+        starts = {} if checkpoint.steps_in(directory) else _starts(run, trainers[0])
+        refusal = export.refusal(run, workdir)
+        if refusal:
+            print(f"no export: python -m hetjax.convert to_hf will refuse it whole: {refusal}", flush=True)
+        stack.enter_context(record.made(workdir))
+        checkpoints = stack.enter_context(_open_checkpoints(run, workdir))
         resumed = checkpoints.latest
-        if resumes and (resumed is None or resumed > run.ends[-1]):
-            what = "none is complete" if resumed is None else f"the newest is of step {resumed}"
-            raise CheckpointError(
-                f"{directory} has checkpoints, of which {what}; this run ends at step {run.ends[-1]}: set its steps "
-                "(Experiment.steps, or those of its phases) to at least that, or use another workdir"
-            )
         first = run.phase_of(resumed or 0)
         state = _ready(run, trainers, first, loader, checkpoints, starts)
         record.write(workdir, asked or {}, resumed)
+        evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
         )
+        last = stack.enter_context(ending.saved(checkpoints))
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
             state = state if trainer is trainers[first] else trainer.begin(state)
             log = Log(run, trainer, loader, writer)
             while state.step < end and not stopped:
+                due = run.eval_every and state.step and state.step % run.eval_every == 0 and state.step != evaluated
+                if held_out is not None and due:
+                    values = evaluate.values(trainer, state, held_out, run.eval_microbatches, stopped)
+                    _write(run, trainer, state, held_out, writer, values, stopped)
+                    log.restart()
+                    if stopped:
+                        break
                 microbatches = loader.next_step(run.num_microbatches)
                 state, outcome = trainer.step(state, microbatches)
+                last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
-                evaluates = run.eval_every and state.step % run.eval_every == 0 and state.step < run.ends[-1]
-                if held_out is not None and evaluates:
-                    writer.write(state.step, evaluate.values(trainer, state, held_out, run.eval_microbatches))
-                    _show(run, trainer, state, held_out, writer)
-                    log.restart()
                 if state.step % run.save_every == 0:
                     checkpoints.save(trainer, state, loader.state())
             log.settle()
             checkpoints.save(trainer, state, loader.state())
             if stopped:
                 break
+        if held_out is not None and not stopped and not _has(workdir, state.step, "eval/accuracy_prior"):
+            values = evaluate.last_values(trainer, state, loader, held_out, run.eval_microbatches, stopped)
+            _write(run, trainer, state, held_out, writer, values, stopped)
         if stopped:
-            name = signal.Signals(stopped[0]).name
-            print(f"{name}: saved step {state.step} in {checkpoints.directory}; the same command continues", flush=True)
-        elif held_out is not None and not _finished(workdir, state.step):
-            values = evaluate.last_values(trainer, state, loader, held_out, run.eval_microbatches)
-            _show(run, trainer, state, held_out, writer)
-            writer.write(state.step, values)
+            checkpoints.wait()
+            where = checkpoints.directory
+            print(f"{stopped[0].name}: saved step {state.step} in {where}; the same command continues", flush=True)
         _report_data(loader)
+
+
+def _starts(run: Experiment, trainer: Trainer) -> Mapping[str, initial.Start]:
+    """What the modules of a run that begins start from."""
+    readers = {e.name: e.items.reader for e in run.encoders}
+    resized = [e.name for e in run.encoders if e.resize_positions]
+    return initial.open_starts(trainer.graph, run.init_from, readers, resized=resized)
+
+
+def _open_checkpoints(run: Experiment, workdir: Path) -> Checkpoints:
+    """The run's checkpoints, with a line for what earlier calls left and this one will not go on from.
+
+    Raises CheckpointError if the run ends before the newest, ValueError for damaged metrics."""
+    directory = workdir / "checkpoints"
+    steps, written = checkpoint.steps_in(directory), metrics.last_step(workdir)
+    for path in checkpoint.unfinished_in(directory):
+        behind = f"goes on from step {max(steps)}" if steps else "starts over"
+        print(f"{path} was left unfinished; {behind}", flush=True)
+    if written and not steps:
+        print(f"{directory} holds no checkpoint: starts over, and so does {metrics.FILE}, which went to step {written}")
+    checkpoints = Checkpoints(directory, keep=run.keep)
+    newest = checkpoints.latest
+    if steps and (newest is None or newest > run.ends[-1]):
+        what = "none is complete" if newest is None else f"the newest is of step {newest}"
+        raise CheckpointError(
+            f"{directory} has checkpoints, of which {what}; this run ends at step {run.ends[-1]}: set its steps "
+            "(Experiment.steps, or those of its phases) to at least that, or use another workdir"
+        )
+    return checkpoints
 
 
 def _ready(
@@ -119,6 +151,8 @@ def _ready(
         except OtherArraysError as error:
             changed = record.changed(checkpoints.directory.parent, config.operative(run))
             raise OtherArraysError(f"{changed}: {error}" if changed else str(error)) from error
+    if (resumed or 0) < run.ends[-1]:
+        loader.read_first(endless=True)
     for phase, trainer in enumerate(trainers[first:], first):
         if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
             print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.spec.first_step + 1} to {run.ends[phase]}")
@@ -147,29 +181,23 @@ def _compile(trainer: Trainer, *, evaluates: bool) -> None:
     memory.check(needed, memory.available(jax.devices()))
 
 
-def _show(run: Experiment, trainer: Trainer, state: State, held_out: Loader, writer: metrics.Writer) -> None:
-    """Writes what the model answers to some held-out questions, if the run asks for it."""
+def _write(
+    run: Experiment,
+    trainer: Trainer,
+    state: State,
+    held_out: Loader,
+    writer: metrics.Writer,
+    values: metrics.Values,
+    stopped: Sequence[object],
+) -> None:
+    """Writes an evaluation, and what the model answers to some questions if the run asks for it; nothing once `stopped`
+    holds something, which made it end early."""
+    if stopped:
+        return
     if run.eval_samples:
         found = samples.take(trainer, state, held_out, count=run.eval_samples, tokens=run.eval_sample_tokens)
         writer.show(state.step, found)
-
-
-@contextlib.contextmanager
-def _signalled() -> Iterator[list[int]]:
-    """A list that SIGTERM and the first Ctrl-C make true; the loop looks at it between steps."""
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])  # a second one does what it always did
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    writer.write(state.step, values)
 
 
 def _report_data(loader: Loader) -> None:
@@ -177,10 +205,10 @@ def _report_data(loader: Loader) -> None:
     print(f"not padding: {fill}; {loader.tally.report()}")
 
 
-def _finished(workdir: Path, step: int) -> bool:
-    """Whether an earlier call wrote the last evaluation."""
-    records = metrics.read_jsonl(workdir / metrics.FILE)
-    return any(r["step"] == step and "eval/accuracy_prior" in r for r in records)
+def _has(workdir: Path, step: int | None, name: str) -> bool:
+    """Whether a call wrote the value of that name for a step."""
+    path = workdir / metrics.FILE
+    return path.is_file() and any(r["step"] == step and name in r for r in metrics.read_jsonl(path))
 
 
 if __name__ == "__main__":

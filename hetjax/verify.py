@@ -1,11 +1,10 @@
 """Trains a config's model under its layouts and through the reference on the same data, and shows the differences.
 
-    python -m hetjax.verify --gin_file=configs/quickstart.gin --steps=3 --dtype=float64
+    hetjax verify --gin_file=configs/quickstart.gin --steps=3 --dtype=float64
 
 Exit status 0: every step's loss and every leaf are within tolerance; 1: one is not; 2: the run cannot be built.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -42,7 +41,7 @@ INITIAL = 1e-6  # of the values at step 0, which are drawn in float32
 
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hetjax.verify", description=__doc__.splitlines()[0])
+    parser = command.new_parser("verify", __doc__)
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="training steps to compare (default 2)")
     parser.add_argument(
         "--dtype",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hetjax.assets import easy_vqa, smollm2, tuxpaint, whisper_tiny
+from hetjax.data.paths import expanded
 
 
 class Asset(NamedTuple):
@@ -42,7 +43,7 @@ def main() -> int:
     for name in arguments.names:
         asset = ASSETS[name]
         try:
-            print(f"{asset.what}: {asset.prepare(arguments.out or asset.place)}", flush=True)
+            print(f"{asset.what}: {asset.prepare(expanded(arguments.out or asset.place))}", flush=True)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

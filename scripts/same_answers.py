@@ -1,6 +1,6 @@
 """Asks a run and its export, opened by transformers, the same held-out questions, and compares their greedy answers.
 
-    python -m hetjax.convert to_hf runs/captions --out runs/captions-hf
+    hetjax convert to_hf runs/captions --out runs/captions-hf
     python scripts/same_answers.py runs/captions runs/captions-hf data/cache/tuxpaint/captions.test.json
 
 Needs the extra `torch`. Exit status 0: every answer is the same; 1: one is not.

@@ -23,7 +23,8 @@ import pytest
 from jax._src import array as jax_array
 
 NUM_DEVICES = 8
-CACHE = Path(__file__).parent.parent / ".cache" / "jax"  # a second run of the suite compiles little
+# A second run of the suite compiles little. Each worker keeps its own: jax writes entries in place, not by rename.
+CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)

@@ -267,7 +267,7 @@ def test_a_work_directory_that_cannot_be_written_is_refused(refusal: Any, gin: P
 
 def test_a_gin_file_that_is_not_there_or_is_none_is_refused(refusal: Any, gin: Path) -> None:
     assert f"no such gin file: {gin.parent}/rum.gin; did you mean run.gin?" in refusal({}, file="rum.gin")
-    assert "no such gin file" in refusal({}, file="train")
+    assert f"{gin.parent}/train cannot be read: Is a directory; name a gin file" in refusal({}, file="train")
     (gin.parent / "empty.gin").write_text("")
     assert "experiment.Experiment needs a value for llm: bind experiment.Experiment.llm" in refusal(
         {}, file="empty.gin"

@@ -35,7 +35,7 @@ def test_arguments_are_files_settings_a_directory_and_own_flags() -> None:
     )
     assert got.gin_files == ("a.gin", "b.gin") and got.workdir == "runs/a" and got.flags.rounds == 3
     assert got.bindings == ("x.Y.z = 'a=b'", "N = 4")
-    assert command.parse_arguments(["--gin_file=a.gin"], needs_workdir=False).workdir == ""
+    assert command.parse_arguments(["--gin_file=a.gin"], argparse.ArgumentParser(), needs_workdir=False).workdir == ""
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,14 @@ def test_arguments_are_files_settings_a_directory_and_own_flags() -> None:
         (["--gin_file=a", "--workdir=w", "--gin.x.y", "3"], "--gin.x.y has no value: write --gin.x.y=VALUE"),
         (["--workdir=w"], "required: --gin_file"),
         (["--gin_file=a"], "required: --workdir"),
-        (["--gin_f=a", "--workdir=w"], "required: --gin_file"),
+        (["--gin_f=a", "--workdir=w"], r"unknown argument --gin_f=a; did you mean --gin_file\?"),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit:
-        command.parse_arguments(argv)
+        command.parse_arguments(argv, command.new_parser("train", ""))
     assert exit.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -99,7 +99,10 @@ def test_the_compilation_cache_is_where_it_was_asked_for(monkeypatch: pytest.Mon
     jax.config.update("jax_compilation_cache_dir", None)
     command.use_compilation_cache("/tmp/own")
     assert jax.config.jax_compilation_cache_dir == "/tmp/own"
+    jax.config.update("jax_compilation_cache_dir", None)
+    command.use_compilation_cache("~/own")
+    assert jax.config.jax_compilation_cache_dir == os.path.expanduser("~/own") != "~/own"
     command.use_compilation_cache("/tmp/other")  # jax has one already
-    assert jax.config.jax_compilation_cache_dir == "/tmp/own" and jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_compilation_cache_dir != "/tmp/other" and jax.config.jax_enable_compilation_cache
     command.use_compilation_cache("")
     assert not jax.config.jax_enable_compilation_cache

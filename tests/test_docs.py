@@ -42,12 +42,15 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """Every `python -m hetjax... --gin_file=...` of a page, as words; behind && too, and in running text."""
+    """Every `hetjax ... --gin_file=...` of a page, as the words of `python -m hetjax...`; behind && and in text too."""
     text = path.read_text().replace("\\\n", " ")
     lines = [line for block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python -m hetjax[^`]*)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    lines += re.findall(
+        r"`((?:python -m )?hetjax[. ][^`]*)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    )
     parts = (part.split(" #")[0].strip() for line in lines for part in line.split("&&"))
-    words = (shlex.split(re.sub(r"^\S*/python\b", "python", part)) for part in parts if " -m hetjax" in part)
+    plain = (re.sub(r"^(\S*/)?hetjax ", "python -m hetjax.", part) for part in parts)
+    words = (shlex.split(re.sub(r"^\S*/python\b", "python", part)) for part in plain if " -m hetjax" in part)
     return [w[w.index("python") :] for w in words if any(word.startswith("--gin_file") for word in w)]
 
 
@@ -91,7 +94,7 @@ def test_every_command_names_files_settings_and_flags_that_exist(page: str, word
     for flag in (word.split("=")[0] for word in words[3:] if word.startswith("--") and not word.startswith("--gin")):
         assert flag == "--workdir" or f'"{flag}"' in Path(source.origin).read_text(), f"{flag} is no flag"
     own = [word for word in words[3:] if word.startswith("--gin")]
-    arguments = command.parse_arguments(own, needs_workdir=False)
+    arguments = command.parse_arguments(own, command.new_parser("verify", ""), needs_workdir=False)
     if any(name.isupper() for name in (Path(path).stem for path in arguments.gin_files)):
         return  # a place holder such as FILE.gin
     if any("data/cache" in Path(path).read_text() for path in arguments.gin_files):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hetjax.data.items import ItemSpec
+from hetjax.data.paths import expanded
 from hetjax.data.problems import SampleError, shown
-from hetjax.data.settings import at_home
 
 # keys by which data sets name files, in any case: image, images, video_path, audio_urls, ...
 MEDIA = re.compile(
@@ -71,7 +71,7 @@ def check_text(text: str, where: str) -> None:
 
 def locate(root: Path, name: str) -> Path:
     """The file: names are relative to `root`, and ~/ is the home directory."""
-    return root / (at_home(name) if name.startswith("~/") else name)
+    return root / (expanded(name) if name.startswith("~/") else name)
 
 
 def missing(questions: Sequence[str], answers: Sequence[str], item: ItemSpec, count: int) -> int:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import datetime
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from hetjax.data.paths import expanded
 
 ON_BAD_ITEM = ("skip", "stop")
 ON_LONG = ("truncate", "skip")
@@ -12,11 +13,6 @@ ON_LONG = ("truncate", "skip")
 
 class DataError(ValueError):
     """What is wrong with the data themselves; names the file or the sample, and the way out."""
-
-
-def at_home(path: str) -> Path:
-    """The path, whose ~ is the home directory."""
-    return Path(os.path.expanduser(path))  # `Path.expanduser` raises where nobody's home is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +82,9 @@ class DataConfig:
     prefetch: int = 2  # microbatches prepared ahead; 0: none, and no background thread
 
     def __post_init__(self) -> None:
+        for name in ("path", "media_root", "tokenizer"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, expanded(getattr(self, name)))
         if Path(self.path).suffix.lower() not in (".json", ".jsonl"):
             raise ValueError(f"DataConfig.path={self.path!r}; it must name a .json or .jsonl file of conversations")
         least = dict(seq_len=2, samples_per_group=1, groups=1, seed=0, lookahead=1, workers=1, prefetch=0)
@@ -104,9 +103,9 @@ class DataConfig:
     @property
     def media_path(self) -> Path:
         """The directory that names of pictures and clips are relative to."""
-        return at_home(self.path).parent if self.media_root is None else at_home(self.media_root)
+        return Path(self.path).parent if self.media_root is None else Path(self.media_root)
 
     @property
     def tokenizer_path(self) -> Path:
         """The tokenizer.json that is read."""
-        return at_home(self.path).with_name("tokenizer.json") if self.tokenizer is None else at_home(self.tokenizer)
+        return Path(self.path).with_name("tokenizer.json") if self.tokenizer is None else Path(self.tokenizer)

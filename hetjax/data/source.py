@@ -4,9 +4,10 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from hetjax.data.settings import DataError, at_home
+from hetjax.data.settings import DataError
 
 DIGITS = 4300  # of a number that Python converts; longer ones stay texts
 
@@ -38,7 +39,7 @@ def read(path: str, setting: str) -> Source:
     which names `setting`, if there is no such file, no entry, or no list in a .json file.
     """
     try:
-        content = at_home(path).read_bytes()
+        content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{setting}={path!r}: {why}; name a file of conversations") from error

@@ -1,7 +1,7 @@
 """Answers of a model, in text.
 
-    python -m hetjax.generate --model DIR --image a.png --prompt "What is it?"
-    python -m hetjax.generate --model DIR --prompts FILE.jsonl --tp 2 --emulated_devices 2
+    hetjax generate --model DIR --image a.png --prompt "What is it?"
+    hetjax generate --model DIR --prompts FILE.jsonl --tp 2 --emulated_devices 2
 
 DIR is a Hugging Face folder, a checkpoint of `hetjax.convert` or the workdir of a run. Exit status 0: answered; 2: it
 cannot be, and why.
@@ -51,14 +51,11 @@ def _prompts(flags: argparse.Namespace, items: Sequence[ItemSpec]) -> list[Promp
 def _line(prompt: Prompt, answer: Answer) -> str:
     values: dict[str, Any] = dict(id=prompt.id) if prompt.id else {}
     values |= dict(question=prompt.turns[-1], answer=answer.text, tokens=len(answer.tokens), ended=answer.ended)
-    return json.dumps(values, ensure_ascii=False)
+    return json.dumps(values, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m hetjax.generate", description="Answers of a model to prompts with pictures and clips."
-    )
-    parser.allow_abbrev = False
+    parser = command.new_parser("generate", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder, checkpoint or workdir")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeatable")

@@ -8,6 +8,7 @@ from typing import Any
 from hetjax.data import ItemSpec, media, source
 from hetjax.data.conversations import read_talk
 from hetjax.data.items import Item
+from hetjax.data.paths import expanded
 from hetjax.data.problems import SampleError, name_of
 
 
@@ -30,7 +31,7 @@ class Prompt:
 
 def ask(question: str, **files: str | Sequence[str]) -> Prompt:
     """The prompt of one question: ask("What is it?", image="a.png")."""
-    return Prompt((question,), {field: _names(names) for field, names in files.items()})
+    return Prompt((question,), {field: tuple(map(expanded, _names(names))) for field, names in files.items()})
 
 
 def read_prompts(path: str | Path, items: Sequence[ItemSpec]) -> list[Prompt]:
@@ -38,7 +39,8 @@ def read_prompts(path: str | Path, items: Sequence[ItemSpec]) -> list[Prompt]:
 
     File names are relative to the file. Raises ValueError for the first that is none, or names a file for no `items`.
     """
-    found = source.read(str(path), "--prompts")
+    path = expanded(path)
+    found = source.read(path, "--prompts")
     numbered = zip(found.lines, found.entries, strict=True)
     return [_prompt(value, f"{path}:{n}", n, items, Path(path).parent) for n, value in numbered]
 

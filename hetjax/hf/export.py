@@ -12,12 +12,12 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from hetjax.hf import keys, processor, tensors, write_config
+from hetjax.hf import keys, processor, tensors, vocabulary, write_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
 from hetjax.hf.folder import INDEX, SINGLE, stored_tensor
@@ -26,6 +26,7 @@ from hetjax.hf.parts import PART_OF, Parts
 from hetjax.hf.source import Extras, Sliceable, Source
 from hetjax.hf.stored import Workdir
 from hetjax.hf.tensors import Tensor
+from hetjax.run.experiment import Experiment
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -53,27 +54,56 @@ def to_hf(
     modules: Collection[str] | None = None,
 ) -> None:
     """Writes the folder `out`. `dtype` None keeps that of the source, `modules` None takes all. Raises ConvertError."""
-    parts, named = parts_of(source, modules)
-    parts, extras, kept = _with_idle(parts, named, source, dtype)
-    found = find_tensors(source, dtype, parts, named) | kept
+    plan = _plan(source, dtype, modules)
+    found = find_tensors(source, dtype, plan.parts, plan.named) | plan.kept
+    models, found = vocabulary.grown(plan.parts, found, plan.beside.item_token)
     precision = next(name for name, d in DTYPES.items() if d == next(iter(found.values())).dtype)
-    beside = processor.find(source, parts, named, extras)
-    sources = {part: found.config for part, found in extras.items() if found.config is not None}
-    config = write_config.write(parts, dtype=precision, item_token=beside.item_token, sources=sources)
-    (architecture, *_), (model, *_) = config.get("architectures") or [""], parts.models.values()
+    config = plan.config(models, precision)
+    (architecture, *_), (model, *_) = config.get("architectures") or [""], models.models.values()
     lacking = registry.family_of(model).bare.get(architecture, "")
     with written(out) as new:
         new.mkdir()
         _write_shards({key.removeprefix(lacking): t for key, t in found.items()}, new, max_shard_bytes)
         write_json(new / "config.json", config)
-        for name, path in beside.copied.items():
+        for name, path in plan.beside.copied.items():
             (new / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, new / name)
-        for name, value in beside.made.items():
+        for name, value in plan.beside.made.items():
             if isinstance(value, str):
-                (new / name).write_text(value)
+                (new / name).write_text(value, "utf-8")
             else:
                 write_json(new / name, value)
+
+
+class _Plan(NamedTuple):
+    """An export before the values of its tensors."""
+
+    parts: Parts
+    named: dict[str, str]  # module of the folder -> of the source
+    kept: dict[str, Tensor]  # what no model of ours holds
+    beside: processor.Beside
+    sources: dict[str, dict[str, Any]]  # part -> the config.json that it came with
+
+    def config(self, models: Parts, precision: str) -> dict[str, Any]:
+        """config.json of `models`, the parts as they are written."""
+        return write_config.write(models, dtype=precision, item_token=self.beside.item_token, sources=self.sources)
+
+
+def _plan(source: Source, dtype: str | None, modules: Collection[str] | None) -> _Plan:
+    parts, named = parts_of(source, modules)
+    parts, extras, kept = _with_idle(parts, named, source, dtype)
+    sources = {part: found.config for part, found in extras.items() if found.config is not None}
+    return _Plan(parts, named, kept, processor.find(source, parts, named, extras), sources)
+
+
+def refusal(run: Experiment, workdir: Path) -> str:
+    """Why `to_hf` would refuse what `run` leaves in `workdir`; "" if it would not."""
+    try:
+        plan = _plan(Workdir(workdir, run), None, None)
+        plan.config(vocabulary.wider(plan.parts, plan.beside.item_token), run.param_dtype)
+    except ConvertError as error:
+        return str(error)
+    return ""
 
 
 def to_torch(

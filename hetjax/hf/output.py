@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hetjax.data.paths import expanded
 from hetjax.hf.errors import ConvertError
 
 
@@ -17,7 +18,7 @@ def written(out: str | Path) -> Iterator[Path]:
     """A path beside `out` to write a directory or a file to; it becomes `out` at the end, and is removed on an error.
 
     Raises ConvertError if `out` is there already."""
-    target = Path(out).absolute()
+    target = Path(expanded(out)).absolute()
     if target.exists():
         raise ConvertError(f"--out={out} is there already; name another, or remove it first")
     try:
@@ -37,4 +38,4 @@ def written(out: str | Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file as transformers does."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -5,6 +5,7 @@ otherwise (its tokenizer, its template, how it reads pictures, where an answer e
 are in the form that versions 4.57 and 5 both read.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,12 @@ from hetjax.data.items import ItemSpec
 from hetjax.data.script import Script, parted
 from hetjax.data.tokens import load_tokenizer, token_of
 from hetjax.hf import chat_template, older, pictures, prompts
-from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
 from hetjax.hf.folder import TOKENIZER
 from hetjax.hf.parts import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
-from hetjax.run.experiment import Experiment
+from hetjax.run.experiment import Encoder, Experiment
 
 GENERATION = "generation_config.json"
 PROCESSORS = (pictures.FILE, pictures.NESTED)
@@ -38,9 +38,7 @@ class Beside(NamedTuple):
 
 
 def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping[str, Extras]) -> Beside:
-    """All that goes beside the weights of `parts`, which the source names as `named` says.
-
-    Raises ConvertError if no id is left for the token of pictures or clips."""
+    """All that goes beside the weights of `parts`, which the source names as `named` says."""
     came: dict[str, Path] = {}
     for part in ("vision", "audio", "llm"):  # the language model's tokenizer wins
         files = extras[part].files if part in extras else {}
@@ -57,23 +55,31 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
         return Beside({n: p for n, p in came.items() if n not in made}, made, token)
     run = source.run
     encoder = None if whole is None else next(e for e in run.encoders if e.name == named[whole.encoder])
+    tokenizer = read_json(run.data.tokenizer_path)
+    same = prompts.TOKENIZER in came and read_json(came[prompts.TOKENIZER]) == tokenizer
+    settings = _tokenizer_settings(came, made) if same else {}
     if whole is not None and encoder is not None:
-        if not whole.serves(encoder, came):
+        encoder, shown = _shown(encoder, run, tokenizer, token)
+        if shown != token or not whole.serves(encoder, came):
             came = {n: p for n, p in came.items() if n not in PROCESSORS}
             made |= whole.processor(encoder)
         elif pictures.NESTED in came:
             nested = made.get(pictures.NESTED) or read_json(came[pictures.NESTED])
             made[pictures.NESTED] = {name: value for name, value in nested.items() if name != "chat_template"}
-    tokenizer = read_json(run.data.tokenizer_path)
-    same = prompts.TOKENIZER in came and read_json(came[prompts.TOKENIZER]) == tokenizer
-    settings = _tokenizer_settings(came, made) if same else {}
-    if encoder is not None:
-        shown = token_of(encoder.items, run.data.template)
-        token = _add_token(tokenizer, shown, parts.llm.vocab_size) if token is None else token
+        token = shown
     made |= spoken(run, [] if encoder is None else [encoder.items], tokenizer, settings, whole=parts.whole)
     gone = {*made, *TOKENIZER, prompts.LEGACY}
     kept = {n: p for n, p in came.items() if n not in gone and not n.startswith(prompts.NAMED)}
     return Beside(kept, made, token)
+
+
+def _shown(encoder: Encoder, run: Experiment, tokenizer: dict[str, Any], came: int | None) -> tuple[Encoder, int]:
+    """(the encoder whose placeholder is a token of the tokenizer, which may get it as a new one; its id). A placeholder
+    that is none stands for the token that the folder had, `came`."""
+    text, known = token_of(encoder.items, run.data.template), _ids(tokenizer)
+    if text not in known and came is not None:
+        text = next((token for token, id in known.items() if id == came), text)
+    return dataclasses.replace(encoder, placeholder=text), _add_token(tokenizer, text)
 
 
 def _tokenizer_settings(came: Mapping[str, Path], made: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,20 +136,14 @@ def item_token(extras: Extras, field: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def _add_token(tokenizer: dict[str, Any], text: str, vocab_size: int) -> int:
-    """The id of `text` in the tokenizer, which gets it as a new one if it has none."""
+def _add_token(tokenizer: dict[str, Any], text: str) -> int:
+    """The id of `text` in the tokenizer, which gets it as a new one if it has none; the vocabulary may have to grow."""
     added = tokenizer.setdefault("added_tokens", [])
     ids = _ids(tokenizer)
-    if text in (token["content"] for token in added):
-        return ids[text]
     new = ids.get(text, max(ids.values()) + 1)
-    if new >= vocab_size:
-        raise ConvertError(
-            f"Decoder.vocab_size={vocab_size}: all ids are taken by the tokenizer's {new} tokens, and {text} needs one "
-            f"in the exported model; give the tokenizer a token {text}, or train with vocab_size={new + 1} or more"
-        )
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added.append({"id": new, "content": text, **flags, "special": True})
+    if text not in (token["content"] for token in added):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": new, "content": text, **flags, "special": True})
     return new
 
 

@@ -17,9 +17,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hetjax.data.paths import expanded
+from hetjax.hf import keys
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.folder import Folder, open_file
-from hetjax.hf.parts import Parts
+from hetjax.hf.parts import PART_OF, Parts
 from hetjax.hf.source import Array, Extras, Sliceable, Source, read_json
 from hetjax.run import checkpoint, config
 from hetjax.run.experiment import Experiment
@@ -99,19 +101,28 @@ class Converted:
 
 
 class Workdir:
-    """The source that reads the newest checkpoint of a training run."""
+    """The source that reads the newest checkpoint of a training run; of `run`, which tells of one that is about to
+    begin, there are shapes alone."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run: Experiment | None = None) -> None:
         self.path = path
-        self.run = config.load([str(path / OPERATIVE)], [], Experiment)
-        steps = checkpoint.steps_in(path / "checkpoints")
-        if not steps:
-            raise ConvertError(f"{path}: no checkpoint in checkpoints/; train first, or check the path")
+        self.run = config.load([str(path / OPERATIVE)], [], Experiment) if run is None else run
         encoders = {e.name: e.model for e in self.run.encoders}
         self.models: Mapping[str, Any] = {self.run.llm.name: self.run.llm.model, **encoders}
-        self._params = Orbax(path / "checkpoints" / str(max(steps)) / "state")
-        self.arrays = self._params.arrays
+        self._params = self._newest() if run is None else None
+        self.arrays = self._params.arrays if self._params else self._to_come()
         self.extras = {name: self._extras(name) for name in self.models}
+
+    def _newest(self) -> Orbax:
+        steps = checkpoint.steps_in(self.path / "checkpoints")
+        if not steps:
+            raise ConvertError(f"{self.path}: no checkpoint in checkpoints/; train first, or check the path")
+        return Orbax(self.path / "checkpoints" / str(max(steps)) / "state")
+
+    def _to_come(self) -> dict[str, Array]:
+        known = {name: model for name, model in self.models.items() if type(model) in PART_OF}
+        dtype = np.dtype(self.run.param_dtype)
+        return {f"{m}/{name}": Array(s, dtype) for m, model in known.items() for name, s in keys.shapes(model).items()}
 
     def _extras(self, name: str) -> Extras:
         """Those of the source that the module started from."""
@@ -129,12 +140,13 @@ class Workdir:
 
     def fetch(self, names: Sequence[str]) -> Mapping[str, Sliceable]:
         """The arrays, on the host."""
+        assert self._params is not None
         return self._params.fetch(names)
 
 
 def open_source(path: str | Path) -> Source:
     """The source at `path`, whatever it is. Raises ConvertError."""
-    where = Path(path).absolute()
+    where = Path(expanded(path)).absolute()
     if not where.is_dir():
         raise ConvertError(f"{path}: no such directory; name a Hugging Face folder, a checkpoint or a workdir")
     if (where / MODEL).is_file():

@@ -26,6 +26,9 @@ from hetjax.run.names import flat, nested
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
+READING = "if it is damaged, remove this directory and the run resumes from the one before"
+WRITING = "make room if the disk is full, and start the same command again"  # it, or the one that was under way
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax writes, until it is complete
 FIRST_STEP = "first_step"  # of the trainer that saved: where its optimizer's state began
 
 
@@ -41,7 +44,10 @@ class Checkpoints:
     """The checkpoints of one run: DIR/<step>, the last `keep` of them."""
 
     def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
+        """Removes what a call left unfinished. Raises CheckpointError if `directory` is a file."""
         self.directory = Path(directory).absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is no directory; move it away, or use another workdir")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
@@ -51,8 +57,14 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Waits, and ends the writer's threads. Raises as `wait`, unless an error is under way: that one is told."""
+        try:
+            self.wait()
+            self._manager.close()
+        except Exception:
+            if kind is None:
+                raise
 
     @property
     def latest(self) -> int | None:
@@ -65,7 +77,7 @@ class Checkpoints:
         Raises CheckpointError if it was not, or if the one before it could not be written."""
         if self.latest == state.step:
             return
-        with self._explained(state.step, "written"):
+        with self._explained(state.step, "written", WRITING):
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
             )
@@ -84,7 +96,7 @@ class Checkpoints:
         if step is None:
             raise CheckpointError(f"{self.directory}: no complete checkpoint; train first, or check the path")
         data = self.check(trainer, step)
-        with self._explained(step, "read"):
+        with self._explained(step, "read", READING):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(nested(abstract_names(trainer))))
             found = self._manager.restore(step, args=args)
         return from_names(trainer, dict(flat(found["state"])), step), data
@@ -93,7 +105,7 @@ class Checkpoints:
         """The position of the data at `step`. Reads no array.
 
         Raises CheckpointError if the checkpoint is damaged, of another phase, or of another model or optimizer."""
-        with self._explained(step, "read"):
+        with self._explained(step, "read", READING):
             self._check_phase(step, trainer.spec.first_step)
             self._check_names(step, abstract_names(trainer))
             return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
@@ -123,7 +135,7 @@ class Checkpoints:
                 )
 
     @contextlib.contextmanager
-    def _explained(self, step: int, what: str) -> Iterator[None]:
+    def _explained(self, step: int, what: str, way_out: str) -> Iterator[None]:
         try:
             yield
         except CheckpointError:
@@ -131,23 +143,23 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(
                 f"{self.directory / str(step)}: the checkpoint cannot be {what} ({type(error).__name__}: {error}); "
-                "if it is damaged, remove this directory and the run resumes from the one before"
+                f"{way_out}"
             ) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises CheckpointError if something could not be written."""
-        with self._explained(self.latest or 0, "written"):
+        with self._explained(self.latest or 0, "written", WRITING):
             self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits, and ends the writer's threads."""
-        self.wait()
-        self._manager.close()
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps whose checkpoints lie in `directory`. Makes nothing, as `Checkpoints` does."""
+    """The steps whose complete checkpoints lie in `directory`. Makes nothing, as `Checkpoints` does."""
     return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+
+
+def unfinished_in(directory: Path) -> list[Path]:
+    """What calls that were killed, or met a full disk, left of checkpoints that they wrote."""
+    return sorted(directory.glob(f"*{UNFINISHED}*"))
 
 
 def programs(trainer: Trainer) -> Thunks:

@@ -2,13 +2,19 @@
 
 import argparse
 import dataclasses
+import io
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from hetjax.run.ginfile import ConfigError, nearest
+from hetjax.data.paths import expanded
+from hetjax.run.ginfile import nearest
+from hetjax.run.values import ConfigError
+
+EXAMPLE = "--gin_file=configs/quickstart.gin --workdir=runs/quickstart"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,20 +27,31 @@ class Arguments:
     flags: argparse.Namespace
 
 
-def parse_arguments(
-    argv: Sequence[str], parser: argparse.ArgumentParser | None = None, *, needs_workdir: bool = True
-) -> Arguments:
+def new_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The parser of `hetjax NAME`; `about`, with its examples, is what --help begins with.
+
+    From here on the command prints \\xd7 where the terminal's encoding lacks a character, as under LC_ALL=C, and does
+    not end by it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=f"hetjax {name}", description=about.strip(), formatter_class=raw, allow_abbrev=False
+    )
+
+
+def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser, *, needs_workdir: bool = True) -> Arguments:
     """The arguments in `argv` (without the program's name). `parser` brings the command's own flags.
 
     Adds `--gin_file=FILE` and `--gin.NAME=VALUE`, both repeatable, and `--workdir=DIR` where the command needs one.
-    Exits with status 2 on an unknown flag, naming the nearest one.
+    Exits with status 2 on an unknown flag, naming the nearest one, and without a file, saying what one is.
     """
-    parser = parser or argparse.ArgumentParser()
-    parser.allow_abbrev = False
-    parser.add_argument("--gin_file", action="append", required=True, metavar="FILE", help="repeatable; later ones win")
-    parser.add_argument("--gin.NAME", metavar="VALUE", help="binds one setting: --gin.experiment.Experiment.steps=100")
+    parser.add_argument(
+        "--gin_file", action="append", metavar="FILE", help="what the run is; repeatable, later ones win"
+    )
+    parser.add_argument("--gin.NAME=VALUE", action="store_true", help="one setting; repeatable, wins over the files")
     if needs_workdir:
-        parser.add_argument("--workdir", required=True, metavar="DIR", help="metrics, checkpoints, configuration")
+        parser.add_argument("--workdir", metavar="DIR", help="where metrics, checkpoints and settings go")
     bindings = [a for a in argv if a.startswith("--gin.")]
     flags, unknown = parser.parse_known_args([a for a in argv if not a.startswith("--gin.")])
     for binding in bindings:
@@ -43,9 +60,16 @@ def parse_arguments(
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    missing = [f"--{name}" for name in ("gin_file", "workdir") if getattr(flags, name, "") is None]
+    if missing:
+        parser.error(f"required: {', '.join(missing)}; for example {EXAMPLE if needs_workdir else EXAMPLE.split()[0]}")
     names = (binding.removeprefix("--gin.").partition("=") for binding in bindings)
     settings = tuple(f"{name} = {value}" for name, _, value in names)
-    return Arguments(tuple(flags.gin_file), settings, getattr(flags, "workdir", ""), flags)
+    try:
+        gin_files, workdir = tuple(map(expanded, flags.gin_file)), expanded(getattr(flags, "workdir", ""))
+    except ValueError as error:
+        parser.error(str(error))
+    return Arguments(gin_files, settings, workdir, flags)
 
 
 def emulate_devices(count: int) -> None:
@@ -77,5 +101,5 @@ def use_compilation_cache(directory: str | None = None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(directory or Path(root) / "hetjax"))
+        jax.config.update("jax_compilation_cache_dir", expanded(directory or Path(root) / "hetjax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -19,31 +19,39 @@ nearest valid name.
 import dataclasses
 import inspect
 import re
-import sys
-import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from hetjax.run.ginfile import Bare, Binding, ConfigError, Key, Name, Reader, nearest, resolve, scoped
+from hetjax.run.ginfile import Binding, Key, Reader, nearest, read_text, resolve, scoped
+from hetjax.run.values import ConfigError, Name, fit, map_leaves, wanted
 
 T = TypeVar("T")
 
 
 def load(gin_files: Iterable[str], bindings: Iterable[str], root: Callable[..., T]) -> T:
     """`root()` with every field that the files and then the bindings (`NAME = VALUE`) set. Raises ConfigError."""
-    reader = Reader()
-    for path in gin_files:
-        reader.read_file(path)
-    for text in bindings:
-        reader.read_binding(text)
-    builder = _Builder(reader)
+    builder = _Builder(_read(gin_files, bindings))
     try:
         result = builder.build(root, "", "", f"{root.__module__.rpartition('.')[2]}.{root.__qualname__}")
     except RecursionError as error:
         raise ConfigError("a reference or macro leads back to itself") from error
     builder.check_used()
     return result
+
+
+def asked(gin_files: Sequence[str], bindings: Iterable[str]) -> str:
+    """The files and the bindings as one gin file: a record of what was asked for. Raises ConfigError."""
+    files = [f"# {path}\n{read_text(path)}" for path in gin_files]
+    return "\n".join([*files, "# command line", *_read(gin_files, bindings).typed, ""])
+
+
+def _read(gin_files: Iterable[str], bindings: Iterable[str]) -> Reader:
+    reader = Reader()
+    for path in gin_files:
+        reader.read_file(path)
+    reader.read_command_line(bindings)
+    return reader
 
 
 class _Builder:
@@ -90,21 +98,15 @@ class _Builder:
                 self.used.add(name)
                 self._use_macros(self.macros[name].value)
 
-        _map(use, value)
+        map_leaves(use, value)
 
     def _value(self, binding: Binding, scope: str, hint: Any) -> Any:
-        value = _map(lambda leaf: self._evaluate(leaf, scope, binding.where), binding.value)
-        if isinstance(value, Bare):
-            if hint is Any:
-                raise ConfigError(value.why)
-            value = value.text
+        value = map_leaves(lambda leaf: self._evaluate(leaf, scope, binding.where), binding.value)
         try:
-            return _fit(value, hint)
+            return fit(value, hint)
         except TypeError as error:
-            wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-            wanted = re.sub(r"\bfloat\b", "finite float", wanted)
-            shown = value if isinstance(binding.value, Bare) else binding.value
-            raise ConfigError(f"{binding.where}{binding.name} = {shown!r}, but it must be {wanted}") from error
+            must = f"it must be {wanted(binding.value, hint)}"
+            raise ConfigError(f"{binding.where}{binding.name} = {binding.value!r}, but {must}") from error
 
     def _evaluate(self, leaf: Any, scope: str, where: str) -> Any:
         if not isinstance(leaf, Name):
@@ -117,7 +119,7 @@ class _Builder:
         if macro is None:
             raise ConfigError(f"{where}{leaf} is set nowhere{nearest(leaf.text[1:], self.macros)}")
         self.used.add(leaf.text[1:])
-        return _map(lambda part: self._evaluate(part, scope, macro.where), macro.value)
+        return map_leaves(lambda part: self._evaluate(part, scope, macro.where), macro.value)
 
     def check_used(self) -> None:
         """Raises ConfigError for the first binding that reached no value."""
@@ -187,52 +189,6 @@ def _write_name(target: Any, imports: dict[str, str]) -> str:
         module = target.__module__.replace(".", "_")
         imports[module] = f"import {target.__module__} as {module}"
     return f"{module}.{target.__qualname__}"
-
-
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `function` applied inside of lists, tuples and dicts."""
-    if type(value) in (list, tuple):
-        return type(value)(_map(function, item) for item in value)
-    if type(value) is dict:
-        return {_map(function, key): _map(function, item) for key, item in value.items()}
-    return function(value)
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """`value` as the declared type takes it: a list for a tuple, an int for a float. Raises TypeError for another, and
-    for a float that is not finite."""
-    if hint is Any:
-        return value
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        for arg in args:
-            try:
-                return _fit(value, arg)
-            except TypeError:
-                continue
-        raise TypeError
-    base = origin or hint
-    if base is float and type(value) in (int, float):
-        if not abs(value) <= sys.float_info.max:  # nan is not
-            raise TypeError
-        return float(value)
-    if base is tuple and isinstance(value, list):
-        value = tuple(value)
-    if origin is typing.Literal:
-        matches = value in args
-    else:
-        checkable = isinstance(base, type) and not getattr(base, "_is_protocol", False)
-        matches = not checkable or (isinstance(value, base) and not (base is int and isinstance(value, bool)))
-    if not matches:
-        raise TypeError
-    if base is tuple and args:
-        items = args[:1] * len(value) if args[-1] is ... else args
-        if len(items) != len(value):
-            raise TypeError
-        return tuple(map(_fit, value, items))
-    if isinstance(value, dict) and args:
-        return {_fit(key, args[0]): _fit(item, args[1]) for key, item in value.items()}
-    return value
 
 
 def _around(scope: str) -> list[str]:

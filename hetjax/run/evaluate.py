@@ -2,15 +2,18 @@
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader, Sample, blank
+from hetjax.data.settings import DataError
 
 Arrays = Mapping[str, np.ndarray]
+UNREAD = ("truncation", "padding", "post_processor", "decoder")  # what a tokenizer.json tells, and no prompt is made of
 
 
 class Score(NamedTuple):
@@ -39,27 +42,54 @@ def score(trainer: Trainer, state: State, batches: Iterable[tuple[Arrays, np.nda
     return Score(loss / max(tokens, 1.0), right / max(len(targets), 1), token_accuracy, frozenset(targets))
 
 
-def values(trainer: Trainer, state: State, held_out: Loader, microbatches: int) -> dict[str, float]:
-    """Loss and accuracies on the first `microbatches` of held-out data (0: all of them), by their names in metrics."""
-    return _named(score(trainer, state, _first(held_out, microbatches)))
+def check(train: Loader, held_out: Loader) -> None:
+    """Reads a held-out microbatch. Raises DataError if there is none, or if it has other ids than the training."""
+    if _reading(held_out) != _reading(train):
+        theirs, ours = held_out.config.tokenizer_path, train.config.tokenizer_path
+        raise DataError(
+            f"{theirs} reads text otherwise than {ours}, which the run trains with; set Experiment.held_out's "
+            f"DataConfig.tokenizer={str(ours)!r}"
+        )
+    held_out.read_first(endless=False)
 
 
-def last_values(trainer: Trainer, state: State, train: Loader, held_out: Loader, microbatches: int) -> dict[str, float]:
+def _reading(loader: Loader) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(loader.tokenizer.to_str()).items() if name not in UNREAD}
+
+
+def values(
+    trainer: Trainer, state: State, held_out: Loader, microbatches: int, stopped: Sequence[object] = ()
+) -> dict[str, float]:
+    """Loss and accuracies on the first `microbatches` of held-out data (0: all of them), by their names in metrics.
+
+    It ends early, with values of no use, once `stopped` holds something."""
+    return _named(score(trainer, state, _first(held_out, microbatches, stopped)))
+
+
+def last_values(
+    trainer: Trainer,
+    state: State,
+    train: Loader,
+    held_out: Loader,
+    microbatches: int,
+    stopped: Sequence[object] = (),
+) -> dict[str, float]:
     """Those of the last evaluation: with pictures and clips, with blank ones (all, and of one encoder where there are
     several), and what the questions alone give away."""
-    found = score(trainer, state, _first(held_out, microbatches))
+    found = score(trainer, state, _first(held_out, microbatches, stopped))
     named = _named(found)
     several = {f"_blank_{item.name}": (item,) for item in held_out.items} if len(held_out.items) > 1 else {}
     for what, items in {"_blank": held_out.items, **several}.items() if held_out.items else ():
-        unseen = ((blank(arrays, items), owner) for arrays, owner in _first(held_out, microbatches))
+        unseen = ((blank(arrays, items), owner) for arrays, owner in _first(held_out, microbatches, stopped))
         named |= _named(score(trainer, state, unseen), what)
     asked = [held_out.samples[ordinal] for ordinal in sorted(found.samples)]
     named["eval/accuracy_prior"] = prior_accuracy(train.samples.values(), asked)
     return named
 
 
-def _first(held_out: Loader, microbatches: int) -> Iterator[tuple[Arrays, np.ndarray]]:
-    return itertools.islice(held_out.one_pass(), microbatches or None)
+def _first(held_out: Loader, microbatches: int, stopped: Sequence[object]) -> Iterator[tuple[Arrays, np.ndarray]]:
+    batches = itertools.islice(held_out.one_pass(), microbatches or None)
+    return itertools.takewhile(lambda _: not stopped, batches)
 
 
 def _named(found: Score, what: str = "") -> dict[str, float]:

@@ -16,10 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from hetjax.run.samples import Sample
+from hetjax.run.terminal import Terminal
 
 FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
 Values = Mapping[str, Any]  # numbers, or scalars of NumPy or jax
@@ -60,12 +58,31 @@ def open_writers(
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line that a killed run left unfinished is left out."""
-    lines = Path(path).read_text().split("\n")
-    records = [json.loads(line) for line in lines[:-1]]
-    with contextlib.suppress(json.JSONDecodeError):
-        records += [json.loads(lines[-1])] if lines[-1] else []
-    return records
+    """The records of a metrics.jsonl. A last line that a killed run left unfinished is left out.
+
+    Raises ValueError for another line that is none."""
+    *lines, rest = Path(path).read_text(errors="replace").split("\n")
+    records = [_record(line) for line in lines]
+    if None in records:
+        raise ValueError(
+            f"{path}:{records.index(None) + 1} is no record: {lines[records.index(None)][:60]!r}; remove the line, or "
+            "move the file away"
+        )
+    return [record for record in (*records, _record(rest)) if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+def last_step(directory: Path) -> int | None:
+    """The last step of which there are records in `directory`. Raises ValueError for a file that holds others."""
+    files = (directory / name for name in (FILE, SAMPLES))
+    return max((record["step"] for path in files if path.is_file() for record in read_jsonl(path)), default=None)
 
 
 class _All:
@@ -103,17 +120,27 @@ class JsonLines:
 
     def write(self, step: int, values: Values) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        self.file.flush()
+        with _explained(self.directory / FILE):
+            self.file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+            self.file.flush()
 
     def show(self, step: int, samples: Sequence[Sample]) -> None:
-        with (self.directory / SAMPLES).open("a") as file:
+        with _explained(self.directory / SAMPLES), (self.directory / SAMPLES).open("a") as file:
             for sample in samples:
                 texts = dict(id=sample.id, question=sample.question, answer=sample.answer, expected=sample.expected)
                 file.write(json.dumps({"step": step} | texts) + "\n")
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # every line was written out, or its error raised
+            self.file.close()
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; make room there, and start the same command again") from error
 
 
 def _replace(path: Path, text: str) -> None:
@@ -153,41 +180,3 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-
-
-class Terminal:
-    """A progress bar on a terminal, a line per write elsewhere (files, CI, notebooks)."""
-
-    def __init__(self, num_steps: int, step: int, stream: TextIO) -> None:
-        self.num_steps, self.stream = num_steps, stream
-        console = Console(file=stream)
-        self.progress: Progress | None = None
-        if console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, TextColumn("{task.description}"), console=console)
-            self.task = self.progress.add_task("", total=num_steps, completed=step)
-            self.progress.start()
-
-    def write(self, step: int, values: Values) -> None:
-        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, description=text)
-        else:
-            print(f"step {step}/{self.num_steps}  {text}", file=self.stream, flush=True)
-
-    def show(self, step: int, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            texts = {"asked": sample.question, "answered": sample.answer, "expected": sample.expected}
-            line = "  ".join(f"{name} {' '.join(text.split())!r}" for name, text in texts.items())
-            if self.progress is not None:
-                self.progress.console.print(f"step {step}: {line}", markup=False, highlight=False)
-            else:
-                print(f"step {step}/{self.num_steps}  {line}", file=self.stream, flush=True)
-
-    def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-
-def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hetjax.data import ChatTemplate, DataConfig
+from hetjax.run import lock
 from hetjax.run.experiment import Experiment
 
 OPERATIVE = "operative_config.gin"
@@ -33,10 +34,16 @@ def dated(run: Experiment, workdir: Path) -> Experiment:
     return dataclasses.replace(run, data=with_date(run.data), held_out=held_out)
 
 
-def make(workdir: Path) -> None:
-    """Makes the directory. Raises ValueError if it cannot be made."""
-    with _explained(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def made(workdir: Path) -> Iterator[None]:
+    """The directory, made if it is not there, for this process alone.
+
+    Raises ValueError if it cannot be made or written, or if another run uses it."""
+    with contextlib.ExitStack() as stack:
+        with _explained(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.held(workdir))
+        yield
 
 
 def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
@@ -48,9 +55,9 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
     with _explained(workdir):
         for name, text in files.items():
             path, new = workdir / name, workdir / f"{name}.new"
-            new.write_text(text)
+            new.write_text(text, encoding="utf-8")
             kept = path.with_stem(f"{path.stem}_until_step_{resumed}")
-            if resumed is not None and path.exists() and path.read_text() != text and not kept.exists():
+            if resumed is not None and path.exists() and path.read_text(encoding="utf-8") != text and not kept.exists():
                 os.replace(path, kept)
             os.replace(new, path)
 
@@ -58,7 +65,7 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
 def changed(workdir: Path, operative: str) -> str:
     """The settings that decide which arrays a run has, where the operative configuration in `workdir` differs."""
     path = workdir / OPERATIVE
-    before, now = _settings(path.read_text() if path.is_file() else ""), _settings(operative)
+    before, now = _settings(path.read_text(encoding="utf-8") if path.is_file() else ""), _settings(operative)
     found = {name: value for name, value in now.items() if ARRAYS.search(name) and before.get(name, value) != value}
     return ", ".join(f"{name} = {value}, which was {before[name]}" for name, value in found.items())
 

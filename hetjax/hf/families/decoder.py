@@ -84,6 +84,7 @@ def family(
         read=read,
         write=write,
         renamed=renamed or {},
+        resized=("vocab_size",),
         unapplied=unapplied,
     )
 
