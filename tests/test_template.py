@@ -10,7 +10,10 @@ import speaking
 from speaking import CHATML, VICUNA
 
 from hetjax.data import ChatTemplate, DataConfig, ItemSpec, Loader, Pictures, tokens
-from hetjax.hf import pretrained
+from hetjax.data.items import Item
+from hetjax.generate import Prompt
+from hetjax.generate.chat import FolderChat, RunChat
+from hetjax.hf import chat_template, pretrained
 from hetjax.hf.errors import ConvertError
 from hetjax.run import config, record
 from hetjax.run.experiment import Experiment
@@ -187,8 +190,30 @@ def test_the_date_is_that_of_the_run_s_start_and_stays(tmp_path: Path) -> None:
     ids = speller.spell(("what",), {}).tokens
     text = tokens.open_tokenizer(directory / "tokenizer.json").decode(ids, skip_special_tokens=False)
     assert text.startswith("03 Feb 2001<|im_start|>user")
-    from hetjax.hf import chat_template
-
-    (directory / "chat_template.jinja").write_text(chat_template.dated(resumed.data.template))
+    (directory / "chat_template.jinja").write_text(chat_template.kept(resumed.data.template, []))
     exported = transformers.AutoTokenizer.from_pretrained(directory)
     assert exported.apply_chat_template(messages(("what",)), add_generation_prompt=True, return_dict=False) == ids
+
+
+def test_a_template_of_texts_gets_the_pictures_of_a_run_and_its_export_takes_parts(tmp_path: Path) -> None:
+    directory = speaking.folder(tmp_path / "folder", "llava", "bytes")
+    strings = VICUNA.replace("ASSISTANT: ", "ASSISTANT:")
+    (directory / "chat_template.jinja").write_text(strings)
+    item = ItemSpec("vision", 3, Pictures(8, 8))
+    made = ChatTemplate(strings, "</s>", {"bos_token": "<s>", "eos_token": "</s>"}, date="2024-02-29")
+    (directory / "chat_template.jinja").write_text(chat_template.kept(made, [item]))
+    tokenizer, found = tokens.open_tokenizer(directory / "tokenizer.json"), {"vision": [Item({}, 3)]}
+    run = RunChat(tokenizer, made, [item])
+    kept = FolderChat(tokenizer, chat_template.kept(made, [item]), [item], specials=made.names, processor=True)
+    theirs = transformers.AutoProcessor.from_pretrained(directory)
+    for typed in ("what is it", "<image> what", "what <image> is it", "<image>\nwhat", "<image>"):
+        prompt = Prompt((typed, "a dog", "so"), {"image": ("a.png",)})
+        told: list[Any] = [{"type": "text", "text": typed}]
+        asked = messages(prompt.turns)
+        asked[0]["content"] = told if "<image>" in typed else [{"type": "image"}, *told]
+        text = theirs.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        ids = theirs.tokenizer(text.replace("<image>", "<image>" * 3), add_special_tokens=False)["input_ids"]
+        assert kept.encode(prompt, found).tokens == ids
+        place = ids.index(5)
+        ids[place : place + 3] = [tokens.NO_TEXT] * 3
+        assert run.encode(prompt, found).tokens == ids

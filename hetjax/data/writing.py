@@ -161,32 +161,32 @@ class ChatWriter:
 
     def _message(self, role: str, text: str, shown: Sequence[ItemSpec]) -> dict[str, Any]:
         placed = {item.placeholder: item for item in shown}
-        pieces = re.split(f"({'|'.join(map(re.escape, placed))})", text) if placed else [text]
+        pieces = re.split(f"((?:{'|'.join(map(re.escape, placed))})\n?)", text) if placed else [text]
         if self._takes_parts(role):
             return {"role": role, "content": self._parts(pieces, placed)}
         return {"role": role, "content": "".join(map(functools.partial(self._literal, placed), pieces))}
 
     def _literal(self, placed: Mapping[str, ItemSpec], piece: str) -> str:
         """A piece of a text as it stands in a message; of a placeholder the model's token."""
-        if piece not in placed:
+        item = placed.get(piece.removesuffix("\n"))
+        if item is None:
             return self.script.guarded(piece)
-        return self.script.plain(self._token(placed[piece]), (self._token(placed[piece]),))
+        token = self._token(item)
+        return self.script.plain(piece.replace(item.placeholder, token), (token,))
 
     def _parts(self, pieces: Sequence[str], placed: Mapping[str, ItemSpec]) -> list[dict[str, str]]:
-        """The parts of a message. Placeholders at its front are parts, with the line's end behind them, and so are all
-        that are no token of the model; others stand in the text as they were typed."""
+        """The parts of a message. Placeholders on lines of their own at its front are parts, and so are all that are no
+        token of the model, with the line's end behind them; others stand in the text as they were typed."""
         parts: list[dict[str, str]] = []
         for piece in filter(None, pieces):
-            item, leads = placed.get(piece), all(part["type"] != "text" for part in parts)
-            told = item is not None and item.field in self.template.parts
-            if item is not None and told and (leads or self._token(item) != piece):
+            item = placed.get(piece.removesuffix("\n"))
+            leads = piece.endswith("\n") and all(part["type"] != "text" for part in parts)
+            if item is not None and item.field in self.template.parts and (leads or self._token(item) not in piece):
                 parts.append({"type": item.field, f"{item.field}_url": ""})
-                continue
-            text = self._literal(placed, piece.removeprefix("\n") if parts and parts[-1]["type"] != "text" else piece)
-            if text and parts and parts[-1]["type"] == "text":
-                parts[-1]["text"] += text
-            elif text:
-                parts.append({"type": "text", "text": text})
+            elif parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += self._literal(placed, piece)
+            else:
+                parts.append({"type": "text", "text": self._literal(placed, piece)})
         return parts or [{"type": "text", "text": ""}]
 
     def _token(self, item: ItemSpec) -> str:

@@ -29,7 +29,8 @@ def chat(source: Source, extras: Extras, date: str | None) -> FolderChat:
     ignored = prompts.ignored(files, whole=whole)
     if ignored:
         LOG.warning("%s: not used, as in transformers: %s", source.path, ignored)
-    other = prompts.otherwise(files, (extras.config or {}).get("model_type", ""))
+    name = _json(extras, prompts.CONFIG).get("tokenizer_class", "")
+    other = prompts.otherwise(_json(extras, prompts.TOKENIZER), name, (extras.config or {}).get("model_type", ""))
     if other:
         LOG.warning(
             "%s: ids are those of its tokenizer.json, as in transformers 4; AutoTokenizer of version 5 reads it as %s",

@@ -8,8 +8,20 @@ from hetjax.data import ChatTemplate, ItemSpec, Template, jinja
 FILE = "chat_template.jinja"
 
 
-def dated(template: ChatTemplate) -> str:
-    """The template as it wrote in the run: where it asks for the date of today it gets that of the run."""
+def kept(template: ChatTemplate, items: Sequence[ItemSpec]) -> str:
+    """The template as it wrote in the run, with the run's date as today.
+
+    Where it writes no pictures or clips itself, parts of messages become texts before it, as in `write`."""
+    lacking = [item for item in items if item.field not in template.parts]
+    flat = (
+        f"{_shown(lacking)}{{%- set flat = namespace(talk=[]) -%}}{{%- for m in messages -%}}{{%- set said -%}}"
+        "{{ shown(m['content']) }}{%- endset -%}{%- set flat.talk = flat.talk + [dict(m, content=said)] -%}"
+        "{%- endfor -%}{%- set messages = flat.talk -%}"
+    )
+    return (flat if lacking else "") + _dated(template)
+
+
+def _dated(template: ChatTemplate) -> str:
     formats = jinja.date_formats(template.text)
     if not formats or template.date is None:
         return template.text
@@ -23,16 +35,8 @@ def write(template: Template, items: Sequence[ItemSpec], joint: str = "") -> str
 
     A part such as {"type": "image"} of a question becomes its placeholder and a line's end, which is what
     `hetjax.generate` puts in front of a question for a file without a placeholder."""
-    kinds = "".join(
-        f"{{% elif part['type'] == {_quoted(item.field)} %}}{{{{ {_quoted(item.placeholder + chr(10))} }}}}"
-        for item in items
-    )
     return (
-        "{% macro shown(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-        "{% if part['type'] == 'text' %}{{ part['text'] }}" + kinds + "{% else %}"
-        "{{ raise_exception('the model was not trained with parts of type ' + part['type']) }}{% endif %}"
-        "{% endfor %}{% endif %}{% endmacro %}"
-        f"{{{{ {_quoted(template.start)} }}}}"
+        f"{_shown(items)}{{{{ {_quoted(template.start)} }}}}"
         "{% for message in messages %}{% if message['role'] == 'system' and loop.first %}"
         f"{{{{ {_quoted(template.system_prefix)} }}}}{{{{ shown(message['content']) }}}}"
         f"{{{{ {_quoted(template.system_suffix)} }}}}"
@@ -45,6 +49,20 @@ def write(template: Template, items: Sequence[ItemSpec], joint: str = "") -> str
         f"{{{{ shown(message['content']) }}}}{{{{ {_quoted(template.end_token)} }}}}"
         "{% else %}{{ raise_exception('the model was trained with user and assistant, system in front') }}"
         "{% endif %}{% endfor %}"
+    )
+
+
+def _shown(items: Sequence[ItemSpec]) -> str:
+    """A macro that writes a message's content, a text or parts."""
+    kinds = "".join(
+        f"{{% elif part['type'] == {_quoted(item.field)} %}}{{{{ {_quoted(item.placeholder + chr(10))} }}}}"
+        for item in items
+    )
+    return (
+        "{% macro shown(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}" + kinds + "{% else %}"
+        "{{ raise_exception('the model was not trained with parts of type ' + part['type']) }}{% endif %}"
+        "{% endfor %}{% endif %}{% endmacro %}"
     )
 
 

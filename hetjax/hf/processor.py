@@ -7,6 +7,7 @@ are in the form that versions 4.57 and 5 both read.
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
 from hetjax.run.experiment import Encoder, Experiment
 
+LOG = logging.getLogger(__name__)
 GENERATION = "generation_config.json"
 PROCESSORS = (pictures.FILE, pictures.NESTED)
 
@@ -68,6 +70,14 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
             made[pictures.NESTED] = {name: value for name, value in nested.items() if name != "chat_template"}
         token = shown
     made |= spoken(run, [] if encoder is None else [encoder.items], tokenizer, settings, whole=parts.whole)
+    alone = "" if parts.whole else registry.family_of(parts.llm).kind
+    other = prompts.otherwise(made[prompts.TOKENIZER], "", alone)
+    if other:
+        LOG.warning(
+            "the exported tokenizer is read as %s by AutoTokenizer of transformers 5, with other ids; "
+            "PreTrainedTokenizerFast.from_pretrained reads it as the run did",
+            other,
+        )
     gone = {*made, *TOKENIZER, prompts.LEGACY}
     kept = {n: p for n, p in came.items() if n not in gone and not n.startswith(prompts.NAMED)}
     return Beside(kept, made, token)
@@ -104,7 +114,7 @@ def spoken(
     template, ids = run.data.template, _ids(tokenizer)
     made: dict[str, Any] = {prompts.TOKENIZER: tokenizer}
     if isinstance(template, ChatTemplate):
-        made[chat_template.FILE] = chat_template.dated(template)
+        made[chat_template.FILE] = chat_template.kept(template, items)
     else:
         script = Script(load_tokenizer(run.data, items), [item.placeholder for item in items])
         joint = writing.joint(template, script)

@@ -65,12 +65,12 @@ def ignored(files: Files, *, whole: bool) -> str:
     return ""
 
 
-def otherwise(files: Files, kind: str) -> str:
+def otherwise(tokenizer: Mapping[str, Any], name: str, kind: str) -> str:
     """The class by which AutoTokenizer of transformers 5 makes other ids than tokenizer.json says; "": none.
 
-    Version 4 takes the file as it stands, and so do PreTrainedTokenizerFast and we."""
-    found, name = _json(files, TOKENIZER), str(_json(files, CONFIG).get("tokenizer_class", ""))
-    normal, cut = found.get("normalizer") or {}, found.get("pre_tokenizer") or {}
+    `name`: its class in tokenizer_config.json; `kind`: the model_type. Version 4 takes the file as it stands, and so do
+    PreTrainedTokenizerFast and we."""
+    normal, cut = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
     kinds = [part["type"] for part in cut.get("pretokenizers", [cut]) if part]
     if kind == "qwen2":
         return "" if normal.get("type") == "NFC" and kinds == ["Split", "ByteLevel"] else "Qwen2Tokenizer"
