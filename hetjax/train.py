@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = command.parse_arguments(argv, command.new_parser("train", __doc__))
     try:
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
+        run = record.dated(run, Path(arguments.workdir))
         asked = config.asked(arguments.gin_files, arguments.bindings)
         workdir, start = Path(arguments.workdir), time.perf_counter()
         train(run, workdir, {"config.gin": asked, record.OPERATIVE: config.operative(run)})

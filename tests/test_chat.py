@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hetjax.data import ItemSpec, Pictures, Template
-from hetjax.generate import Prompt, ask, jinja
+from hetjax.data import ItemSpec, Pictures, Template, jinja
+from hetjax.generate import Prompt, ask
 from hetjax.generate.chat import FolderChat, RunChat
 from hetjax.generate.prompt import read_items, read_prompts
 from hetjax.hf import chat_template
@@ -160,7 +160,7 @@ def test_a_longer_token_hides_no_placeholder(tokenizer: Tokenizer, picture: str)
 
 def test_a_template_that_fails_is_named(tokenizer: Tokenizer) -> None:
     chat = FolderChat(tokenizer, "{{ messages | length / 0 }}", (), specials={}, processor=False)
-    with pytest.raises(ValueError, match="chat template refuses the prompt: ZeroDivisionError"):
+    with pytest.raises(ValueError, match="chat template refuses it: ZeroDivisionError"):
         chat.encode(ask("x"), {})
 
 

@@ -8,10 +8,11 @@ from hetjax.data.items import ItemSpec, blank
 from hetjax.data.loader import Loader
 from hetjax.data.pictures import Pictures
 from hetjax.data.problems import Problem
-from hetjax.data.settings import DataConfig, DataError, Template
+from hetjax.data.settings import ChatTemplate, DataConfig, DataError, Template
 from hetjax.data.sounds import Sounds
 
 __all__ = [
+    "ChatTemplate",
     "DataConfig",
     "DataError",
     "ItemSpec",

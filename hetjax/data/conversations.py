@@ -8,7 +8,7 @@ be a list of parts: [{"type": "image", "image": "a.png"}, {"type": "text", "text
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hetjax.data import media, source
@@ -64,6 +64,15 @@ def read(path: str, items: Sequence[ItemSpec]) -> Conversations:
         if isinstance(entry, Sample):
             _check_slots(entry, items, path)
     return Conversations(entries, found.digest)
+
+
+def split(sample: Sample, items: Sequence[ItemSpec]) -> Iterator[Sample]:
+    """A conversation for each answer of a sample, up to it; ordinals are still the sample's."""
+    for count in range(2, len(sample.turns) + 1, 2):
+        turns = sample.turns[:count]
+        shown = {item.name: sum(turn.count(item.placeholder) for turn in turns[::2]) for item in items}
+        files = {name: files[: shown[name]] for name, files in sample.files.items()}
+        yield dataclasses.replace(sample, turns=turns, files=files)
 
 
 def _entry(value: Any, ordinal: int, items: Sequence[ItemSpec], path: str) -> Sample | Problem:

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from hetjax.data.problems import SampleError
-from hetjax.data.settings import DataConfig
+from hetjax.data.settings import DataConfig, Template
 
 Abstract = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
 Values = Mapping[str, np.ndarray]
@@ -117,7 +117,8 @@ def check_items(config: DataConfig, items: Sequence[ItemSpec]) -> None:
                     f"{item.name}: placeholder {item.placeholder!r} is part of {other.name}'s {other.placeholder!r}; "
                     "choose texts that do not contain each other"
                 )
-        for name, text in dataclasses.asdict(config.template).items():
+        texts = dataclasses.asdict(config.template) if isinstance(config.template, Template) else {}
+        for name, text in texts.items():
             if item.placeholder in text:
                 raise ValueError(f"Template.{name}={text!r} contains {item.name}'s placeholder; leave it to questions")
         if item.rows + 2 > config.seq_len:

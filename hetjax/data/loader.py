@@ -54,6 +54,8 @@ class Loader:
         check_items(config, self.items)  # behind the path, which may be wrong for all of them
         self.tokenizer = tokens.load_tokenizer(config, self.items)
         self._speller = tokens.Speller(self.tokenizer, self.items, config.template)
+        if self._speller.split:
+            self._entries = tuple(self._each_answer(self._entries))
         self.tally = Tally(config, len(self._entries))
         self._position = Position()
         self._ahead: Ahead[Made] | None = None
@@ -171,6 +173,17 @@ class Loader:
             self._ahead.close()
             self._waited += self._ahead.seconds_waited
             self._ahead = None
+
+    def _each_answer(self, entries: Sequence[Sample | Problem]) -> Iterator[Sample | Problem]:
+        """The entries with a conversation for each answer, as templates need that write them otherwise later on."""
+        ordinals = itertools.count()
+        for entry in entries:
+            if isinstance(entry, Problem):
+                next(ordinals)
+                yield entry
+                continue
+            for part in conversations.split(entry, self.items):
+                yield dataclasses.replace(part, ordinal=next(ordinals))
 
     def _order_settings(self) -> dict[str, Any]:
         return dict(file=self._digest, seed=self.config.seed, shuffle=self.config.shuffle)

@@ -5,16 +5,27 @@ There `</s>` in an answer would end it. So the special tokens that are meant sta
 has, and the tokenizer that reads it knows the marks in place of the special tokens.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
 from hetjax.data.problems import SampleError
 
-MARK = "\U0010fffe"  # Unicode keeps it free of any meaning
+# Characters that Unicode keeps free of any meaning: around the number of a mark; inside of what only looks like a
+# special token; around what {% generation %} marks; where no token may reach over
+MARK, BREAK, OPEN, CLOSE, JOIN = "\U0010fffe", "\ufdd2", "\ufdd0", "\ufdd1", "\ufdd3"
+
+
+class Token(NamedTuple):
+    """An id, or a placeholder, and the stretch of the text that it stands for."""
+
+    meaning: int | str
+    start: int
+    end: int
 
 
 class Script:
@@ -24,35 +35,69 @@ class Script:
         added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
         special = [text for text, token in added.items() if token.special]
         texts = list(dict.fromkeys([*special, *placeholders]))
+        self._tokenizer = tokenizer
         self._marks = {text: f"{MARK}{number}{MARK}" for number, text in enumerate(texts)}
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-        content = tokenizer.to_str()
-        self._reader = Tokenizer.from_str(content)
+        longest_first = sorted(texts, key=len, reverse=True)
+        self._special = re.compile(f"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})(?!{BREAK})")
+        content = json.loads(tokenizer.to_str())
+        self._model = content["model"]
+        without = parted(content) | {"post_processor": None}  # which would trim offsets
+        self._reader = Tokenizer.from_str(json.dumps(without))
         self._reader.encode_special_tokens = True  # as text
         self._reader.add_tokens([_marked(mark, added.get(text)) for text, mark in self._marks.items()])
         ids = {text: id for text in texts if (id := tokenizer.token_to_id(text)) is not None}
         shown = {text: text if text in placeholders else ids[text] for text in texts}
         self._meanings = {self._reader.token_to_id(mark): shown[text] for text, mark in self._marks.items()}
-        unknown = _unknown(json.loads(content)["model"])
+        unknown = _unknown(self._model)
         self._never = {id: text for text, id in ids.items() if unknown not in (text, id)}
 
     def meant(self, text: str) -> str:
-        """A text of the template: the special tokens in it are special."""
-        return self._special.sub(lambda found: self._marks[found[0]], text)
+        """A text of the template: the special tokens and placeholders in it are what they look like."""
+        return self._special.sub(lambda found: self._marks[found[0]], text).replace(BREAK, "")
 
     def plain(self, text: str, placeholders: Sequence[str] = ()) -> str:
         """A text of the data, in which the placeholders alone mean what they say. Raises SampleError."""
-        if MARK in text:
-            raise SampleError("", f"its text holds {MARK!r}, which Unicode gives no meaning; take it out")
+        for character in (MARK, BREAK, OPEN, CLOSE, JOIN):
+            if character in text:
+                raise SampleError("", f"its text holds {character!r}, which Unicode gives no meaning; take it out")
         for placeholder in placeholders:
             text = text.replace(placeholder, self._marks[placeholder])
         return text
 
-    def encode(self, text: str) -> list[int | str]:
-        """The ids of what `meant` and `plain` made; of a mark what it stands for, if that is a placeholder.
+    def guarded(self, text: str) -> str:
+        """A text of the data that goes through a template, whose result `meant` reads. Raises SampleError."""
+        return self._special.sub(lambda found: found[0][0] + BREAK + found[0][1:], self.plain(text))
+
+    def read(self, text: str) -> list[Token]:
+        """The tokens of what `meant` and `plain` made.
 
         Raises SampleError where the vocabulary itself makes a special token of a text."""
-        return [self._meaning(id) for id in self._reader.encode(text, add_special_tokens=False).ids]
+        encoding = self._reader.encode(text, add_special_tokens=False)
+        return [Token(self._meaning(id), *place) for id, place in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def merges_behind(self, text: str) -> bool:
+        """Whether a token may reach from a text of the template over its end, into a letter or digit behind it."""
+        tail = text.rpartition(MARK)[2]
+        if not tail:  # a special token is never part of another; without one the question stands there
+            return MARK not in text
+        reader = self._reader
+        normal = reader.normalizer.normalize_str(f"{tail}b") if reader.normalizer else f"{tail}b"
+        cut = reader.pre_tokenizer.pre_tokenize_str(normal) if reader.pre_tokenizer else [(normal, (0, len(normal)))]
+        if any(start == len(normal) - 1 for _, (start, _) in cut):
+            return False
+        if self._model.get("type") == "WordLevel":
+            return True
+        end = "".join(reader.encode(tail, add_special_tokens=False).tokens)
+        return any(
+            token[n].isalnum() and end.endswith(token[:n]) for token in reader.get_vocab() for n in range(1, len(token))
+        )
+
+    @functools.cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer itself puts before and behind a text."""
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        inside = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+        return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
 
     def _meaning(self, id: int) -> int | str:
         if id in self._never:
@@ -62,10 +107,21 @@ class Script:
         return self._meanings.get(id, id)
 
 
+def parted(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json in which no token reaches over a `JOIN`, which leaves none itself."""
+    part = {"type": "Split", "pattern": {"String": JOIN}, "behavior": "Removed", "invert": False}
+    cutting = tokenizer.get("pre_tokenizer")
+    both = part if cutting is None else {"type": "Sequence", "pretokenizers": [part, cutting]}
+    return {**tokenizer, "pre_tokenizer": both}
+
+
 def _marked(mark: str, like: AddedToken | None) -> AddedToken:
-    """A mark that takes the spaces beside it as the special token would; not special, as those are read as text."""
-    strips = dict(lstrip=like.lstrip, rstrip=like.rstrip) if like else {}
-    return AddedToken(mark, normalized=False, special=False, **strips)
+    """A mark that is found where the special token would be, and takes the spaces beside it as that would; not special,
+    as those are read as text."""
+    if like is None:
+        return AddedToken(mark, normalized=False, special=False)
+    flags = dict(lstrip=like.lstrip, rstrip=like.rstrip, normalized=like.normalized, single_word=like.single_word)
+    return AddedToken(mark, special=False, **flags)
 
 
 def _unknown(model: Mapping[str, Any]) -> str | int | None:

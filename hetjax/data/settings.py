@@ -1,6 +1,8 @@
 """What the data of a run are: settings that check themselves. None of them is a layout, and none is taken from one."""
 
 import dataclasses
+import datetime
+from collections.abc import Mapping
 from pathlib import Path
 
 from hetjax.data.paths import expanded
@@ -38,6 +40,28 @@ class Template:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a folder, as `pretrained.template` reads it.
+
+    Trained on: what it marks with {% generation %}; without such marks each answer, up to the `end_token` behind it.
+    """
+
+    text: str  # in jinja
+    end_token: str  # one token of the vocabulary
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # bos_token and the like -> token
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # type of a part (image) -> its token
+    whole: bool = False  # a processor's, which lets the tokenizer add its special tokens unless the first is there
+    date: str | None = None  # that the template may write, such as 2026-11-27; None: of the day on which a run starts
+
+    def __post_init__(self) -> None:
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise ValueError(f"date={self.date!r}: {error}; write it as 2026-11-27") from error
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Conversations with pictures and clips, and the fixed shape of the microbatches made of them. Epochs never end."""
 
@@ -47,7 +71,7 @@ class DataConfig:
     groups: int = 1  # equal parts of a microbatch; the language model's dp divides it
     media_root: str | None = None  # what names of pictures and clips are relative to; None: the directory of `path`
     tokenizer: str | None = None  # a Hugging Face tokenizer.json; None: tokenizer.json beside `path`
-    template: Template = Template()
+    template: Template | ChatTemplate = Template()
     seed: int = 0  # of the order
     shuffle: bool = True
     pack: bool = False  # several samples in one row, first fit; False: one sample a row

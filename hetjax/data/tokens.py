@@ -6,18 +6,19 @@ targets 0 0 0 5    7   8  9 12  2         the next token; 0 where an item's posi
 weights 0 0 0 0    0   0  0 1   1         1 where the target belongs to an answer
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from hetjax.data import writing
 from hetjax.data.conversations import Sample
 from hetjax.data.items import ItemSpec
 from hetjax.data.problems import SampleError
-from hetjax.data.script import Script
-from hetjax.data.settings import DataConfig, DataError, Template
+from hetjax.data.script import Script, Token
+from hetjax.data.settings import ChatTemplate, DataConfig, DataError, Template
 
 Rows = Mapping[str, Sequence[int]]  # item name -> positions of each of its pictures or clips
 NO_TEXT = 0  # token at an item's positions and at padding; masks go by position, so any id would do
@@ -45,7 +46,8 @@ def load_tokenizer(config: DataConfig, items: Sequence[ItemSpec]) -> Tokenizer:
         raise DataError(f"no tokenizer at {path}; set DataConfig.tokenizer to a Hugging Face tokenizer.json")
     tokenizer = open_tokenizer(path)
     if tokenizer.token_to_id(end) is None:
-        raise DataError(f"Template.end_token={end!r} is no token of {path}; name the one that ends an answer there")
+        kind = type(config.template).__name__
+        raise DataError(f"{kind}.end_token={end!r} is no token of {path}; name the one that ends an answer there")
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_special_tokens([item.placeholder for item in items if item.placeholder not in known])
     return tokenizer
@@ -77,46 +79,71 @@ class Spelled(NamedTuple):
 
 
 class Speller:
-    """Makes positions of conversations, by one template and one tokenizer."""
+    """Makes positions of conversations, by one template (None: of a model without one) and one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, items: Sequence[ItemSpec], template: Template) -> None:
-        self._items, self._template = tuple(items), template
-        self._script = Script(tokenizer, [item.placeholder for item in items])
+    def __init__(
+        self, tokenizer: Tokenizer, items: Sequence[ItemSpec], template: Template | ChatTemplate | None
+    ) -> None:
+        self._items = {token_of(item, template): item for item in items}
+        self._writer = writing.make(template, Script(tokenizer, list(self._items)))
+
+    @property
+    def split(self) -> bool:
+        """Whether a conversation is trained on as one for each of its answers."""
+        return self._writer.split
 
     def spell(self, turns: Sequence[str], rows: Rows, *, system: str | None = None) -> Spelled:
         """The positions of question, answer, question, ... with as many for each item as `rows` says.
 
-        A prompt is tokenised in one go, placeholders and all: so its ids are those that transformers' processors make.
+        All is tokenised in one go, placeholders and all: so the ids are those that transformers' processors make.
         Behind a last question the answer would follow: that is a prompt. Raises SampleError for a text that cannot be
-        told from a special token.
+        told from a special token, and if the template does not show each item once.
         """
-        spelled = Spelled([], [], {item.name: [] for item in self._items})
-        shown = {item.placeholder: item.name for item in self._items if rows[item.name]}
-        for trained, text in self._texts(turns, tuple(shown), system):
-            for token in self._script.encode(text):
-                ids = [token] if isinstance(token, int) else self._place(spelled, rows, shown[token])
-                spelled.tokens.extend(ids)
-                spelled.answer.extend([trained] * len(ids))
+        shown = [item for item in self._items.values() if rows[item.name]]
+        written = self._writer.write(turns, shown, system)
+        script = self._writer.script
+        tokens, answer = self._read(written)
+        before, behind = script.around if written.special else ([], [])
+        spelled = Spelled([*before], [False] * len(before), {item.name: [] for item in self._items.values()})
+        for (token, _, _), trained in zip(tokens, answer, strict=True):
+            ids = [token] if isinstance(token, int) else self._place(spelled, rows, self._items[token])
+            spelled.tokens.extend(ids)
+            spelled.answer.extend([trained] * len(ids))
+        spelled.tokens.extend(behind)
+        spelled.answer.extend([False] * len(behind))
+        for item in shown:
+            self._check_shown(item, len(spelled.starts[item.name]), len(rows[item.name]))
         return spelled
 
-    def _place(self, spelled: Spelled, rows: Rows, name: str) -> list[int]:
-        """The positions of an item's next picture or clip."""
-        starts = spelled.starts[name]
-        starts.append(len(spelled.tokens))
-        return [NO_TEXT] * rows[name][len(starts) - 1]
+    def _read(self, written: writing.Written) -> tuple[list[Token], list[bool]]:
+        """The tokens of a text, and which of them are trained on: all that reach into an answer."""
+        script, pieces = self._writer.script, written.pieces
+        tokens = script.read("".join(piece.text for piece in pieces))
+        trained, place = [False] * len(tokens), 0
+        for piece in pieces:
+            start, place = place, place + len(piece.text)
+            inside = [n for n, t in enumerate(tokens) if t.start < place and t.end > start] if piece.trained else []
+            if inside:  # tokens without a character of their own lie between others
+                trained[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+        return tokens, trained
 
-    def _texts(self, turns: Sequence[str], shown: Sequence[str], system: str | None) -> Iterator[tuple[bool, str]]:
-        """(trained on, text), in order. Prompts and answers are tokenised apart, as in generation."""
-        t, meant, plain = self._template, self._script.meant, self._script.plain
-        opening = meant(t.start + t.human_prefix)
-        if system is not None:
-            opening = meant(t.start + t.system_prefix) + plain(system) + meant(t.system_suffix + t.human_prefix)
-        for number, turn in enumerate(turns):
-            if number % 2:
-                yield from ((True, plain(turn)), (True, meant(t.end_token)))
-            else:
-                yield False, opening + plain(turn, shown) + meant(t.human_suffix)
-                opening = meant(t.answer_suffix + t.human_prefix)
+    def _place(self, spelled: Spelled, rows: Rows, item: ItemSpec) -> list[int]:
+        """The positions of an item's next picture or clip."""
+        starts = spelled.starts[item.name]
+        starts.append(len(spelled.tokens))
+        if len(starts) > len(rows[item.name]):
+            self._check_shown(item, len(starts), len(rows[item.name]))
+        return [NO_TEXT] * rows[item.name][len(starts) - 1]
+
+    def _check_shown(self, item: ItemSpec, shown: int, count: int) -> None:
+        if shown != count:
+            raise SampleError("", f"the template shows {shown} of its {count} {item.field} file(s); name each once")
+
+
+def token_of(item: ItemSpec, template: Template | ChatTemplate | None) -> str:
+    """What stands for an item in the text that the template makes."""
+    parts = template.parts if isinstance(template, ChatTemplate) else {}
+    return parts.get(item.field, item.placeholder)
 
 
 def encode(sample: Sample, speller: Speller, config: DataConfig, rows: Rows) -> Encoded:

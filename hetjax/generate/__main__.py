@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         if flags.emulated_devices:
             command.emulate_devices(flags.emulated_devices)
         command.use_compilation_cache()
-        model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype)
+        model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype, date=flags.date)
         prompts = _prompts(flags, model.chat.items)
         settings = dict(max_new_tokens=flags.max_new_tokens, sampling=sampling, batch_size=flags.batch_size)
         for prompt, answer in zip(prompts, model.stream(prompts, **settings), strict=True):
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="devices that share the decoder (default 1)")
     parser.add_argument("--dp", type=int, default=1, metavar="N", help="devices that share the prompts (default 1)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: a run's own, else as stored")
+    parser.add_argument("--date", metavar="DATE", help="a folder's today, such as 2026-11-27 (default: today)")
     parser.add_argument("--emulated_devices", type=int, default=0, metavar="N", help="CPU devices to emulate")
     return parser
 

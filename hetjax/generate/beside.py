@@ -1,43 +1,42 @@
-"""What lies beside a Hugging Face model's weights and decides its prompts: tokenizer, template, processor, stops."""
+"""What lies beside a Hugging Face model's weights and decides its prompts: tokenizer, template, processor."""
 
-from collections.abc import Mapping
+import logging
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from hetjax.data import ItemSpec, Pictures
 from hetjax.data.items import Reader
-from hetjax.data.tokens import open_tokenizer
 from hetjax.generate.chat import FolderChat
-from hetjax.hf import audio, pictures, processor
+from hetjax.hf import audio, pictures, processor, prompts
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
 from hetjax.hf.source import Extras, Source, read_json
 from models.vit import ViT
 from models.whisper import Whisper
 
-SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LOG = logging.getLogger(__name__)
 
 
-def chat(source: Source, extras: Extras) -> FolderChat:
-    """How the folder's prompts are made. Raises ConvertError for what is missing or not supported."""
-    tokenizer = _tokenizer(source, extras)
+def chat(source: Source, extras: Extras, date: str | None) -> FolderChat:
+    """How the folder's prompts are made, on a `date` (None: today). Raises ConvertError for what is not supported."""
+    files, tokenizer = extras.files, prompts.tokenizer(extras.files, source.path)
     encoders = {name: model for name, model in source.models.items() if not hasattr(model, "vocab_size")}
     items = [_item(source, extras, name, model, tokenizer) for name, model in encoders.items()]
-    settings = _json(extras, "tokenizer_config.json")
-    specials = {name: _text(settings[name]) for name in SPECIALS if settings.get(name)}
-    return FolderChat(tokenizer, _template(extras, settings), items, specials=specials, processor=bool(encoders))
-
-
-def stops(extras: Extras, tokenizer: Tokenizer) -> list[int]:
-    """The ids that end an answer: those of the generation settings, else of the model's, else the tokenizer's."""
-    config = extras.config or {}
-    for settings in (_json(extras, "generation_config.json"), config.get("text_config") or {}, config):
-        found = settings.get("eos_token_id")
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    text = _json(extras, "tokenizer_config.json").get("eos_token")
-    found = tokenizer.token_to_id(_text(text)) if text else None
-    return [] if found is None else [found]
+    whole = bool(encoders)
+    kind = registry.WHOLE_OF_KIND.get((extras.config or {}).get("model_type", ""))
+    template = prompts.template(files, kind.chat_template if kind else None, whole=whole)
+    ignored = prompts.ignored(files, whole=whole)
+    if ignored:
+        LOG.warning("%s: not used, as in transformers: %s", source.path, ignored)
+    name = _json(extras, prompts.CONFIG).get("tokenizer_class", "")
+    other = prompts.otherwise(_json(extras, prompts.TOKENIZER), name, (extras.config or {}).get("model_type", ""))
+    if other:
+        LOG.warning(
+            "%s: ids are those of its tokenizer.json, as in transformers 4; AutoTokenizer of version 5 reads it as %s",
+            *(source.path, other),
+        )
+    return FolderChat(tokenizer, template, items, specials=prompts.specials(files), processor=whole, date=date)
 
 
 def longest(extras: Extras) -> int | None:
@@ -48,29 +47,6 @@ def longest(extras: Extras) -> int | None:
 
 def _json(extras: Extras, name: str) -> dict[str, Any]:
     return read_json(extras.files[name]) if name in extras.files else {}
-
-
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else str(token)
-
-
-def _tokenizer(source: Source, extras: Extras) -> Tokenizer:
-    path = extras.files.get("tokenizer.json")
-    if path is None:
-        raise ConvertError(
-            f"{source.path}: tokenizer.json is missing; save the tokenizer with transformers' save_pretrained there"
-        )
-    return open_tokenizer(path)
-
-
-def _template(extras: Extras, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else what older files keep in JSON; of several by name the one called default."""
-    if "chat_template.jinja" in extras.files:
-        return extras.files["chat_template.jinja"].read_text(encoding="utf-8")
-    found = _json(extras, "chat_template.json").get("chat_template") or settings.get("chat_template")
-    if isinstance(found, list):
-        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
-    return found
 
 
 def _item(source: Source, extras: Extras, name: str, model: Any, tokenizer: Tokenizer) -> ItemSpec:

@@ -28,7 +28,8 @@ from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.parameters import Parameters
 from hetjax.generate import cached
 from hetjax.generate.cached import Memory
-from hetjax.generate.sample import Draw, Sampling, pick
+from hetjax.generate.defaults import Penalties
+from hetjax.generate.sample import Draw, Rules, Sampling, penalised, pick, remembered
 from models.axes import Axis, vary_like
 from models.contract import Dims, ModuleDef, Params
 
@@ -74,8 +75,9 @@ class Engine:
         devices: Sequence[jax.Device],
         dtypes: Mapping[str, Any],
         stops: Sequence[int],
+        penalties: Penalties = Penalties(),  # noqa: B008
     ) -> None:
-        self.graph, self.alone, self.stops = graph, alone, tuple(stops)
+        self.graph, self.alone, self.stops, self.penalties = graph, alone, tuple(stops), penalties
         self.placed = {m.name: Placed(m, devices, dtypes[m.name]) for m in graph.modules}
         self.sink = self.placed[graph.sink.name]
         self.params: dict[str, Params] = {}  # by module; set before the first call
@@ -100,15 +102,29 @@ class Engine:
             top_k = min(sampling.top_k or vocab, vocab)
             numbers = (np.float32(sampling.temperature), np.int32(top_k), np.float32(sampling.top_p))
             draw = Draw(*numbers, np.int32(sampling.seed), self._put(prompts, P("dp")))
-        stops = np.asarray(self.stops, np.int32)
-        program = self._decode(room, sampling.greedy)
+        stops, rules = np.asarray(self.stops, np.int32), self._rules(batch, logits.shape[1])
+        program = self._decode(room, sampling.greedy, rules is not None)
         out, count, _ = program(
-            self.params[self.sink.name], logits, memory, on["lengths"], draw, np.int32(limit), stops
+            self.params[self.sink.name], logits, memory, on["lengths"], draw, rules, np.int32(limit), stops
         )
         return np.asarray(out)[:, : int(count)]
 
     def _put(self, array: np.ndarray, where: P) -> jax.Array:
         return jax.device_put(np.asarray(array, np.int32), NamedSharding(self.sink.plan.mesh, where))
+
+    def _rules(self, batch: Arrays, vocab: int) -> Rules | None:
+        """The penalties for a batch whose prompts have all been read; None: there are none."""
+        if self.penalties == Penalties():
+            return None
+        never, first = np.zeros(vocab, bool), np.zeros(vocab, bool)
+        for mask, ids in ((never, self.penalties.suppressed), (first, self.penalties.suppressed_first)):
+            mask[[id for id in ids if id < vocab]] = True
+        seen = np.zeros((len(batch["lengths"]), vocab), bool)
+        rows, places = np.nonzero((batch["segment_ids"] > 0) & (batch["tokens"] < vocab))
+        seen[rows, batch["tokens"][rows, places]] = True
+        put = lambda array, where: jax.device_put(array, NamedSharding(self.sink.plan.mesh, where))
+        repetition = np.float32(self.penalties.repetition)
+        return Rules(repetition, put(never, P("tp")), put(first, P("tp")), put(seen, P("dp", "tp")))
 
     def _encoder(self, placed: Placed) -> Any:
         def run(params: Params, batch: Tree) -> Tree:
@@ -150,7 +166,7 @@ class Engine:
         specs = (sink.parameters.specs, dict.fromkeys(self._encode, P("dp")), batch)
         return jax.jit(self._on_devices(run, specs, (P("dp", "tp"), self._memory_specs)))
 
-    def _decode_program(self, room: int, greedy: bool) -> Any:
+    def _decode_program(self, room: int, greedy: bool, ruled: bool) -> Any:
         axes = self.sink.axes
 
         def run(
@@ -159,12 +175,14 @@ class Engine:
             memory: Memory,
             lengths: jax.Array,
             draw: Draw | None,
+            rules: Rules | None,
             limit: jax.Array,
             stops: jax.Array,
         ) -> tuple[jax.Array, jax.Array, Memory]:
             params = self.sink.whole(params)
             prompt_slots = memory.positions.shape[1] - room
-            tokens = pick(logits, axes, draw, 0)
+            tokens = pick(penalised(logits, rules, 0), axes, draw, 0)
+            rules = remembered(rules, tokens, axes)
             done = lengths == 0
             out = vary_like(jnp.full((len(tokens), room), ENDED, jnp.int32), tokens)
             out = out.at[:, 0].set(jnp.where(done, ENDED, tokens))
@@ -176,23 +194,24 @@ class Engine:
                 return (count < limit) & (left > 0)
 
             def once(state: tuple[Any, ...]) -> tuple[Any, ...]:
-                count, _, tokens, done, memory, out = state
+                count, _, tokens, done, memory, out, rules = state
                 positions = lengths + count - 1
                 logits, memory = cached.step(
                     self.alone, params, memory, tokens, positions, prompt_slots + count - 1, axes
                 )
-                tokens = pick(logits, axes, draw, count)
+                tokens = pick(penalised(logits, rules, count), axes, draw, count)
                 column = jnp.where(done, ENDED, tokens)[:, None]
                 out = lax.dynamic_update_slice_in_dim(out, column, count, 1)
                 done = done | jnp.isin(tokens, stops)
-                return count + 1, waiting(done), tokens, done, memory, out
+                return count + 1, waiting(done), tokens, done, memory, out, remembered(rules, tokens, axes)
 
-            count, *_, memory, out = lax.while_loop(
-                more, once, (jnp.int32(1), waiting(done), tokens, done, memory, out)
+            count, *_, memory, out, _ = lax.while_loop(
+                more, once, (jnp.int32(1), waiting(done), tokens, done, memory, out, rules)
             )
             return out, count, memory
 
         draws = None if greedy else Draw(P(), P(), P(), P(), P("dp"))
-        specs = (self.sink.parameters.specs, P("dp", "tp"), self._memory_specs, P("dp"), draws, P(), P())
+        rules = Rules(P(), P("tp"), P("tp"), P("dp", "tp")) if ruled else None
+        specs = (self.sink.parameters.specs, P("dp", "tp"), self._memory_specs, P("dp"), draws, rules, P(), P())
         # the memory is given back so that the loop can work in the buffers that it was given
         return jax.jit(self._on_devices(run, specs, (P("dp"), P(), self._memory_specs)), donate_argnums=(2,))

@@ -5,6 +5,7 @@ answers = model([ask("Which colour is it?", image="a.png"), "Hello"], max_new_to
 """
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.data.items import Item
 from hetjax.data.tokens import load_tokenizer
-from hetjax.generate import beside
+from hetjax.generate import beside, defaults
 from hetjax.generate.chat import Chat, Ids, RunChat
+from hetjax.generate.defaults import Defaults
 from hetjax.generate.engine import ENDED, Engine
 from hetjax.generate.prompt import Prompt, ask, read_items
 from hetjax.generate.sample import Sampling
@@ -28,6 +30,7 @@ from hetjax.hf.initial import Start
 from hetjax.hf.source import Source
 from hetjax.hf.stored import Workdir, open_source
 
+LOG = logging.getLogger(__name__)
 LEAST = 16  # positions; shapes are this times a power of two, so that few are compiled
 GREEDY = Sampling()
 DTYPES = ("bfloat16", "float32", "float64")
@@ -53,8 +56,8 @@ class Read(NamedTuple):
 class Generator:
     """An engine with the chat that belongs to it. Made by `load`."""
 
-    def __init__(self, engine: Engine, chat: Chat, longest: int | None) -> None:
-        self.engine, self.chat, self.longest = engine, chat, longest
+    def __init__(self, engine: Engine, chat: Chat, defaults: Defaults, longest: int | None) -> None:
+        self.engine, self.chat, self.defaults, self.longest = engine, chat, defaults, longest
 
     def __call__(
         self,
@@ -161,8 +164,10 @@ def bucket(count: int, least: int = LEAST) -> int:
     return least * 2 ** max(0, -(-count // least) - 1).bit_length()
 
 
-def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None) -> Generator:
+def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None, date: str | None = None) -> Generator:
     """The model at `path` on the first tp x dp devices, in `dtype` (None: a run's own, else as stored).
+
+    `date`, such as "2026-11-27": what a folder's chat template writes as today (None: today); a run has its own.
 
     The decoder is cut over tp, prompts over dp; encoders hold all of theirs on every device and share the items.
     float64 turns jax's on for the whole process: without that jax computes in float32. Raises ValueError.
@@ -186,31 +191,42 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
         for name in encoders
     )
     definition = model.module(jnp.dtype(computed[llm]), encoders=encoders)
-    chat, stops, longest = _chat(source, llm)
+    chat, told, longest = _chat(source, llm, date)
     engine = Engine(
         vlm(towers, Module(llm, definition, Layout(dp=dp, tp=tp))),
         model.module(jnp.dtype(computed[llm])),
         devices=jax.devices(),
         dtypes=stored,
-        stops=stops,
+        stops=told.stops,
+        penalties=told.penalties,
     )
     for name, placed in engine.placed.items():
         engine.params[name] = initial.read(placed.parameters, Start(source, name))
-    return Generator(engine, chat, longest)
+    return Generator(engine, chat, told, longest)
 
 
-def _chat(source: Source, llm: str) -> tuple[Chat, list[int], int | None]:
-    """(chat, ids that end an answer, longest conversation)."""
+def _chat(source: Source, llm: str, date: str | None) -> tuple[Chat, Defaults, int | None]:
+    """(chat, generation settings, longest conversation)."""
     if isinstance(source, Workdir):
         data = source.run.data
+        if date is not None:
+            raise ConvertError(
+                f"date={date!r}: {source.path} is a run, whose date is that of its training; leave it out"
+            )
         items = [encoder.items for encoder in source.run.encoders]
         tokenizer = load_tokenizer(data, items)
         end = tokenizer.token_to_id(data.template.end_token)
         assert end is not None  # `load_tokenizer` looked for it
-        return RunChat(tokenizer, data.template, items), [end], None
+        return RunChat(tokenizer, data.template, items), Defaults((end,)), None
     extras = source.extras[llm]
-    chat = beside.chat(source, extras)
-    return chat, beside.stops(extras, chat.tokenizer), beside.longest(extras)
+    found = defaults.read(extras)
+    if found.ignored:
+        LOG.warning("%s: not done, unlike in transformers: %s", source.path, ", ".join(found.ignored))
+    if not found.sampling.greedy:
+        LOG.warning(
+            "%s: its settings draw (%s); answers are greedy unless asked otherwise", source.path, found.sampling
+        )
+    return beside.chat(source, extras, date), found, beside.longest(extras)
 
 
 def _dtypes(source: Source, dtype: str | None) -> tuple[dict[str, str], dict[str, str]]:

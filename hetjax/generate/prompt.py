@@ -74,15 +74,6 @@ def read_items(prompt: Prompt, items: Sequence[ItemSpec]) -> dict[str, list[Item
         raise ValueError(f"{error.path}: {error}; check the path and the file") from error
 
 
-def missing_placeholders(prompt: Prompt, items: Sequence[ItemSpec]) -> list[ItemSpec]:
-    """The item of each file without a placeholder, in order.
-
-    Raises ValueError if there are more placeholders, or some in an answer."""
-    lacking = []
-    for item in items:
-        count = len(prompt.files.get(item.field, ()))
-        try:
-            lacking += [item] * media.missing(prompt.turns[::2], prompt.turns[1::2], item, count)
-        except SampleError as error:
-            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
-    return lacking
+def placed(prompt: Prompt, items: Sequence[ItemSpec]) -> tuple[str, ...]:
+    """The turns, with each missing placeholder on a line of its own before the first question. Raises SampleError."""
+    return media.placed(prompt.turns, items, {item.name: prompt.files.get(item.field, ()) for item in items})

@@ -54,6 +54,32 @@ class Draw(NamedTuple):
     prompt: Any  # [b], the number of each row's prompt: a draw depends on nothing else that is beside it
 
 
+class Rules(NamedTuple):
+    """Penalties on devices, as arrays or their specs, over the vocabulary [v]."""
+
+    repetition: Any
+    never: Any  # bool [v]: tokens that do not come
+    never_first: Any  # bool [v]
+    seen: Any  # bool [b, v]: tokens that were in the prompt or the answer
+
+
+def penalised(logits: jax.Array, rules: Rules | None, step: jax.Array | int) -> jax.Array:
+    """`logits` [b, v / tp] as the rules leave them for token `step` of the answer."""
+    if rules is None:
+        return logits
+    repeated = jnp.where(logits < 0, logits * rules.repetition, logits / rules.repetition)
+    logits = jnp.where(rules.seen, repeated, logits)
+    return jnp.where(rules.never | (rules.never_first & (step == 0)), -jnp.inf, logits)
+
+
+def remembered(rules: Rules | None, tokens: jax.Array, axes: Axes) -> Rules | None:
+    """The rules once `tokens` [b] are there too."""
+    if rules is None:
+        return None
+    local = tokens - axes.tp.index() * rules.seen.shape[1]
+    return rules._replace(seen=rules.seen | (jnp.arange(rules.seen.shape[1])[None] == local[:, None]))
+
+
 def pick(logits: jax.Array, axes: Axes, draw: Draw | None, step: jax.Array | int) -> jax.Array:
     """The next token of every row, int32 [b], of `logits` [b, v / tp]; `draw` None is greedy."""
     if draw is None:

@@ -66,10 +66,11 @@ def to_hf(
         _write_shards({key.removeprefix(lacking): t for key, t in found.items()}, new, max_shard_bytes)
         write_json(new / "config.json", config)
         for name, path in plan.beside.copied.items():
+            (new / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, new / name)
         for name, value in plan.beside.made.items():
             if isinstance(value, str):
-                (new / name).write_text(value)
+                (new / name).write_text(value, "utf-8")
             else:
                 write_json(new / name, value)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from hetjax.hf import keys, read_config
+from hetjax.hf import keys, prompts, read_config
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
 from hetjax.hf.keys import BUFFERS, Place
@@ -97,7 +97,9 @@ class Folder:
         idle = [key for key in keys.idle(spelled, self.parts) if key not in wanted]
         self._check_keys(wanted, set(spelled) - set(idle))
         self.arrays = {name: self._check(name, place) for name, place in self._places.items()}
+        named = sorted((path / prompts.NAMED).glob("*.jinja"))
         beside = {name: path / name for name in GIVEN_BACK if (path / name).is_file()}
+        beside |= {f"{prompts.NAMED}{p.name}": p for p in named}
         mine = {key: files[spelled[key]] for key in idle}
         extras = Extras(config, beside, mine, {key: spelled[key] for key in idle})
         self.extras = dict.fromkeys(self.models, extras)

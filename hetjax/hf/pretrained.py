@@ -9,6 +9,9 @@
     vision/experiment.Encoder.mean = @pretrained.mean()
     pretrained.mean.path = "models/siglip"
 
+    settings.DataConfig.template = @pretrained.template()
+    pretrained.template.path = "data/cache/smollm2"
+
 and so std, shortest_edge, pad_to_square and resampling. A path is whatever `init_from` takes. Only settings come from
 it; `Experiment.init_from` brings the parameters.
 """
@@ -18,11 +21,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from hetjax.data import Pictures
-from hetjax.hf import pictures
+from tokenizers import Tokenizer
+
+from hetjax.data import ChatTemplate, Pictures, Template, writing
+from hetjax.data.problems import SampleError
+from hetjax.data.script import Script
+from hetjax.hf import pictures, prompts
 from hetjax.hf.errors import ConvertError
+from hetjax.hf.families import registry
 from hetjax.hf.initial import has_projector
-from hetjax.hf.stored import open_source
+from hetjax.hf.processor import item_token
+from hetjax.hf.stored import Workdir, open_source
 from hetjax.run.ginfile import nearest
 from models.decoder import Decoder
 
@@ -55,6 +64,45 @@ def encoder(path: str, settings: Mapping[str, Any] = MappingProxyType({})) -> An
             "language model's width"
         )
     return dataclasses.replace(model, **settings)
+
+
+def template(path: str, end_token: str | None = None, date: str | None = None) -> ChatTemplate | Template:
+    """The chat template at `path` as the template of a training; of a run its own.
+
+    `end_token`: what ends an answer; None: the first special token that the template puts behind one. `date`: what the
+    template writes as today; None: the day on which the run starts. Raises ConvertError if there is no template."""
+    source = open_source(path)
+    if isinstance(source, Workdir):
+        return source.run.data.template
+    names = [name for name, model in source.models.items() if isinstance(model, Decoder)]
+    if len(names) != 1:
+        raise ConvertError(f"pretrained.template.path={path!r} holds {len(names)} decoders; name a source with one")
+    extras = source.extras[names[0]]
+    kind = registry.WHOLE_OF_KIND.get((extras.config or {}).get("model_type", ""))
+    text = prompts.template(extras.files, kind.chat_template if kind else None, whole=kind is not None)
+    if text is None:
+        raise ConvertError(f"pretrained.template.path={path!r} has no chat template; set a settings.Template() instead")
+    tokenizer = prompts.tokenizer(extras.files, source.path)
+    token = None if kind is None else item_token(extras, kind.item)
+    shown = None if token is None else tokenizer.id_to_token(token)
+    parts = {} if kind is None or shown is None else {kind.item: shown}
+    found = ChatTemplate(text, end_token or "", prompts.specials(extras.files), parts, kind is not None, date)
+    return found if end_token else dataclasses.replace(found, end_token=_end_token(found, tokenizer, path))
+
+
+def _end_token(template: ChatTemplate, tokenizer: Tokenizer, path: str) -> str:
+    try:
+        behind = writing.ChatWriter(template, Script(tokenizer, list(template.parts.values()))).closing()
+    except SampleError as error:
+        raise ConvertError(f"pretrained.template.path={path!r}: {error}; set a settings.Template() instead") from error
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    found = sorted((behind.index(text), -len(text), text) for text in added if text in behind)
+    if not found:
+        raise ConvertError(
+            f"pretrained.template.path={path!r} puts {behind!r} behind an answer, which holds no token that could end "
+            "it; set pretrained.template.end_token to one that the template writes there"
+        )
+    return found[0][2]
 
 
 def mean(path: str) -> tuple[float, float, float]:

@@ -5,24 +5,29 @@ otherwise (its tokenizer, its template, how it reads pictures, where an answer e
 are in the form that versions 4.57 and 5 both read.
 """
 
+import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from hetjax.data import Pictures
+from hetjax.data import ChatTemplate, Pictures, writing
 from hetjax.data.items import ItemSpec
-from hetjax.hf import chat_template, older, pictures
+from hetjax.data.script import Script, parted
+from hetjax.data.tokens import load_tokenizer, token_of
+from hetjax.hf import chat_template, older, pictures, prompts
 from hetjax.hf.families import registry
 from hetjax.hf.folder import TOKENIZER
 from hetjax.hf.parts import Parts
 from hetjax.hf.source import Extras, Source, read_json
 from hetjax.hf.stored import Workdir
-from hetjax.run.experiment import Experiment
+from hetjax.run.experiment import Encoder, Experiment
 
-GENERATION, OLD_TEMPLATE = "generation_config.json", "chat_template.json"
+LOG = logging.getLogger(__name__)
+GENERATION = "generation_config.json"
 PROCESSORS = (pictures.FILE, pictures.NESTED)
 
 
@@ -51,45 +56,87 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
     if not isinstance(source, Workdir) or parts.llm is None:
         return Beside({n: p for n, p in came.items() if n not in made}, made, token)
     run = source.run
-    tokenizer = read_json(run.data.tokenizer_path)
-    if (
-        "tokenizer.json" in came and read_json(came["tokenizer.json"]) != tokenizer
-    ):  # the one it was trained with counts
-        came = {name: path for name, path in came.items() if name not in TOKENIZER}
-        made = {name: value for name, value in made.items() if name not in TOKENIZER}
     encoder = None if whole is None else next(e for e in run.encoders if e.name == named[whole.encoder])
-    if encoder is not None and (token is None or encoder.placeholder in _ids(tokenizer)):
-        token = _add_token(tokenizer, encoder.placeholder)
-        if "tokenizer.json" in came and read_json(came["tokenizer.json"]) != tokenizer:
-            came.pop("tokenizer.json")
-    if parts.whole and Tokenizer.from_str(json.dumps(tokenizer)).num_special_tokens_to_add(False):
-        tokenizer["post_processor"] = None  # processors let it add tokens, which no prompt of the training had
-        came.pop("tokenizer.json", None)
-    if "tokenizer.json" not in came:
-        made["tokenizer.json"] = tokenizer
-    if "tokenizer_config.json" not in came:
-        made["tokenizer_config.json"] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": run.data.template.end_token,
-            "clean_up_tokenization_spaces": False,
-        }
-    if whole is not None and encoder is not None and not whole.serves(encoder, came):
-        came = {n: p for n, p in came.items() if n not in PROCESSORS}
-        made |= whole.processor(encoder)
-    made |= _answers(run, [] if encoder is None else [encoder.items], tokenizer, came)
-    return Beside({n: p for n, p in came.items() if n not in (*made, OLD_TEMPLATE)}, made, token)
+    tokenizer = read_json(run.data.tokenizer_path)
+    same = prompts.TOKENIZER in came and read_json(came[prompts.TOKENIZER]) == tokenizer
+    settings = _tokenizer_settings(came, made) if same else {}
+    if whole is not None and encoder is not None:
+        encoder, shown = _shown(encoder, run, tokenizer, token)
+        if shown != token or not whole.serves(encoder, came):
+            came = {n: p for n, p in came.items() if n not in PROCESSORS}
+            made |= whole.processor(encoder)
+        elif pictures.NESTED in came:
+            nested = made.get(pictures.NESTED) or read_json(came[pictures.NESTED])
+            made[pictures.NESTED] = {name: value for name, value in nested.items() if name != "chat_template"}
+        token = shown
+    made |= spoken(run, [] if encoder is None else [encoder.items], tokenizer, settings, whole=parts.whole)
+    alone = "" if parts.whole else registry.family_of(parts.llm).kind
+    other = prompts.otherwise(made[prompts.TOKENIZER], "", alone)
+    if other:
+        LOG.warning(
+            "the exported tokenizer is read as %s by AutoTokenizer of transformers 5, with other ids; "
+            "PreTrainedTokenizerFast.from_pretrained reads it as the run did",
+            other,
+        )
+    gone = {*made, *TOKENIZER, prompts.LEGACY}
+    kept = {n: p for n, p in came.items() if n not in gone and not n.startswith(prompts.NAMED)}
+    return Beside(kept, made, token)
 
 
-def _answers(
-    run: Experiment, items: Sequence[ItemSpec], tokenizer: Mapping[str, Any], came: Mapping[str, Path]
+def _shown(encoder: Encoder, run: Experiment, tokenizer: dict[str, Any], came: int | None) -> tuple[Encoder, int]:
+    """(the encoder whose placeholder is a token of the tokenizer, which may get it as a new one; its id). A placeholder
+    that is none stands for the token that the folder had, `came`."""
+    text, known = token_of(encoder.items, run.data.template), _ids(tokenizer)
+    if text not in known and came is not None:
+        text = next((token for token, id in known.items() if id == came), text)
+    return dataclasses.replace(encoder, placeholder=text), _add_token(tokenizer, text)
+
+
+def _tokenizer_settings(came: Mapping[str, Path], made: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json of the folder that a run started from, with the special tokens that other files name."""
+    if prompts.CONFIG not in came:
+        return dict(prompts.specials(came))
+    settings = made.get(prompts.CONFIG) or read_json(came[prompts.CONFIG])
+    return {**settings, **prompts.specials(came)}
+
+
+def spoken(
+    run: Experiment,
+    items: Sequence[ItemSpec],
+    tokenizer: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    whole: bool,
 ) -> dict[str, Any]:
-    """How prompts are written and where answers end, as in the training."""
-    settings = read_json(came[GENERATION]) if GENERATION in came else {}
-    end = _ids(tokenizer)[run.data.template.end_token]
-    return {
-        chat_template.FILE: chat_template.write(run.data.template, items),
-        GENERATION: {"pad_token_id": end} | settings | {"eos_token_id": end},
+    """The files that say how prompts are written and tokenised and where answers end: as in the training.
+
+    Nothing that the folder of before says of answers stays, and of prompts what the run took from it."""
+    template, ids = run.data.template, _ids(tokenizer)
+    made: dict[str, Any] = {prompts.TOKENIZER: tokenizer}
+    if isinstance(template, ChatTemplate):
+        made[chat_template.FILE] = chat_template.kept(template, items)
+    else:
+        script = Script(load_tokenizer(run.data, items), [item.placeholder for item in items])
+        joint = writing.joint(template, script)
+        made[chat_template.FILE] = chat_template.write(template, items, joint)
+        if joint:
+            made[prompts.TOKENIZER] = tokenizer = parted(tokenizer)
+        settings = settings | {"eos_token": template.end_token}
+    adds = whole and Tokenizer.from_str(json.dumps(tokenizer)).num_special_tokens_to_add(False)
+    if adds and not (isinstance(template, ChatTemplate) and template.whole):
+        # processors let it add tokens, which no prompt of the training had
+        made[prompts.TOKENIZER] = tokenizer | {"post_processor": None}
+    pad = settings.get("pad_token")
+    pad = pad if pad in ids else template.end_token
+    made[prompts.CONFIG] = {
+        **{name: value for name, value in settings.items() if name not in ("chat_template", "add_bos_token")},
+        "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it stands
+        "pad_token": pad,
+        "padding_side": "left",  # so that answers of several prompts at once begin where these end
+        "clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces", False),
     }
+    made[GENERATION] = {"eos_token_id": ids[template.end_token], "pad_token_id": ids[pad]}
+    return made
 
 
 def item_token(extras: Extras, field: str) -> int | None:

@@ -61,7 +61,7 @@ class Source(Protocol):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConvertError."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise ConvertError(f"{path}: {error.strerror}; check the path") from error
     except ValueError as error:

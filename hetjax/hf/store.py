@@ -37,6 +37,7 @@ def store(folder: Folder, out: str | Path) -> None:
         _save(new / PARAMS, {name: _Later(array, folder.arrays[name]) for name, array in arrays.items()})
         (new / MODEL).write_text(config.operative(folder.parts))
         for name, path in {"config.json": folder.path / "config.json", **extras.files}.items():
+            (new / FILES / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, new / FILES / name)
         unused = {key: stored_tensor(path, extras.spelled[key]) for key, path in extras.idle.items()}
         if unused:

@@ -88,7 +88,8 @@ class Converted:
         self.models: Mapping[str, Any] = config.load([str(path / MODEL)], [], Parts).models
         self._params = Orbax(path / PARAMS)
         self.arrays = self._params.arrays
-        beside = {p.name: p for p in sorted((path / FILES).iterdir()) if p.name != "config.json"}
+        files = (p for p in sorted((path / FILES).rglob("*")) if p.is_file() and p.name != "config.json")
+        beside = {p.relative_to(path / FILES).as_posix(): p for p in files}
         unused = path / UNUSED
         idle = dict.fromkeys(open_file(unused).keys(), unused) if unused.is_file() else {}
         extras = Extras(read_json(path / FILES / "config.json"), beside, idle)

@@ -1,15 +1,37 @@
 """What a run was asked for, as files in its workdir: written once the run is accepted, and kept when others follow."""
 
 import contextlib
+import dataclasses
+import datetime
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hetjax.data import ChatTemplate, DataConfig
 from hetjax.run import lock
+from hetjax.run.experiment import Experiment
 
 OPERATIVE = "operative_config.gin"
 ARRAYS = re.compile(r"/model/|\.(encoders|model|phases|name|frozen|trainable|momentum)$")  # what decides a run's arrays
+
+DATE = re.compile(r"ChatTemplate\.date = '([0-9-]+)'")
+
+
+def dated(run: Experiment, workdir: Path) -> Experiment:
+    """The run with the date that its chat templates write as today: the one on which it started, so that ids stay as
+    they are when it resumes."""
+    path = workdir / OPERATIVE
+    told = DATE.search(path.read_text()) if path.is_file() else None
+    day = told[1] if told else datetime.date.today().isoformat()
+
+    def with_date(data: DataConfig) -> DataConfig:
+        if not isinstance(data.template, ChatTemplate) or data.template.date is not None:
+            return data
+        return dataclasses.replace(data, template=dataclasses.replace(data.template, date=day))
+
+    held_out = None if run.held_out is None else with_date(run.held_out)
+    return dataclasses.replace(run, data=with_date(run.data), held_out=held_out)
 
 
 @contextlib.contextmanager

@@ -62,5 +62,6 @@ class Whole:
     choices: Callable[[Config, str], dict[str, Any]]  # (config, where) -> settings of the encoder that it holds
     write: Callable[[Parts], dict[str, Any]]  # its own fields
     check: Callable[[Parts], None]  # raises ConvertError unless the class computes what the models do
+    chat_template: str | None  # of its processor's class, where a folder has none
     processor: Callable[[Encoder], dict[str, Any]]  # files that process items and prompts as a run's loader does
     serves: Callable[[Encoder, Mapping[str, Path]], bool]  # whether files that came along do so

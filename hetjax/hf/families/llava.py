@@ -116,6 +116,7 @@ FAMILY = Whole(
     choices=choices,
     write=write,
     check=check,
+    chat_template=None,
     processor=processor,
     serves=serves,
 )

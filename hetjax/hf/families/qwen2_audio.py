@@ -13,6 +13,33 @@ from hetjax.hf.parts import Parts
 from hetjax.hf.source import read_json
 from hetjax.run.experiment import Encoder
 
+# As Qwen2AudioProcessor.default_chat_template of transformers: folders of the hub have none
+CHAT_TEMPLATE = (
+    "{% set audio_count = namespace(value=0) %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}"
+    "{{ message['content'] }}<|im_end|>\n"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if 'audio' in content or 'audio_url' in content or message['type'] == 'audio' or content['type'] == 'audio' %}"
+    "{% set audio_count.value = audio_count.value + 1 %}"
+    "Audio {{ audio_count.value }}: <|audio_bos|><|AUDIO|><|audio_eos|>\n"
+    "{% elif 'text' in content %}"
+    "{{ content['text'] }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "<|im_end|>\n"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n"
+    "{% endif %}"
+)
+
 
 def check(parts: Parts) -> None:
     """Raises ConvertError unless the class computes what the encoder does beside a language model."""
@@ -63,6 +90,7 @@ FAMILY = Whole(
     choices=lambda config, where: {},
     write=lambda parts: {},
     check=check,
+    chat_template=CHAT_TEMPLATE,
     processor=processor,
     serves=serves,
 )
