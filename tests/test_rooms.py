@@ -47,6 +47,7 @@ def test_data_inspect_is_called_as_it_was(
     old: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["data", "inspect", "--gin_file=run.gin", "--rows=1"])
+    monkeypatch.delitem(sys.modules, "hetjax.inspect", raising=False)  # another test may have imported it
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("hetjax.data", run_name="__main__")
     assert ended.value.code == 0 and capsys.readouterr().out.startswith("[0] ")

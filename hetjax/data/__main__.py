@@ -1,7 +1,6 @@
-"""`python -m hetjax.data inspect ...` calls hetjax/inspect.py, by name: the command stands above the runs that it
+"""`python -m hetjax.data inspect ...` starts hetjax/inspect.py, by name: the command stands above the runs that it
 reads, and these above the data."""
 
-import importlib
-import sys
+import runpy
 
-sys.exit(importlib.import_module("hetjax.inspect").main(sys.argv[1:]))
+runpy.run_module("hetjax.inspect", run_name="__main__")
