@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hetjax.generate import Prompt
 
-VOCAB = 420
+VOCAB = 369  # as many as the tokenizer of bytes finds: it has no free id
 SPECIALS = [
     "<unk>",
     "<s>",
@@ -111,10 +111,14 @@ GENERATION = dict(
 def folder(directory: Path, name: str, kind: str) -> Path:
     """A folder of random weights; Qwen2-Audio's has its template in the class of its processor."""
     made = tokenizer(kind)
-    hf_folders.write(directory, config(name, made.get_vocab_size()))
+    hf_folders.write(directory, config(name, VOCAB))
     made.save(str(directory / "tokenizer.json"))
     settings = dict(
-        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", pad_token="<|im_end|>"
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<|im_end|>",
+        padding_side="left",
     )
     write_json(directory / "tokenizer_config.json", settings)
     write_json(directory / "generation_config.json", GENERATION)

@@ -100,6 +100,7 @@ class ChatWriter:
     def __init__(self, template: ChatTemplate, script: Script) -> None:
         self.template, self.script = template, script
         self._date = datetime.date.fromisoformat(template.date) if template.date else datetime.date.today()
+        self._takes_parts = functools.cache(self._probe)
 
     def write(self, turns: Sequence[str], shown: Sequence[ItemSpec], system: str | None) -> Written:
         """As `Writer`."""
@@ -192,8 +193,7 @@ class ChatWriter:
     def _token(self, item: ItemSpec) -> str:
         return self.template.parts.get(item.field, item.placeholder)
 
-    @functools.cache  # noqa: B019  # a writer lives as long as its run
-    def _takes_parts(self, role: str) -> bool:
+    def _probe(self, role: str) -> bool:
         """Whether the template takes the content of a role as a list of parts, and not only as a text."""
         probe = {"role": role, "content": [{"type": "text", "text": "probe"}]}
         talk: Messages = [probe]
