@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from models.axes import vary_like
 from models.blockwise import blockwise
 from models.layers import wide
 from models.sight import Sight, everywhere
@@ -46,6 +48,13 @@ class RopeScaling:
             )
 
 
+class Rotation(NamedTuple):
+    """Rotary positions: cosine and sine of the angle of each token's pairs of features, [b, s, 1, k/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: jnp.dtype) -> jax.Array:
     """Radians per position of each pair of features, [head_dim // 2]."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
@@ -59,11 +68,16 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """`x` [b, s, h, k] with feature pairs (i, i + k/2) turned by `positions` [b, s] times `frequencies` [k/2]."""
+def rotation(positions: jax.Array, frequencies: jax.Array) -> Rotation:
+    """The turn by `positions` [b, s] times `frequencies` [k/2]."""
     angles = positions.astype(frequencies.dtype)[:, :, None, None] * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(frequencies.dtype), 2, axis=-1)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
+    """`x` [b, s, h, k] with feature pairs (i, i + k/2) turned."""
+    cos, sin = turn
+    a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
@@ -103,10 +117,29 @@ def whole(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None) 
     b, s, h, d = q.shape
     grouped = q.reshape(b, s, k.shape[2], h // k.shape[2], d)
     logits = jnp.einsum("bqngd,bknd->bngqk", grouped, k, preferred_element_type=wide(q.dtype)) * d**-0.5
-    if sight is None:
-        weights = jax.nn.softmax(logits, -1)
-    else:
-        mask = sight.mask()[:, None, None]
-        # finite, not -inf: the softmax of a query without any key is no NaN, and the outer where makes it 0
-        weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), -1), 0)
+    weights = jax.nn.softmax(logits, -1) if sight is None else _seen(logits, sight.mask()[:, None, None])
     return jnp.einsum("bngqk,bknd->bqngd", weights.astype(v.dtype), v).reshape(b, s, h, d)
+
+
+def _seen(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """The softmax over the keys that `mask` shows, 0 for the others."""
+    return _masked_softmax(vary_like(logits, mask), mask)
+
+
+@jax.custom_vjp
+def _masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    # finite, not -inf: the softmax of a query without any key is no NaN, and the outer where makes it 0
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), -1), 0)
+
+
+def _masked_softmax_forward(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights = _masked_softmax(logits, mask)
+    return weights, weights
+
+
+def _masked_softmax_backward(weights: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    """Needs no mask, which autodiff would keep as large as the weights: what is hidden has weight 0."""
+    return weights * (g - jnp.sum(weights * g, -1, keepdims=True)), None
+
+
+_masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)

@@ -17,6 +17,10 @@ class Axis:
     name: str | None = None
     size: int = 1
 
+    def vary(self, x: jax.Array) -> jax.Array:
+        """`x`, typed as varying over the axis."""
+        return vary(x, (self.name,)) if self.name else x
+
     def psum(self, x: jax.Array) -> jax.Array:
         """Sum of `x` over the axis, the same on each of its devices."""
         return lax.psum(x, self.name) if self.name else x

@@ -80,6 +80,7 @@ def _attention(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sigh
 
 
 def _forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[jax.Array, _Kept]:
+    given = q, k, v, sight  # not what is tied: the sight is the same in all layers, and kept once
     # A scan over layers hoists what depends on `sight` alone, which is the masks of all pairs of blocks; tied to the
     # queries they are made where they are used.
     q, sight = lax.optimization_barrier((q, sight))
@@ -107,7 +108,7 @@ def _forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight)
 
     y, lse = lax.map(over_keys, queries)
     y = _join(y, q.shape[1])
-    return y, _Kept(q, k, v, sight, y, lse)
+    return y, _Kept(*given, y, lse)
 
 
 def _backward(block: int, kept: _Kept, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:

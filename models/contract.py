@@ -8,6 +8,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from models.axes import Axes
+
+Batch = Mapping[str, Any]
 Params = dict[str, Any]  # nested dicts of arrays
 Dims = tuple[str | None, ...]  # one logical name per tensor dim; None is never sharded
 
@@ -19,7 +22,7 @@ class Part:
     `init(key)` gives its parameters; it is pure and may be jitted or vmapped.
     `apply(params, x, batch, axes)` runs it on one device's shards:
       first: x is {edge name: array} (empty where nothing enters), returns the carry;
-      each of layers: x is the carry, returns the carry;
+      each of layers: x is the carry, returns the carry, and batch is what the module's `prepare` made of it;
       last:  x is the carry, returns the module's output.
     `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
     """
@@ -36,21 +39,31 @@ class Cached(NamedTuple):
     dims: Dims  # of the sizes
 
 
+def _same(batch: Batch, axes: Axes) -> Batch:
+    return batch
+
+
 @dataclasses.dataclass(frozen=True)
 class ModuleDef:
     """A module as the core sees it.
 
-    layers: the part of each layer. Consecutive layers of the same part (the same object) are scanned over stacked
-        parameters. Parts that differ may share a path in their parameters, if what is there has the same shape.
-    reads: microbatch key -> logical dims ("batch", "items", "seq" or None), for every array that `apply` reads.
-    carry: carry key -> logical dims. output: logical dims of what `last` returns, by key.
+    layers: the part of each layer. Layers of the same part (the same object), or of a few parts in turn, are scanned
+        over stacked parameters. Parts that differ may share a path in their parameters, if what is there has the same
+        shape.
+    prepare: `prepare(batch, axes)` makes of the batch what the layers are given in its place, a dict of arrays or of
+        nested containers of arrays. It runs once per program: what layers need of the batch alone (rotary tables, who
+        sees whom) would else be computed, and kept for the backward, by each of them. Left out: the batch itself.
+    reads: microbatch key -> logical dims ("batch", "items", "seq" or None), for every array that `apply` or `prepare`
+        reads.
+    carry: carry key -> logical dims; the arrays are of floating-point numbers.
+    output: logical dims of what `last` returns, by key.
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
     tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
     cache: what a layer keeps of each token while text is generated. A carry with "cache" asks a layer for it: {} where
         the batch's tokens are the first, and the layer returns theirs; else {key: [batch, slots, *sizes]}, in which
-        the layer writes its tokens from slot batch["cache.slot"] on, and looks at all slots by
-        batch["cache.positions"] and batch["cache.segment_ids"], [batch, slots]. Empty: the module cannot generate.
+        the layer writes its tokens from the batch's "cache.slot" on, and looks at all slots by its "cache.positions"
+        and "cache.segment_ids", [batch, slots]. Empty: the module cannot generate.
     rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
     config: what the module was made of; hetjax/core/flops.py knows by it what the module computes.
     """
@@ -62,6 +75,7 @@ class ModuleDef:
     carry: Mapping[str, Dims]
     output: Mapping[str, Dims]
     config: Any
+    prepare: Callable[[Batch, Axes], Batch] = _same
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)

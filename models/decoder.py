@@ -6,6 +6,7 @@ sliding window (Mistral), scaled rotary positions (Llama 3.1), a head tied to th
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from models.attention import RopeScaling, attend, rope_frequencies, rotate
+from models.attention import RopeScaling, attend, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
-from models.contract import Cached, ModuleDef, Part
+from models.contract import Batch, Cached, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, normal, ones, rms_norm, wide, zeros
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
 from models.sight import Sight
 
-Batch = Mapping[str, jax.Array]
 Carry = dict[str, Any]
 Cache = dict[str, jax.Array]
 TOKEN_DIMS = ("batch", "seq")
@@ -94,7 +94,7 @@ class Decoder:
         no segments may then serve. What comes out at padding differs, and nobody reads it.
         """
         reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
-        layers = {kind: self._layer(kind, packed) for kind in set(self.kinds)}
+        layers = {kind: self._layer(kind) for kind in set(self.kinds)}
         hidden = {"mlp": self.mlp_width} if "mlp" in layers else {}
         if self.experts is not None:
             hidden["experts.width"] = self.experts.width
@@ -102,6 +102,7 @@ class Decoder:
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), encoders, rngs=rngs)),
             layers=tuple(layers[kind] for kind in self.kinds),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
+            prepare=functools.partial(_places, self, wide(compute_dtype), packed),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
             carry={"x": (*TOKEN_DIMS, None)},
             output={"x": (*TOKEN_DIMS, None), "head": (None, "vocab")},
@@ -120,8 +121,8 @@ class Decoder:
             width=self.width,
         )
 
-    def _layer(self, kind: str, packed: bool) -> Part:
-        return part(lambda rngs: _Layer(self, kind, packed, rngs=rngs))
+    def _layer(self, kind: str) -> Part:
+        return part(lambda rngs: _Layer(self, kind, rngs=rngs))
 
 
 class _First(nnx.Module):
@@ -156,11 +157,27 @@ def merge(x: jax.Array, rows: jax.Array, index: jax.Array, axes: Axes) -> jax.Ar
     return jnp.where((index >= 0)[..., None], wanted, x)
 
 
+def _places(config: Decoder, dtype: Any, packed: bool, batch: Batch, axes: Axes) -> Batch:
+    """What the layers are given of a batch: rotary positions as `dtype`, who sees whom; the slot of a cache."""
+    positions, segments = batch["positions"], batch["segment_ids"]
+    cached = "cache.slot" in batch
+    if cached:
+        keys = batch["cache.positions"], batch["cache.segment_ids"]
+    else:
+        keys = axes.cp.gather(positions, dim=1), axes.cp.gather(segments, dim=1)
+    ordered = not packed and not cached and axes.cp.size == 1
+    sight = Sight(positions, segments, *keys, window=config.sliding_window, ordered=ordered)
+    frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, dtype)
+    # of the type in which the heads meet them: cast in a layer they would be kept by each of them
+    found = jax.tree.map(axes.tp.vary, {"rotation": rotation(positions, frequencies), "sight": sight})
+    return found | {"slot": batch["cache.slot"]} if cached else found
+
+
 class _Layer(nnx.Module):
-    def __init__(self, config: Decoder, kind: str, packed: bool, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Decoder, kind: str, *, rngs: nnx.Rngs) -> None:
         self.eps, self.kind = config.norm_eps, kind
         self.attention_norm = ones((config.width,), (None,))
-        self.attention = _Attention(config, packed, rngs=rngs)
+        self.attention = _Attention(config, rngs=rngs)
         self.mlp_norm = ones((config.width,), (None,))
         if kind == "moe":
             assert config.experts is not None
@@ -178,8 +195,8 @@ class _Layer(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: Decoder, packed: bool, *, rngs: nnx.Rngs) -> None:
-        self.config, self.packed = config, packed
+    def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
+        self.config = config
         d, h, kv, k = config.width, config.num_heads, config.num_kv_heads, config.head_features
         self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5)
         self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
@@ -194,7 +211,7 @@ class _Attention(nnx.Module):
             self.k_norm = ones((k,), (None,))
 
     def __call__(self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        config, positions, segments = self.config, batch["positions"], batch["segment_ids"]
+        config = self.config
         x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
         q, k, v = (dot(x, w.get_value()) for w in (self.q, self.k, self.v))
         if config.attention_bias:
@@ -202,19 +219,12 @@ class _Attention(nnx.Module):
         if config.qk_norm:
             q = rms_norm(q, self.q_norm.get_value(), config.norm_eps)
             k = rms_norm(k, self.k_norm.get_value(), config.norm_eps)
-        frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, wide(x.dtype))
-        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        q, k = rotate(q, batch["rotation"]), rotate(k, batch["rotation"])
         if cache:
-            k, v = (
-                lax.dynamic_update_slice_in_dim(cache[n], a, batch["cache.slot"], 1) for n, a in (("k", k), ("v", v))
-            )
-            key_positions, key_segments = batch["cache.positions"], batch["cache.segment_ids"]
+            k, v = (lax.dynamic_update_slice_in_dim(cache[n], a, batch["slot"], 1) for n, a in (("k", k), ("v", v)))
         else:
-            k, v, key_positions, key_segments = (axes.cp.gather(a, dim=1) for a in (k, v, positions, segments))
-        ordered = not self.packed and cache is None and axes.cp.size == 1
-        places = (positions, segments, key_positions, key_segments)
-        sight = Sight(*places, window=config.sliding_window, ordered=ordered)
-        y = axes.tp.psum(dot(attend(q, k, v, sight), self.o.get_value(), contract=2))
+            k, v = axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1)
+        y = axes.tp.psum(dot(attend(q, k, v, batch["sight"]), self.o.get_value(), contract=2))
         return y, None if cache is None else {"k": k, "v": v}
 
 

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from models.axes import Axes
-from models.contract import Params, Part
+from models.contract import Batch, Params, Part
 
 
 def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
@@ -23,7 +23,7 @@ def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
     def init(key: jax.Array) -> Params:
         return _nested({path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(build(key)))})
 
-    def apply(params: Params, x: Any, batch: Mapping[str, jax.Array], axes: Axes) -> Any:
+    def apply(params: Params, x: Any, batch: Batch, axes: Axes) -> Any:
         values = [(path, v.replace(_at(params, path))) for path, v in variables.items()]
         return nnx.merge(definition, nnx.from_flat_state(values))(x, batch, axes)
 

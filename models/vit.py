@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.axes import Axes, vary_like
-from models.contract import ModuleDef
+from models.contract import Batch, ModuleDef
 from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, normal, zeros
 from models.nnx_parts import part
 from models.projector import Projector
 
-Batch = Mapping[str, jax.Array]
 Carry = dict[str, jax.Array]
 VARIANTS, SELECTS = ("siglip", "clip"), ("full", "default")
 CARRY_DIMS = ("items", "seq", None)

@@ -6,6 +6,7 @@ as it has pairs. Its rows therefore do not depend on the length of the context, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +16,13 @@ import numpy as np
 from flax import nnx
 
 from models.axes import Axes
-from models.contract import ModuleDef
+from models.contract import Batch, ModuleDef
 from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal, zeros
 from models.nnx_parts import part
 from models.projector import Linear, Projector
 from models.sight import Sight
 
-Batch = Mapping[str, jax.Array]
 Carry = dict[str, jax.Array]
 VARIANTS, PROJECTORS = ("whisper", "qwen2_audio"), ("linear", "mlp")
 CARRY_DIMS = ("items", "seq", None)
@@ -112,8 +112,9 @@ class Whisper:
             cut["projector"] = self.hidden
         return ModuleDef(
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), name, rngs=rngs)),
-            layers=(part(lambda rngs: _Layer(self, name, rngs=rngs)),) * self.num_layers,
+            layers=(part(lambda rngs: _Layer(self, rngs=rngs)),) * self.num_layers,
             last=part(lambda rngs: _Last(self, rngs=rngs)),
+            prepare=functools.partial(_places, self, name),
             reads=reads,
             carry={"x": CARRY_DIMS},
             output={"x": CARRY_DIMS},
@@ -164,10 +165,20 @@ def _triples(x: jax.Array, count: int, stride: int) -> jax.Array:
     return jnp.stack([x[:, i : i + stride * (count - 1) + 1 : stride] for i in range(3)], axis=2)
 
 
+def _places(config: Whisper, name: str, batch: Batch, axes: Axes) -> Batch:
+    """What the layers are given of a batch: where clips are masked, that a clip's own positions see each other and
+    those behind it nothing."""
+    if config.variant != "qwen2_audio":
+        return {"sight": None}
+    frames = batch[f"{name}.frames"]
+    place = jnp.broadcast_to(jnp.arange(config.positions, dtype=jnp.int32), (len(frames), config.positions))
+    own = (place < positions_of(frames)[:, None]).astype(jnp.int32)
+    sight = Sight(own_tokens(place, 1, axes), own_tokens(own, 1, axes), place, own, causal=False)
+    return {"sight": jax.tree.map(axes.tp.vary, sight)}
+
+
 class _Layer(nnx.Module):
-    def __init__(self, config: Whisper, name: str, *, rngs: nnx.Rngs) -> None:
-        self.positions, self.name = config.positions, name
-        self.masked = config.variant == "qwen2_audio"
+    def __init__(self, config: Whisper, *, rngs: nnx.Rngs) -> None:
         self.attention_norm = LayerNorm(config.width, EPS)
         self.attention = Attention(config.width, config.num_heads, key_bias=False, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, EPS)
@@ -175,15 +186,8 @@ class _Layer(nnx.Module):
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         x = carry["x"]
-        sight = self._own(batch[f"{self.name}.frames"], axes) if self.masked else None
-        x = x + self.attention(self.attention_norm(x), axes, sight)
+        x = x + self.attention(self.attention_norm(x), axes, batch["sight"])
         return {"x": x + self.mlp(self.mlp_norm(x), axes)}
-
-    def _own(self, frames: jax.Array, axes: Axes) -> Sight:
-        """A clip's own positions see each other; those behind it see nothing."""
-        place = jnp.broadcast_to(jnp.arange(self.positions, dtype=jnp.int32), (len(frames), self.positions))
-        own = (place < positions_of(frames)[:, None]).astype(jnp.int32)
-        return Sight(own_tokens(place, 1, axes), own_tokens(own, 1, axes), place, own, causal=False)
 
 
 class _Last(nnx.Module):

@@ -220,14 +220,15 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_in_16_bits(
     monkeypatch.setattr(attention, "_platform", lambda: "gpu")
     asked = stand_in(monkeypatch)
     config = Decoder(vocab_size=8, width=32, num_layers=1, num_heads=4, num_kv_heads=2, mlp_width=8, sliding_window=5)
-    layer = config.module(dtype, packed=packed).layers[0]
+    definition = config.module(dtype, packed=packed)
+    layer = definition.layers[0]
     mesh = jax.sharding.AbstractMesh((cp,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
     axes = Axes(cp=Axis("cp", cp))
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     carry = {"x": jax.ShapeDtypeStruct((2, 8, 32), dtype)}
     run = jax.shard_map(
-        lambda w, x, batch: layer.apply(w, x, batch, axes), mesh=mesh, in_specs=(P(), P(None, "cp"), P(None, "cp")),
-        out_specs=P(None, "cp"),
+        lambda w, x, batch: layer.apply(w, x, definition.prepare(batch, axes), axes),
+        mesh=mesh, in_specs=(P(), P(None, "cp"), P(None, "cp")), out_specs=P(None, "cp"),
     )  # fmt: skip
     params = jax.eval_shape(layer.init, jax.random.key(0))
     jax.eval_shape(run, params, carry, {"positions": tokens, "segment_ids": tokens})

@@ -35,8 +35,7 @@ def parameters(definition: ModuleDef) -> Params:
     """Abstract parameters of a whole module."""
     key = jax.random.key(0)
     keys = jax.random.split(key, definition.num_layers)
-    runs = stacks.runs(definition.layers)
-    layers = jax.eval_shape(lambda: stacks.join([jax.vmap(definition.layers[a].init)(keys[a:b]) for a, b in runs]))
+    layers = jax.eval_shape(lambda: stacks.init(definition.layers, keys))
     first, last = (jax.eval_shape(part.init, key) for part in (definition.first, definition.last))
     return {"first": first, "layers": layers, "last": last}
 

@@ -32,10 +32,9 @@ EXPERTS = dict(experts=Experts(count=4, per_token=2, width=8, dense_layers=(1,))
 def params_of(model: Decoder, dtype: Any) -> Any:
     definition = model.module(dtype)
     keys = jax.random.split(jax.random.key(0), model.num_layers)
-    runs = [jax.vmap(definition.layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(definition.layers)]
     params = {
         "first": definition.first.init(jax.random.key(1)),
-        "layers": stacks.join(runs),
+        "layers": stacks.init(definition.layers, keys),
         "last": definition.last.init(jax.random.key(2)),
     }
     if model.tied:

@@ -88,6 +88,8 @@ def test_zero_spec_cuts_the_first_dim_whose_shard_divides() -> None:
     assert zero_spec((3, 8, 6), P(None, None, "tp"), mesh) == (P(None, ("dp", "cp"), "tp"), 1)
     assert zero_spec((3, 8), P(None, "tp"), mesh) == (P(None, ("tp", "dp", "cp")), 1)
     assert zero_spec((3, 6), P(None, "tp"), mesh) == (P(None, "tp"), None)
+    alone = plan_stages("m", module(), Layout(tp=2), jax.devices())[0].mesh
+    assert zero_spec((3, 8), P(None, "tp"), alone) == (P(None, "tp"), None)
 
 
 REFUSED = [

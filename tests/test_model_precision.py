@@ -107,9 +107,10 @@ def test_a_checkpoint_policy_sees_the_products() -> None:
     batch = rows_of(documents(5))
 
     def kept(policy: Any, config: Decoder = DECODER) -> list[tuple[int, ...]]:
-        layer = config.module(jnp.float32).layers[0]
+        definition = config.module(jnp.float32)
+        layer, seen = definition.layers[0], definition.prepare(batch, ONE_DEVICE)
         params = layer.init(jax.random.key(0))
-        run_layer = jax.checkpoint(lambda w, c: layer.apply(w, c, batch, ONE_DEVICE)["x"], policy=policy)
+        run_layer = jax.checkpoint(lambda w, c: layer.apply(w, c, seen, ONE_DEVICE)["x"], policy=policy)
         return [
             a.shape for a in jax.tree.leaves(jax.vjp(run_layer, params, {"x": jnp.ones((1, SEQ, DECODER.width))})[1])
         ]

@@ -37,9 +37,7 @@ SEQ = 16
 def init(definition: ModuleDef) -> Tree:
     """The module's own initial values."""
     keys = jax.random.split(jax.random.key(3), definition.num_layers)
-    layers = stacks.join(
-        [jax.vmap(definition.layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(definition.layers)]
-    )
+    layers = stacks.init(definition.layers, keys)
     first, last = definition.first.init(jax.random.key(1)), definition.last.init(jax.random.key(2))
     return {"first": first, "layers": layers, "last": last}
 
@@ -55,10 +53,16 @@ def random_params(definition: ModuleDef, seed: int = 0, dtype: Any = np.float64)
 def run(definition: ModuleDef, params: Tree, x: Tree, batch: Tree, axes: Any = ONE_DEVICE) -> Tree:
     """The module's output, its layers scanned as the trainer does."""
     carry = definition.first.apply(params["first"], x, batch, axes)
-    weights = stacks.cut(params["layers"], definition.layers)
-    for number, (lo, _) in enumerate(stacks.runs(definition.layers)):
-        layer = lambda c, w, part=definition.layers[lo]: (part.apply(w, c, batch, axes), None)
-        carry = jax.lax.scan(layer, carry, weights[number])[0]
+    seen, stacked = definition.prepare(batch, axes), jax.tree.map(jnp.asarray, params["layers"])
+    for run in stacks.runs(definition.layers):
+        rows = [stacks.rows(stacked, definition.layers, run, place) for place in range(len(run.period))]
+
+        def body(carry: Tree, i: jax.Array, run: stacks.Run = run, rows: list = rows) -> tuple[Tree, None]:
+            for place, part in enumerate(run.period):
+                carry = part.apply(stacks.take(stacked, rows[place], i), carry, seen, axes)
+            return carry, None
+
+        carry, _ = jax.lax.scan(body, carry, jnp.arange(run.times, dtype=jnp.int32))
     return definition.last.apply(params["last"], carry, batch, axes)
 
 

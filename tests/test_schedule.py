@@ -58,6 +58,9 @@ def test_random_schedules_are_complete_ordered_bounded_and_without_deadlock(seed
     for group in schedule.groups:
         assert [at[t] for t in group] == sorted(at[t] for t in group)
     run_in_groups(schedule, nodes)
+    for node in nodes:  # gradients are added in this order, so they are the same to the bit under every schedule
+        backward = [t.microbatch for t in schedule.order if t.key == node.key and t.kind is Kind.BACKWARD]
+        assert backward == sorted(backward)
     if kind == "1f1b":
         llm = [n for n in nodes if n.module == "llm"]
         for node in llm:

@@ -1,7 +1,9 @@
 """The end of a step: one reduction per gradient, one norm over all modules, one decision, one update per stage.
 
-Norms and flags travel between meshes as device scalars; the host never waits. A step whose gradients or loss are not
-finite changes nothing anywhere: parameters, optimizer state and its counts stay as they were, in every module.
+Each gradient's sum of squares comes from the pass that reduces it; that of a tied leaf from the addition that completes
+it. A sum that is not finite tells of a gradient that is not. These sums and the decision travel between meshes as
+device arrays; the host never waits. A step whose gradients or loss are not finite changes nothing anywhere:
+parameters, optimizer state and its counts stay as they were, in every module.
 """
 
 import functools
@@ -27,9 +29,8 @@ class Outcome(NamedTuple):
 
     loss: jax.Array  # mean over the step's targets
     norm: jax.Array  # global gradient norm before clipping
-    module_squares: dict[str, list[jax.Array]]  # squared gradient norms, one per stage
+    module_squares: dict[str, list[jax.Array]]  # sums of squares of gradients, an array of leaves per stage and tie
     ok: jax.Array  # False: the step was skipped
-    finite: dict[StageKey, jax.Array]  # a flag per gradient leaf
     host: HostTimes  # of the pass over the schedule
 
 
@@ -44,6 +45,14 @@ class Tie(NamedTuple):
     value: Boundary  # owner -> copy
 
 
+class Reduced(NamedTuple):
+    """The step's gradients, sharded over the data replicas."""
+
+    grads: dict[StageKey, Tree]
+    acc: dict[StageKey, Tree]  # accumulators of the next step; of a stage with one replica, the gradients themselves
+    squares: list[jax.Array]  # of each stage's complete leaves, then of each tie's
+
+
 class Finish:
     """Programs of the step's end for all stages of a pipeline."""
 
@@ -53,7 +62,7 @@ class Finish:
         self.ties = [tie for key, stage in self.stages.items() for tie in self._ties(key, stage)]
         self.home = pipeline.stages[pipeline.last].plan.mesh.devices.flat[0]
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
-        self._measure: dict[StageKey, Any] = {}
+        self.paths = self._paths()
         self._add: dict[StageKey, Any] = {}
         self._decide: Any = None
 
@@ -82,61 +91,72 @@ class Finish:
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
-        found: list[tuple[str, Callable[[], object]]] = [
-            (f"{m}/{i} measure", functools.partial(self._compile_measure, (m, i))) for m, i in self.stages
-        ]
-        found.append(("decide", self._compile_decide))
+        found: list[tuple[str, Callable[[], object]]] = [("decide", self._compile_decide)]
         for tie in self.ties:
             for direction in (tie.gradient, tie.value):
                 found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()]
             found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
         return found
 
-    def _compile_measure(self, key: StageKey) -> None:
-        def measure(grads: Tree) -> tuple[jax.Array, jax.Array]:
-            return optimizer.squared_norm(grads).astype(self.dtype), optimizer.finite_flags(grads)
-
-        stage = self.stages[key]
-        out = NamedSharding(stage.plan.mesh, P())
-        grads = stage.parameters.owned(stage.parameters.grads)
-        self._measure[key] = jax.jit(measure, out_shardings=(out, out)).lower(grads).compile()
+    def _paths(self) -> list[tuple[str, list[str]]]:
+        """(module, paths of the gradients) for each array of `Reduced.squares`."""
+        complete = {key: stage.parameters.complete(stage.parameters.grads) for key, stage in self.stages.items()}
+        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.ties]
+        leaves = jax.tree_util.tree_leaves_with_path
+        return [
+            (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in complete.items()
+        ] + lent
 
     def _compile_add(self, tie: Tie) -> None:
+        def add(mine: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+            total = mine + other
+            return total, jnp.sum(jnp.square(total.astype(self.dtype)))[None]
+
         leaf = self.stages[tie.owner].parameters.grads["first"][tie.owner_path[1]]
-        self._add[tie.owner] = (
-            jax.jit(jnp.add, out_shardings=leaf.sharding, donate_argnums=0).lower(leaf, leaf).compile()
-        )
+        out = leaf.sharding, NamedSharding(self.stages[tie.owner].plan.mesh, P())
+        self._add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
     def _compile_decide(self) -> None:
         clip = self.pipeline.spec.optimizer.clip_norm
 
         def decide(squares: list, losses: list, count: jax.Array) -> tuple[jax.Array, ...]:
             loss = jnp.stack(losses).sum() / count
-            norm = jnp.sqrt(jnp.stack(squares).sum())
+            norm = jnp.sqrt(jnp.concatenate(squares).sum())
             scale = optimizer.clip_scale(norm, clip)
             return loss, norm, scale, jnp.isfinite(norm) & jnp.isfinite(loss)
 
         scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=SingleDeviceSharding(self.home))
         loss = self.pipeline.stages[self.pipeline.last].y["loss"].dtype
         losses = [scalar(loss)] * self.pipeline.spec.num_microbatches
-        args = ([scalar(self.dtype)] * len(self.stages), losses, scalar(loss))
+        squares = [
+            jax.ShapeDtypeStruct((len(paths),), self.dtype, sharding=SingleDeviceSharding(self.home))
+            for _, paths in self.paths
+        ]
+        args = (squares, losses, scalar(loss))
         self._decide = jax.jit(decide).lower(*args).compile()
 
-    def reduce(self, acc: dict[StageKey, Tree]) -> tuple[dict[StageKey, Tree], dict[StageKey, Tree]]:
-        """(gradients of the step, sharded over the data replicas; the accumulators, emptied). `acc` is consumed."""
-        both = {key: stage.programs["reduce"](acc[key]) for key, stage in self.stages.items()}
-        grads = {key: pair[0] for key, pair in both.items()}
+    def reduce(self, acc: dict[StageKey, Tree]) -> Reduced:
+        """The gradients of the step. `acc` is consumed."""
+        grads, squares = dict(acc), []
+        for key, stage in self.stages.items():
+            if stage.parameters.num_replicas > 1:
+                grads[key], of_stage = stage.programs["reduce"](acc[key])
+            else:
+                of_stage = stage.programs["measure"](acc[key])
+            squares.append(of_stage)
         for tie in self.ties:
             leaf = tie.gradient.forward({"x": _get(grads[tie.copy], tie.copy_path)})["x"]
-            total = self._add[tie.owner](_get(grads[tie.owner], tie.owner_path), leaf)
+            total, square = self._add[tie.owner](_get(grads[tie.owner], tie.owner_path), leaf)
             grads[tie.owner] = _set(grads[tie.owner], tie.owner_path, total)
-        return grads, {key: pair[1] for key, pair in both.items()}
+            squares.append(square)
+        alone = {key: grads[key] for key, stage in self.stages.items() if stage.parameters.num_replicas == 1}
+        return Reduced(grads, {**acc, **alone}, squares)
 
     def apply(
         self,
         params: dict[StageKey, Tree],
         states: dict[StageKey, Tree],
-        grads: dict[StageKey, Tree],
+        reduced: Reduced,
         losses: list[jax.Array],
         *,
         count: float,
@@ -147,35 +167,32 @@ class Finish:
 
         `losses` are the microbatches' loss sums, `count` the step's target tokens.
         """
-        squares, finite = {}, {}
-        for key, stage in self.stages.items():
-            squares[key], finite[key] = self._measure[key](stage.parameters.owned(grads[key]))
-        local = [x.addressable_shards[0].data for x in (*squares.values(), *losses)]
+        local = [x.addressable_shards[0].data for x in (*reduced.squares, *losses)]
         local = jax.device_put([*local, np.asarray(max(count, 1.0), losses[0].dtype)], SingleDeviceSharding(self.home))
-        n = len(squares)
+        n = len(reduced.squares)
         loss, norm, scale, ok = self._decide(local[:n], local[n:-1], local[-1])
         module_squares: dict[str, list[jax.Array]] = {}
-        for (name, _), square in zip(squares, local[:n], strict=True):
-            module_squares.setdefault(name, []).append(square)
+        for (name, _), squares in zip(self.paths, local[:n], strict=True):
+            module_squares.setdefault(name, []).append(squares)
         params, states = dict(params), dict(states)
         for key, stage in self.stages.items():
             everywhere = NamedSharding(stage.plan.mesh, P())
             rate = jax.device_put(np.asarray(learning_rate, self.dtype), everywhere)
             scalars = [_broadcast(v, everywhere) for v in (scale, ok)]
-            params[key], states[key] = stage.programs["update"](params[key], states[key], grads[key], *scalars, rate)
+            grads = reduced.grads[key]
+            params[key], states[key] = stage.programs["update"](params[key], states[key], grads, *scalars, rate)
         for tie in self.ties:
             value = tie.value.forward({"x": _get(params[tie.owner], tie.owner_path)})["x"]
             params[tie.copy] = _set(params[tie.copy], tie.copy_path, value)
-        return params, states, Outcome(loss, norm, module_squares, ok, finite, host)
+        return params, states, Outcome(loss, norm, module_squares, ok, host)
 
     def not_finite(self, outcome: Outcome) -> list[str]:
         """The paths of the gradients of a step that were not finite; waits for the devices."""
+        squares = {name: iter(arrays) for name, arrays in outcome.module_squares.items()}
         found = []
-        for key, stage in self.stages.items():
-            leaves = jax.tree_util.tree_leaves_with_path(stage.parameters.owned(stage.parameters.grads))
-            for (path, _), good in zip(leaves, np.asarray(outcome.finite[key]), strict=True):
-                if not good:
-                    found.append(optimizer.path_of(key[0], path))
+        for name, paths in self.paths:
+            finite = np.isfinite(next(squares[name]))
+            found += [path for path, good in zip(paths, finite, strict=True) if not good]
         return found
 
 

@@ -258,15 +258,15 @@ def _specs(logical: Mapping, *, stacked: bool = False) -> dict:
 def zero_spec(shape: tuple[int, ...], where: P, mesh: Mesh, *, skip: bool = False) -> tuple[P, int | None]:
     """(spec, dim) of a parameter cut over its data replicas too, on the first dim whose shard divides (ZeRO-1).
 
-    dim None: none divides, and every replica keeps the whole leaf. `skip` leaves the first dim alone: stacked layers
-    are stored one by one.
+    dim None: there is one replica, or none divides, and every replica keeps the whole leaf. `skip` leaves the first dim
+    alone: stacked layers are stored one by one.
     """
     replicas = math.prod(mesh.shape[a] for a in DATA_AXES)
     entries = [*where, *[None] * (len(shape) - len(where))]
     for dim, (size, entry) in enumerate(zip(shape, entries, strict=True)):
         names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         local = size // math.prod(mesh.shape[a] for a in names)
-        if local % replicas == 0 and not (skip and dim == 0):
+        if replicas > 1 and local % replicas == 0 and not (skip and dim == 0):
             return P(*entries[:dim], (*names, *DATA_AXES), *entries[dim + 1 :]), dim
     return where, None
 

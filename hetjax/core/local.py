@@ -1,27 +1,57 @@
 """A stage's model as one device runs it on its shards: what `stage.py` compiles into programs.
 
-Parameters are cast to varying over the data axes before they meet an activation, and the VJP is taken here, inside of
+Parameters are cast to varying over the data axes before they meet an activation, and VJPs are taken here, inside of
 the per-device program: so no data-parallel collective is inserted.
+
+A stage is its start (a module's first part), its layers in runs, and its end (a module's last part); each has a VJP of
+its own. A run's forward scan takes that of one layer and keeps what the layer's backward needs; the backward scans the
+layers from the last to the first and adds each one's gradients to its rows of the accumulators. The gradients of all
+layers never exist together.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import loss, optimizer, stacks
+from hetjax.core import accumulators, loss, optimizer, residuals, stacks
 from hetjax.core.graph import Module, Remat
 from hetjax.core.layout import AXES, DATA_AXES, StagePlan, spec
 from hetjax.core.parameters import Parameters
-from hetjax.core.stacks import LAYERS
+from hetjax.core.residuals import Kept
+from hetjax.core.stacks import LAYERS, Run
 from models.axes import vary, varying_axes
-from models.contract import Params, Part
+from models.contract import Batch, Params
 from models.layers import is_product
 
 Tree = Any
 POLICIES = {Remat.DOTS: is_product, Remat.FULL: jax.checkpoint_policies.nothing_saveable}
+
+
+class Given(NamedTuple):
+    """What a stage's programs are given, as its parts take it. Parameters vary over the data axes."""
+
+    trainable: Params
+    frozen: Params
+    x: Tree
+    batch: Batch
+    seen: Batch  # by the layers
+
+    @property
+    def inputs(self) -> list[jax.Array]:
+        """What the VJPs of start and end may refer to."""
+        return jax.tree.leaves((self.trainable, self.frozen, self.x, self.batch))
+
+
+class Residuals(NamedTuple):
+    """What the forward keeps for the backward; None where nothing in it or before it trains."""
+
+    start: Kept | None
+    runs: list[list[Kept] | None]  # of each run, by place of its period; arrays have a dim over its repetitions
+    end: Kept
 
 
 class Local:
@@ -36,23 +66,117 @@ class Local:
         self.module, self.plan, self.parameters = module, plan, parameters
         self.x_wanted, self.ends_in_loss = x_wanted, ends_in_loss
         self.layers = module.definition.layers[plan.lo : plan.hi]
+        self.runs = stacks.runs(self.layers)
 
-    def _run(self, params: Params, x: Tree, batch: Mapping[str, jax.Array], end: Callable[..., Tree]) -> Tree:
-        """The carry behind the layers; for a module's last stage, what `end(last parameters, carry)` makes of it.
+    @property
+    def dims(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Logical dims of what leaves the stage, but for a loss."""
+        return self.module.definition.output if self.plan.last else self.module.definition.carry
 
-        `params` are those of `opened`."""
-        definition, plan = self.module.definition, self.plan
-        first = self._remat(lambda w, x: definition.first.apply(w, x, batch, plan.axes))
-        carry = first(params["first"], x) if plan.first else x
-        carry = jax.tree.map(lambda c: vary(c, DATA_AXES), carry)  # as what meets parameters is
-        for number, (lo, _) in enumerate(stacks.runs(self.layers)):
-            carry = lax.scan(self._layer(self.layers[lo], batch), carry, params[LAYERS][number])[0]
-        return self._remat(end)(self.parameters.full_last(params), carry) if plan.last else carry
+    # -- the programs --------------------------------------------------------------------------------------------
 
-    def _layer(self, part: Part, batch: Mapping[str, jax.Array]) -> Callable[..., tuple[Tree, None]]:
-        """What a scan over layers of one part does with the carry and a layer's parameters."""
-        layer = self._remat(lambda w, c: part.apply(w, c, batch, self.plan.axes))
-        return lambda c, w: (layer(w, c), None)
+    def outputs(self, params: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """What leaves the stage; the loss as this device's part of the sum."""
+        last = self.parameters.full_last(jax.tree.map(_vary, params))
+        return self._end(last, self._carry(params, x, batch), batch)
+
+    def scores(self, params: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """The loss as in `outputs`, of the stage that ends in it, and the likeliest next id at every position."""
+        last = self.parameters.full_last(jax.tree.map(_vary, params))
+        total, ids = self._loss(loss.token_scores, last, self._carry(params, x, batch), batch)
+        return {k: _settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
+
+    def forward(self, params: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
+        """`outputs`, and what `backward` needs beside the same arguments."""
+        given = self._given(params, x, batch)
+        wanted = {k: v for k, v in x.items() if k in self.x_wanted}
+
+        def start(w: Params, wanted: Tree) -> Tree:
+            return self._start(optimizer.merge(w, given.frozen.get("first", {})), {**x, **wanted}, batch)
+
+        def end(w: Params, carry: Tree) -> dict[str, jax.Array]:
+            return self._end(optimizer.merge(w, self.parameters.full_last(given.frozen)), carry, batch)
+
+        first = given.trainable.get("first", {})
+        moves = bool(first or wanted)
+        carry, of_start = _vjp(start, first, wanted, given.inputs) if moves else (start(first, wanted), None)
+        of_runs: list[list[Kept] | None] = []
+        for run in self.runs:
+            moves = moves or any(self._rows(given.trainable, run, place) for place in range(len(run.period)))
+            carry, kept = self._scan(run, given, carry, keeps=moves)
+            of_runs.append(kept if moves else None)
+        y, of_end = _vjp(end, self.parameters.full_last(given.trainable), carry, given.inputs)
+        return y, Residuals(of_start, of_runs, of_end)
+
+    def backward(
+        self, params: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
+    ) -> tuple[Tree, Tree]:
+        """(cotangents of the wanted inputs, accumulators with the gradients added) from those of the outputs.
+
+        `first`: whether this is the step's first microbatch (see `accumulators.py`).
+        """
+        given = self._given(params, x, batch)
+        g_last, g = residuals.put_together(kept.end, given.inputs)(g)
+        own, tied = self.parameters.parted_last(g_last)
+        acc = dict(acc)
+        for part, new in (("last", own), ("first", tied)):
+            if new:
+                acc[part] = accumulators.add(acc[part], new, first)
+        for run, of_run in reversed(list(zip(self.runs, kept.runs, strict=True))):
+            if of_run is not None:
+                g, acc = self._scan_back(run, given, of_run, g, acc, first)
+        if kept.start is None:
+            return {}, acc
+        g_first, g_x = residuals.put_together(kept.start, given.inputs)(g)
+        if g_first:
+            again = {name: g_first.pop(name) for name in tied}  # joins what `last` has written
+            acc["first"] = accumulators.add(accumulators.add(acc["first"], g_first, first), again, False)
+        return g_x, acc
+
+    # -- their parts ---------------------------------------------------------------------------------------------
+
+    def _given(self, params: Params, x: Tree, batch: Batch) -> Given:
+        trainable, frozen = self.parameters.split(jax.tree.map(_vary, params))
+        return Given(trainable, frozen, x, batch, self._seen(batch))
+
+    def _seen(self, batch: Batch) -> Batch:
+        return self.module.definition.prepare(batch, self.plan.axes)
+
+    def _carry(self, params: Params, x: Tree, batch: Batch) -> Tree:
+        """The carry behind the layers."""
+        given = Given(jax.tree.map(_vary, params), {}, x, batch, self._seen(batch))
+        carry = self._start(given.trainable.get("first", {}), x, batch)
+        for run in self.runs:
+            carry, _ = self._scan(run, given, carry, keeps=False)
+        return carry
+
+    def _start(self, w: Params, x: Tree, batch: Batch) -> Tree:
+        """The carry in front of the layers."""
+        first = self._remat(lambda w, x: self.module.definition.first.apply(w, x, batch, self.plan.axes))
+        carry = jax.tree.map(_vary, first(w, x) if self.plan.first else x)  # as what meets parameters is
+        for name, c in carry.items():
+            if not jnp.issubdtype(c.dtype, jnp.floating):
+                raise ValueError(
+                    f"{self.module.name}: the carry's {name!r} is {c.dtype}; it must be of floating-point numbers, "
+                    "which the backward can differentiate"
+                )
+        return carry
+
+    def _end(self, w: Params, carry: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """What leaves the stage; `w` are the parameters of `last`."""
+
+        def last(w: Params, carry: Tree) -> dict[str, jax.Array]:
+            if self.ends_in_loss:
+                return {"loss": self._loss(loss.token_sum, w, carry, batch)}
+            return self.module.definition.last.apply(w, carry, batch, self.plan.axes)
+
+        y = self._remat(last)(w, carry) if self.plan.last else carry
+        wanted = {k: frozenset(DATA_AXES) if self.ends_in_loss else _axes_of(spec(self.dims[k])) for k in y}
+        return {k: _settle(v, wanted[k]) for k, v in y.items()}
+
+    def _loss(self, function: Callable[..., Any], w: Params, carry: Tree, batch: Batch) -> Any:
+        y = self.module.definition.last.apply(w, carry, batch, self.plan.axes)
+        return function(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         """`function`, of whose inner results the backward keeps what the module's setting says."""
@@ -60,64 +184,66 @@ class Local:
             return function
         return jax.checkpoint(function, policy=POLICIES[self.module.remat], prevent_cse=False)
 
-    def outputs(self, params: Params, x: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What leaves the stage; the loss as this device's part of the sum."""
+    def _rows(self, params: Params, run: Run, place: int) -> Params:
+        return stacks.rows(params.get(LAYERS, {}), self.layers, run, place)
 
-        def end(last: Params, carry: Tree) -> Tree:
-            y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
-            return {"loss": self._end(loss.token_sum, y, batch)} if self.ends_in_loss else y
+    def _layer(
+        self, run: Run, place: int, i: jax.Array, given: Given
+    ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
+        """A layer as a function of (its trainable parameters, carry), these parameters, and what a VJP may refer to."""
+        w, fixed = (
+            stacks.take(params.get(LAYERS, {}), self._rows(params, run, place), i)
+            for params in (given.trainable, given.frozen)
+        )
+        apply = run.period[place].apply
+        layer = lambda w, carry: apply(optimizer.merge(w, fixed), carry, given.seen, self.plan.axes)
+        return self._remat(layer), w, jax.tree.leaves((w, fixed, given.seen))
 
-        y = self._run(params, x, batch, end)
-        wanted = {k: frozenset(DATA_AXES) if self.ends_in_loss else _axes_of(spec(self.dims[k])) for k in y}
-        return {k: _settle(v, wanted[k]) for k, v in y.items()}
+    def _scan(self, run: Run, given: Given, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
+        """The carry behind a run; by place of the period what the layers keep, or nothing."""
 
-    def scores(self, params: Params, x: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The loss as in `outputs`, of the stage that ends in it, and the likeliest next id at every position."""
+        def body(carry: Tree, i: jax.Array) -> tuple[Tree, list[Kept]]:
+            kept = []
+            for place in range(len(run.period)):
+                layer, w, inputs = self._layer(run, place, i, given)
+                if keeps:
+                    carry, of_layer = _vjp(layer, w, carry, inputs)
+                    kept.append(of_layer)
+                else:
+                    carry = layer(w, carry)
+            return carry, kept
 
-        def end(last: Params, carry: Tree) -> Tree:
-            y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
-            total, ids = self._end(loss.token_scores, y, batch)
-            return {"loss": total, "likeliest": ids}
+        return lax.scan(body, carry, _repetitions(run))
 
-        return {k: _settle(v, frozenset(DATA_AXES)) for k, v in self._run(params, x, batch, end).items()}
+    def _scan_back(
+        self, run: Run, given: Given, kept: list[Kept], g: Tree, acc: Tree, first: jax.Array
+    ) -> tuple[Tree, Tree]:
+        """(cotangent of the carry in front of a run, accumulators) from the cotangent of the one behind it."""
 
-    def _end(self, function: Callable[..., Any], y: Tree, batch: Mapping[str, jax.Array]) -> Any:
-        return function(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)
+        def body(after: tuple[Tree, Tree], now: tuple[jax.Array, list[Kept]]) -> tuple[tuple[Tree, Tree], None]:
+            (g, layers), (i, kept) = after, now
+            for place in reversed(range(len(run.period))):
+                _, _, inputs = self._layer(run, place, i, given)
+                g_w, g = residuals.put_together(kept[place], inputs)(g)
+                layers = accumulators.add_layer(layers, self._rows(given.trainable, run, place), i, g_w, first)
+            return (g, layers), None
 
-    @property
-    def dims(self) -> Mapping[str, tuple[str | None, ...]]:
-        """Logical dims of what leaves the stage, but for a loss."""
-        return self.module.definition.output if self.plan.last else self.module.definition.carry
-
-    def vjp(self, params: Params, x: Tree, batch: Tree) -> tuple[Tree, Callable[..., Tree], list[jax.Array]]:
-        """Outputs, VJP in (trainable parameters, wanted inputs), and the flat inputs that the VJP may refer to."""
-        trainable, frozen = self.split(params)
-        wanted = {k: v for k, v in x.items() if k in self.x_wanted}
-
-        def function(trainable: Params, wanted: Tree) -> Tree:
-            return self.outputs(optimizer.merge(trainable, frozen), {**x, **wanted}, batch)
-
-        y, pull = jax.vjp(function, trainable, wanted)
-        return y, pull, jax.tree.leaves((trainable, frozen, x, batch))
-
-    def opened(self, params: Params) -> Params:
-        """Parameters as `_run` takes them, or some of them: varying over the data axes, layers cut into runs.
-
-        It stands outside of the VJP. Inside, each run's rows would be residuals: a copy per microbatch in flight."""
-        params = jax.tree.map(lambda p: vary(p, DATA_AXES), params)
-        return params | {LAYERS: stacks.cut(params.get(LAYERS, {}), self.layers)}
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """(trainable, frozen) parameters, opened."""
-        trainable, frozen = self.parameters.split(params)
-        return self.opened(trainable), self.opened(frozen)
+        (g, layers), _ = lax.scan(body, (g, acc.get(LAYERS, {})), (_repetitions(run), kept), reverse=True)
+        return g, {**acc, LAYERS: layers} if layers else acc
 
 
-def closed(opened: Params) -> Params:
-    """What `Local.opened` cut, joined."""
-    layers = stacks.join(list(opened[LAYERS].values()))
-    rest = {part: tree for part, tree in opened.items() if part != LAYERS}
-    return rest | {LAYERS: layers} if layers else rest
+def _vjp(function: Callable[[Params, Tree], Tree], w: Params, x: Tree, inputs: list[jax.Array]) -> tuple[Tree, Kept]:
+    """`function(w, x)`, and its VJP without `inputs`."""
+    y, pull = jax.vjp(function, w, x)
+    return y, residuals.take_apart(pull, inputs)
+
+
+def _repetitions(run: Run) -> jax.Array:
+    return jnp.arange(run.times, dtype=jnp.int32)
+
+
+def _vary(x: jax.Array) -> jax.Array:
+    return vary(x, DATA_AXES)
 
 
 def _settle(y: jax.Array, names: frozenset[str]) -> jax.Array:

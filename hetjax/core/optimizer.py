@@ -187,17 +187,6 @@ def clip_scale(norm: jax.Array, clip_norm: float | None) -> jax.Array:
     return jnp.ones_like(norm) if clip_norm is None else jnp.minimum(1.0, clip_norm / (norm + 1e-6)).astype(norm.dtype)
 
 
-def squared_norm(grads: Tree) -> jax.Array:
-    """Sum of squares over all leaves, in at least float32."""
-    wide = lambda g: jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32))))
-    return sum((wide(g) for g in jax.tree.leaves(grads)), start=jnp.zeros(()))
-
-
-def finite_flags(grads: Tree) -> jax.Array:
-    """Whether each leaf is finite, in the order of `jax.tree.leaves`: [num_leaves] bool."""
-    return jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)], bool)
-
-
 def apply_update(
     tx: optax.GradientTransformation,
     params: Tree,

@@ -1,11 +1,12 @@
 """A stage's parameters: their values at step 0, and how they, their gradients and the optimizer's state are sharded.
 
     params   the module's specs: cut over tp, repeated over the data replicas
-    acc      one gradient per data replica: a leading dim over (dp, cp)
-    grads    their sum, cut over the data replicas too (ZeRO-1), like the optimizer's state
+    acc      one gradient per data replica: a leading dim over (dp, cp), where there is more than one
+    grads    their sum, cut over the data replicas too (ZeRO-1), like the optimizer's state; `acc` itself where there is
+             one replica
 
-A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage; the last
-one borrows a copy: it has gradients there, and neither optimizer state nor a place in a checkpoint.
+A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage, which lends
+it; the last one borrows a copy: it has gradients there, and neither optimizer state nor a place in a checkpoint.
 """
 
 import zlib
@@ -36,6 +37,8 @@ class Parameters:
         self.config = config
         self.tied = dict(module.definition.tied) if plan.last else {}  # leaf of `last` -> leaf of `first`
         self.borrowed = frozenset(("last", leaf) for leaf in self.tied if not plan.first)
+        lends = plan.first and not plan.last
+        self.lent = frozenset(("first", source) for source in module.definition.tied.values() if lends)
         self.specs = param_specs(module.definition, plan)
         if plan.first:  # one leaf serves both parts
             for leaf in self.tied:
@@ -45,11 +48,7 @@ class Parameters:
         self.trains = bool(self.trainable)
         self.num_replicas = plan.mesh.shape["dp"] * plan.mesh.shape["cp"]
         specs = _at_paths(self.specs, self.trainable)
-        self.acc = jax.tree.map(
-            lambda a, s: self._at(jax.ShapeDtypeStruct((self.num_replicas, *a.shape), a.dtype), P(DATA_AXES, *s)),
-            self.trainable,
-            specs,
-        )
+        self.replica_specs = jax.tree.map(lambda s: P(DATA_AXES, *s), specs, is_leaf=lambda s: isinstance(s, P))
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.trainable)
         zero = [
             zero_spec(a.shape, s, plan.mesh, skip=path[0].key == LAYERS)
@@ -57,6 +56,8 @@ class Parameters:
         ]
         self.zero_dims = jax.tree.unflatten(tree, [-1 if dim is None else dim for _, dim in zero])
         self.grads = jax.tree.map(self._at, self.trainable, jax.tree.unflatten(tree, [s for s, _ in zero]))
+        each = lambda a, s: self._at(jax.ShapeDtypeStruct((self.num_replicas, *a.shape), a.dtype), s)
+        self.acc = self.grads if self.num_replicas == 1 else jax.tree.map(each, self.trainable, self.replica_specs)
         self.tx = optimizer.transformation(config, module.name)
         self.state = self._abstract_state() if self.trains else ()
 
@@ -75,31 +76,35 @@ class Parameters:
 
     def owned(self, tree: Tree) -> Tree:
         """Nested dicts of leaves without those that the stage borrows."""
-        if not self.borrowed or not isinstance(tree, dict):
-            return tree
-        kept = {
-            part: {k: v for k, v in leaves.items() if (part, k) not in self.borrowed} for part, leaves in tree.items()
-        }
-        return {part: leaves for part, leaves in kept.items() if leaves}
+        return _without(tree, self.borrowed)
+
+    def complete(self, tree: Tree) -> Tree:
+        """Of nested dicts of gradients, those to which no other stage adds: all owned leaves but the lent ones."""
+        return _without(tree, self.borrowed | self.lent)
 
     def layers_of(self, path: Sequence[str]) -> list[int]:
         """The module's layers whose rows the stacked leaf at `path` holds; `path` begins behind "layers"."""
         return stacks.holders(self._module.definition, path, self._plan.lo, self._plan.hi)
 
     def full_last(self, params: Params) -> Params:
-        """The parameters of `last`, with the leaves that it shares with `first` where this stage has both."""
-        shared = {leaf: params["first"][source] for leaf, source in self.tied.items()} if self._plan.first else {}
-        return {**params["last"], **shared}
+        """Of all parameters or some of them: those of `last`, with the leaves that it shares with `first` where this
+        stage has both."""
+        first = params.get("first", {}) if self._plan.first else {}
+        shared = {leaf: first[source] for leaf, source in self.tied.items() if source in first}
+        return {**params.get("last", {}), **shared}
+
+    def parted_last(self, leaves: Params) -> tuple[Params, Params]:
+        """(those of `last`, those of `first`) of leaves that `full_last` named."""
+        tied = self.tied if self._plan.first else {}
+        own = {leaf: value for leaf, value in leaves.items() if leaf not in tied}
+        return own, {tied[leaf]: value for leaf, value in leaves.items() if leaf in tied}
 
     def _make(self, key: jax.Array) -> Params:
         definition, plan = self._module.definition, self._plan
         key = jax.random.fold_in(key, zlib.crc32(self._module.name.encode()) & 0x7FFFFFFF)
         part_key = lambda n: jax.random.fold_in(key, n)
-        layers = definition.layers[plan.lo : plan.hi]
         keys = jax.vmap(part_key)(jnp.arange(plan.lo, plan.hi))
-        params: Params = {
-            LAYERS: stacks.join([jax.vmap(layers[lo].init)(keys[lo:hi]) for lo, hi in stacks.runs(layers)])
-        }
+        params: Params = {LAYERS: stacks.init(definition.layers[plan.lo : plan.hi], keys)}
         first = definition.first.init(part_key(FIRST_KEY)) if plan.first or self.borrowed else {}
         if plan.first:
             params["first"] = first
@@ -121,7 +126,7 @@ class Parameters:
         return jax.jit(self.tx.init, out_shardings=shardings(self.state))(self.owned(self.split(params)[0]))
 
     def zeros(self) -> Tree:
-        """Empty gradient accumulators, in the parameters' precision."""
+        """Gradient accumulators, in the parameters' precision; nobody reads what is in them."""
         make = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.acc)
         return jax.jit(make, out_shardings=shardings(self.acc))()
 
@@ -151,6 +156,14 @@ def shardings(tree: Tree) -> Tree:
 def spec_tree(tree: Tree) -> Tree:
     """The partition specs of abstract arrays."""
     return jax.tree.map(lambda a: a.sharding.spec, tree)
+
+
+def _without(tree: Tree, leaves: frozenset[tuple[str, str]]) -> Tree:
+    """Nested dicts without the leaves of these (part, name), nor parts that have no others."""
+    if not leaves or not isinstance(tree, dict):
+        return tree
+    kept = {part: {k: v for k, v in inside.items() if (part, k) not in leaves} for part, inside in tree.items()}
+    return {part: inside for part, inside in kept.items() if inside}
 
 
 def _at_paths(tree: Tree, like: Tree) -> Tree:

@@ -6,12 +6,15 @@ thread, and every idle mesh would starve behind one busy mesh.
 """
 
 import collections
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Module
@@ -116,6 +119,12 @@ class Pipeline:
         upstream = tuple(link.source for link in self.sources[key])
         return StageNode(key[0], key[1], frozenset(stage.plan.device_ids), stage.has_backward, upstream)
 
+    @functools.cached_property
+    def flags(self) -> dict[StageKey, tuple[jax.Array, jax.Array]]:
+        """False and True on each stage's devices: whether a microbatch is the step's first."""
+        everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages.items()}
+        return {key: tuple(jax.device_put([np.False_, np.True_], where)) for key, where in everywhere.items()}
+
     @property
     def boundaries(self) -> dict[str, Boundary]:
         """Every boundary, by "vision/0 -> llm/0"."""
@@ -132,7 +141,7 @@ class Pipeline:
         return found
 
     def zeros(self) -> dict[StageKey, Tree]:
-        """Empty gradient accumulators of every stage that trains."""
+        """Gradient accumulators of every stage that trains."""
         return {key: stage.parameters.zeros() for key, stage in self.stages.items() if stage.parameters.trains}
 
     def run(
@@ -243,7 +252,7 @@ class _Loop:
         stage = self.pipeline.stages[key]
         g = self.cotangents.pop((key, i))
         g_x, acc, finished = stage.programs["backward"](
-            self.params[key], *self.kept.pop((key, i)), g, self.acc.get(key, {})
+            self.params[key], *self.kept.pop((key, i)), g, self.acc.get(key, {}), self.pipeline.flags[key][i == 0]
         )
         if key in self.acc:
             self.acc[key] = acc

@@ -1,62 +1,72 @@
-"""A VJP that crosses from the forward program to the backward program without a copy of anything both are given.
+"""VJPs that cross from the forward program to the backward program without a copy of anything both are given.
 
-`jax.vjp` returns a pytree of residuals. Those that ARE inputs of the program (weights, frozen weights, activations that
-came in, pixels) are recognised by identity at trace time and left out: the backward program is given the same inputs
-and puts them back. What remains leaves the shard_map with a leading dim over exactly the axes that it varies over;
-fewer or more would change its type and the transposed program would not type-check.
+`jax.vjp` returns a pytree of residuals. Those that ARE inputs of the program or of a scan's body (weights, frozen
+weights, activations that came in, pixels, rotary tables) are recognised by identity at trace time and left out: the
+backward program is given the same inputs and puts them back. What remains leaves the shard_map with a leading dim over
+exactly the axes that it varies over; fewer or more would change its type and the transposed program would not
+type-check.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from hetjax.core.layout import AXES
 from models.axes import varying_axes
 
 Tree = Any
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("tree", "places"))
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to rebuild a VJP: its tree, and for each leaf the input that it is, or the axes of a residual."""
+class Kept:
+    """A VJP without its inputs: what is left of its leaves, and for each leaf the input that it is, or None."""
+
+    arrays: list[jax.Array]
+    tree: Any
+    places: tuple[int | None, ...]
+
+
+def take_apart(pull: Callable[..., Tree], inputs: Sequence[jax.Array]) -> Kept:
+    """A VJP without `inputs`."""
+    numbers = {id(x): i for i, x in enumerate(inputs)}
+    leaves, tree = jax.tree.flatten(pull)
+    places = tuple(numbers.get(id(leaf)) for leaf in leaves)
+    return Kept([leaf for leaf, place in zip(leaves, places, strict=True) if place is None], tree, places)
+
+
+def put_together(kept: Kept, inputs: Sequence[jax.Array]) -> Callable[..., Tree]:
+    """The VJP again, from the same inputs."""
+    arrays = iter(kept.arrays)
+    return jax.tree.unflatten(kept.tree, [next(arrays) if n is None else inputs[n] for n in kept.places])
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """How VJPs, any tree of `Kept`, pass the edge of a shard_map: their structure, and the axes of each array."""
 
     tree: Any
-    leaves: tuple[int | tuple[str, ...], ...]
+    axes: tuple[tuple[str, ...], ...]
 
+    @classmethod
+    def of(cls, kept: Tree) -> "Crossing":
+        """That of VJPs inside of the shard_map."""
+        arrays, tree = jax.tree.flatten(kept)
+        return cls(tree, tuple(tuple(a for a in AXES if a in varying_axes(x)) for x in arrays))
 
-def take_apart(
-    pull: Callable[..., Tree], inputs: Sequence[jax.Array], axis_names: Sequence[str]
-) -> tuple[Recipe, list[jax.Array]]:
-    """The recipe of a VJP, and its residuals beyond `inputs`, each with a leading dim of size 1 if it varies."""
-    places = {id(x): i for i, x in enumerate(inputs)}
-    leaves, tree = jax.tree.flatten(pull)
-    kinds: list[int | tuple[str, ...]] = []
-    residuals = []
-    for leaf in leaves:
-        if id(leaf) in places:
-            kinds.append(places[id(leaf)])
-        else:
-            axes = tuple(a for a in axis_names if a in varying_axes(leaf))
-            kinds.append(axes)
-            residuals.append(leaf[None] if axes else leaf)
-    return Recipe(tree, tuple(kinds)), residuals
+    @property
+    def specs(self) -> list[P]:
+        """Partition specs of the arrays at the edge."""
+        return [P(axes) if axes else P() for axes in self.axes]
 
+    def out(self, kept: Tree) -> list[jax.Array]:
+        """The arrays as they leave the forward program, with a leading dim of size 1 where they vary."""
+        return [x[None] if axes else x for x, axes in zip(jax.tree.leaves(kept), self.axes, strict=True)]
 
-def put_together(recipe: Recipe, inputs: Sequence[jax.Array], residuals: Sequence[jax.Array]) -> Callable[..., Tree]:
-    """The VJP again, from the same inputs and the residuals that `take_apart` gave."""
-    remaining = iter(residuals)
-    leaves = []
-    for kind in recipe.leaves:
-        if isinstance(kind, int):
-            leaves.append(inputs[kind])
-        else:
-            residual = next(remaining)
-            leaves.append(residual[0] if kind else residual)
-    return jax.tree.unflatten(recipe.tree, leaves)
-
-
-def specs(recipe: Recipe) -> list[P]:
-    """Partition specs of the residuals at the edge of the shard_map."""
-    return [P(kind) if kind else P() for kind in recipe.leaves if isinstance(kind, tuple)]
+    def back(self, arrays: Sequence[jax.Array]) -> Tree:
+        """The VJPs in the backward program."""
+        return jax.tree.unflatten(self.tree, [x[0] if axes else x for x, axes in zip(arrays, self.axes, strict=True)])

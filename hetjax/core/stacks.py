@@ -4,25 +4,91 @@ A leaf is stacked over those layers that have it: of a decoder in which some lay
 "attention/q" holds all layers, "mlp/up" and "moe/up" those of their kind. So a leaf has one name whatever else its
 layer holds, and with one kind of layer each leaf holds them all.
 
-The layers run in runs: consecutive layers of one kind, which are scanned.
+The layers run in runs, which are scanned: a few kinds in turn, again and again. A scan is not given a part of a stack,
+it takes each layer's rows from the whole: of the layers A A B A B, the run (lo=1, times=2, period=(A, B)) finds the
+first A's row of a leaf that all have at 1 and then at 3.
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from models.contract import ModuleDef, Params, Part
 
 Tree = Any
 LAYERS = "layers"  # the key of a module's parameters under which the layers are
+LONGEST = 4  # layers of a period: the scan's body has them all, so it costs compile time
 
 
-def runs(layers: Sequence[Part]) -> list[tuple[int, int]]:
-    """The ranges of consecutive layers of the same part."""
-    starts = [i for i in range(len(layers)) if i == 0 or layers[i] is not layers[i - 1]]
-    return list(itertools.pairwise([*starts, len(layers)]))
+class Run(NamedTuple):
+    """`times` times the layers of `period`, from layer `lo` of the stage on."""
+
+    lo: int
+    times: int
+    period: tuple[Part, ...]
+
+
+class Row(NamedTuple):
+    """Where a leaf has the layers of one place of a run's period."""
+
+    first: int
+    step: int
+
+    def at(self, i: jax.Array) -> jax.Array:
+        """The row of repetition `i`."""
+        return self.first + i * self.step
+
+
+def runs(layers: Sequence[Part]) -> list[Run]:
+    """The layers as runs, each as long as a period of at most `LONGEST` makes it."""
+    found: list[Run] = []
+    lo = 0
+    while lo < len(layers):
+        times = {size: _times(layers, lo, size) for size in range(1, LONGEST + 1)}
+        size = max(times, key=lambda size: (size * times[size] if times[size] > 1 else 1, -size))
+        found.append(Run(lo, times[size], tuple(layers[lo : lo + size])))
+        lo += size * times[size]
+    return found
+
+
+def _times(layers: Sequence[Part], lo: int, size: int) -> int:
+    """How often the `size` layers from `lo` on come in a row."""
+    names = [id(part) for part in layers[lo:]]
+    return next(n for n in itertools.count(1) if names[n * size : (n + 1) * size] != names[:size])
+
+
+def rows(stacked: Mapping, layers: Sequence[Part], run: Run, place: int) -> Params:
+    """The `Row` of each leaf that the layers at `place` of the run's period have in `stacked`: in the stacks of all
+    `layers`, or in some of them."""
+    return _rows(stacked, [part.logical for part in layers], run, place)
+
+
+def _rows(stacked: Mapping, logical: Sequence[Mapping], run: Run, place: int) -> Params:
+    found: Params = {}
+    layer = run.lo + place
+    for name, value in stacked.items():
+        if name not in logical[layer]:
+            continue
+        if isinstance(value, Mapping):
+            found[name] = _rows(value, [tree.get(name, {}) for tree in logical], run, place)
+        else:
+            has = [name in tree for tree in logical]
+            found[name] = Row(sum(has[:layer]), sum(has[run.lo : run.lo + len(run.period)]))
+    return found
+
+
+def take(stacked: Mapping, rows: Mapping, i: jax.Array) -> Params:
+    """One layer's leaves, that of repetition `i`, from the stacks in which `rows` says where they are."""
+    return {
+        name: take(stacked[name], row, i)
+        if isinstance(row, Mapping)
+        else lax.dynamic_index_in_dim(stacked[name], row.at(i), keepdims=False)
+        for name, row in rows.items()
+    }
 
 
 def holders(definition: ModuleDef, path: Sequence[str], lo: int, hi: int) -> list[int]:
@@ -41,28 +107,15 @@ def _has(tree: Any, path: Sequence[str]) -> bool:
     return not path or (isinstance(tree, Mapping) and path[0] in tree and _has(tree[path[0]], path[1:]))
 
 
-def cut(stacked: Params, layers: Sequence[Part]) -> dict[int, Params]:
-    """What each run holds of the stacked parameters, or of some of their leaves. Nothing is copied for a leaf that
-    lies in one run alone."""
-    return {n: _rows(stacked, [part.logical for part in layers], lo, hi) for n, (lo, hi) in enumerate(runs(layers))}
-
-
-def _rows(stacked: Mapping, logical: Sequence[Mapping], lo: int, hi: int) -> Params:
-    found: Params = {}
-    for name, value in stacked.items():
-        if name not in logical[lo]:
-            continue
-        if isinstance(value, Mapping):
-            found[name] = _rows(value, [tree.get(name, {}) for tree in logical], lo, hi)
-        else:
-            start = sum(name in tree for tree in logical[:lo])
-            whole = sum(name in tree for tree in logical) == hi - lo
-            found[name] = value if whole else value[start : start + hi - lo]
-    return found
+def init(layers: Sequence[Part], keys: jax.Array) -> Params:
+    """Initial values of all layers, stacked; `keys` has one for each."""
+    starts = [i for i in range(len(layers)) if i == 0 or layers[i] is not layers[i - 1]]
+    ranges = itertools.pairwise([*starts, len(layers)])
+    return join([jax.vmap(layers[lo].init)(keys[lo:hi]) for lo, hi in ranges])
 
 
 def join(parts: Sequence[Mapping], leaf: Callable[[list], Any] = jnp.concatenate) -> Params:
-    """Nested dicts as one, the inverse of `cut`: `leaf` makes one of what several have at the same path."""
+    """Nested dicts as one: `leaf` makes one of what several have at the same path."""
     found: Params = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         values = [part[name] for part in parts if name in part]

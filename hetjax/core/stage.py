@@ -1,13 +1,15 @@
 """One pipeline stage: a range of a module's layers on one mesh, as compiled programs.
 
     forward   (params, x, batch)                         -> (y, residuals)
-    backward  (params, x, batch, residuals, g, acc)      -> (gx, acc, done)      acc is donated
+    backward  (params, x, batch, residuals, g, acc, first) -> (gx, acc, done)    acc is donated
     evaluate  (params, x, batch)                         -> y                    nothing kept; the sink adds ids
-    reduce    (acc)                                      -> (grads, acc)         once a step; acc is donated and zeroed
+    reduce    (acc)                                      -> (grads, squares)     once a step, of several data replicas
+    measure   (acc)                                      -> squares              once a step, of one: acc are its grads
     update    (params, state, grads, scale, ok, rate)    -> (params, state)      the first two are donated
 
 All but `update` are per-device programs, ONE `jax.shard_map` over all axes, of the model in `local.py`. Each data
-replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1).
+replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1). `squares`
+are the sums of squares of the gradients that are complete, by leaf.
 """
 
 import functools
@@ -20,13 +22,15 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import optimizer, residuals
+from hetjax.core import accumulators, optimizer
 from hetjax.core.graph import Module
-from hetjax.core.layout import AXES, DATA_AXES, StagePlan, sharding, spec
-from hetjax.core.local import Local, closed
+from hetjax.core.layout import DATA_AXES, StagePlan, sharding, spec
+from hetjax.core.local import Local
 from hetjax.core.parameters import Parameters, shardings, spec_tree
+from hetjax.core.residuals import Crossing
 from models.axes import vary
 from models.contract import Params
+from models.layers import wide
 
 Tree = Any
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
@@ -72,7 +76,7 @@ class Stage:
 
         def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
             recording = _Recording(batch)
-            self.local.outputs(self.local.opened(params), dict(x), recording)
+            self.local.outputs(params, dict(x), recording)
             found.update(recording.read)
             return jnp.zeros(())
 
@@ -82,13 +86,12 @@ class Stage:
     def _find_outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Abstract outputs; and, where the stage has a backward, how each residual varies over the mesh."""
         self.y_specs = {"loss": P()} if self.ends_in_loss else {k: spec(d) for k, d in self.local.dims.items()}
-        outputs = lambda p, x, b: self._summed(self.local.outputs(self.local.opened(p), dict(x), b))
+        outputs = lambda p, x, b: self._summed(self.local.outputs(p, dict(x), b))
         y = self._trace(outputs, self.y_specs, self.batch)
         if self.has_backward:
 
             def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
-                _, pull, inputs = self.local.vjp(params, dict(x), batch)
-                self._recipe, _ = residuals.take_apart(pull, inputs, AXES)
+                self._crossing = Crossing.of(self.local.forward(params, dict(x), batch)[1])
                 return jnp.zeros(())
 
             self._trace(probe, P(), self.batch)
@@ -109,30 +112,26 @@ class Stage:
 
     def _forward(self, params: Params, x: Tree, batch: Tree) -> tuple[Tree, list[jax.Array]]:
         if not self.has_backward:
-            return self._summed(self.local.outputs(self.local.opened(params), x, batch)), []
-        y, pull, inputs = self.local.vjp(params, x, batch)
-        return self._summed(y), residuals.take_apart(pull, inputs, AXES)[1]
+            return self._summed(self.local.outputs(params, x, batch)), []
+        y, kept = self.local.forward(params, x, batch)
+        return self._summed(y), self._crossing.out(kept)
 
     def _backward(
-        self, params: Params, x: Tree, batch: Tree, kept: list[jax.Array], g: Tree, acc: Tree
+        self, params: Params, x: Tree, batch: Tree, kept: list[jax.Array], g: Tree, acc: Tree, first: jax.Array
     ) -> tuple[Tree, Tree, jax.Array]:
-        inputs = jax.tree.leaves((*self.local.split(params), x, batch))
-        pull = residuals.put_together(self._recipe, inputs, kept)
-        g_params, g_x = pull({"loss": vary(g["loss"], DATA_AXES)} if self.ends_in_loss else g)
-        acc = jax.tree.map(lambda total, new: total + new[None], acc, closed(g_params))
+        g = {"loss": vary(g["loss"], DATA_AXES)} if self.ends_in_loss else g
+        g_x, acc = self.local.backward(params, x, batch, self._crossing.back(kept), g, acc, first)
         return g_x, acc, jnp.zeros((), jnp.int32)
 
     def _evaluate(self, params: Params, x: Tree, batch: Tree) -> Tree:
-        params = self.local.opened(params)
         return self._summed((self.local.scores if self.ends_in_loss else self.local.outputs)(params, x, batch))
 
-    def _reduce(self, acc: Tree) -> tuple[Tree, Tree]:
-        def reduce_leaf(leaf: jax.Array, dim: int) -> jax.Array:
-            if dim < 0:
-                return lax.psum(leaf[0], DATA_AXES)
-            return lax.psum_scatter(leaf[0], DATA_AXES, scatter_dimension=dim, tiled=True)
+    def _reduce(self, acc: Tree) -> tuple[Tree, jax.Array]:
+        grads = accumulators.reduce(acc, self.parameters.zero_dims)
+        return grads, self._measure(grads)
 
-        return jax.tree.map(reduce_leaf, acc, self.parameters.zero_dims), jax.tree.map(jnp.zeros_like, acc)
+    def _measure(self, grads: Tree) -> jax.Array:
+        return accumulators.squares(self.parameters.complete(grads), wide(self.parameters.dtype))
 
     def _update(
         self, params: Params, state: Tree, grads: Tree, scale: jax.Array, ok: jax.Array, rate: jax.Array
@@ -156,8 +155,9 @@ class Stage:
         """Name -> function that compiles one program, callable afterwards as `programs[name]`."""
         mine = self.parameters
         inputs, specs = (mine.params, self.x, self.batch), (mine.specs, spec_tree(self.x), spec_tree(self.batch))
-        kept_specs = residuals.specs(self._recipe) if self.has_backward else []
+        kept_specs = self._crossing.specs if self.has_backward else []
         forward = self._on_devices(self._forward, specs, (self.y_specs, kept_specs))
+        args: tuple[Any, ...]
         found: dict[str, Callable[[], None]] = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
         if evaluate:
             ids = {"likeliest": P(*DATA_AXES)} if self.ends_in_loss else {}
@@ -166,24 +166,41 @@ class Stage:
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
-            g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
-            acc_specs = spec_tree(mine.acc)
-            backward = self._on_devices(
-                self._backward, (*specs, kept_specs, self.y_specs, acc_specs), (g_x, acc_specs, P())
-            )
-            args: tuple[Any, ...] = (*inputs, self.kept, self.y, mine.acc)
+            args = (*inputs, self.kept, self.y, mine.acc, self._scalar(jnp.bool_))
+            backward = self._whole_backward((*specs, kept_specs, self.y_specs))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
-            acc_specs = spec_tree(mine.acc)
-            reduce = self._on_devices(self._reduce, (acc_specs,), (spec_tree(mine.grads), acc_specs))
-            found["reduce"] = functools.partial(self._compile, "reduce", reduce, (mine.acc,), donate=(0,))
-            everywhere = NamedSharding(self.plan.mesh, P())
-            scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
-            wide = jnp.promote_types(mine.dtype, jnp.float32)
-            args = (mine.params, mine.state, mine.grads, scalar(wide), scalar(jnp.bool_), scalar(wide))
+            acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.grads)
+            if mine.num_replicas > 1:
+                reduce = self._on_devices(self._reduce, (acc_specs,), (grad_specs, P()))
+                found["reduce"] = functools.partial(self._compile, "reduce", reduce, (mine.acc,))
+            else:
+                measure = self._on_devices(self._measure, (acc_specs,), P())
+                found["measure"] = functools.partial(self._compile, "measure", measure, (mine.acc,))
+            scalars = (self._scalar(dtype) for dtype in (wide(mine.dtype), jnp.bool_, wide(mine.dtype)))
+            args = (mine.params, mine.state, mine.grads, *scalars)
             out = shardings((mine.params, mine.state))
             found["update"] = functools.partial(self._compile, "update", self._update, args, donate=(0, 1), out=out)
         return found
+
+    def _whole_backward(self, specs: tuple) -> Callable[..., Tree]:
+        """The backward program; `specs` are those of its arguments in front of the accumulators."""
+        mine = self.parameters
+        g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
+        backward = self._on_devices(self._backward, (*specs, mine.replica_specs, P()), (g_x, mine.replica_specs, P()))
+        if mine.num_replicas > 1:
+            return backward
+
+        def alone(*args: Tree) -> Tree:
+            """One replica's accumulators get their leading dim out here, where that is no operation."""
+            *given, acc, first = args
+            g_x, acc, done = backward(*given, jax.tree.map(lambda a: a[None], acc), first)
+            return g_x, jax.tree.map(lambda a: a[0], acc), done
+
+        return alone
+
+    def _scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(self.plan.mesh, P()))
 
     def _compile(
         self, name: str, function: Callable[..., Tree], args: tuple, *, donate: tuple[int, ...] = (), out: Tree = None

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from hetjax.core import optimizer
-from hetjax.core.finish import Finish, Outcome
+from hetjax.core.finish import Finish, Outcome, Reduced
 from hetjax.core.layout import check_batch, picture
 from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
 from hetjax.core.stacks import LAYERS
@@ -27,18 +27,22 @@ class State(NamedTuple):
 
     params: dict[StageKey, Tree]
     optimizer: dict[StageKey, Tree]
-    acc: dict[StageKey, Tree]  # empty gradient accumulators, reused by every step
+    acc: dict[StageKey, Tree]  # gradient accumulators: a step overwrites what is in them
     step: int
 
 
 class StepGradients(NamedTuple):
     """What `Trainer.gradients` leaves for `Trainer.update`."""
 
-    grads: dict[StageKey, Tree]
+    reduced: Reduced
     losses: list[jax.Array]  # sums, one per microbatch
-    acc: dict[StageKey, Tree]  # emptied
     target_count: float
     host: HostTimes
+
+    @property
+    def grads(self) -> dict[StageKey, Tree]:
+        """By stage; they last until the next step's gradients."""
+        return self.reduced.grads
 
 
 class Trainer:
@@ -118,21 +122,20 @@ class Trainer:
             )
         count = float(sum(m["weights"].sum(dtype=np.float64) for m in microbatches))
         done = self.pipeline.run(state.params, microbatches, state.acc, count)
-        grads, acc = self.finish.reduce(done.acc)
-        return StepGradients(grads, done.losses, acc, count, done.host)
+        return StepGradients(self.finish.reduce(done.acc), done.losses, count, done.host)
 
     def update(self, state: State, done: StepGradients) -> tuple[State, Outcome]:
         """The state after the step whose gradients these are. `state` is consumed."""
         params, states, outcome = self.finish.apply(
             state.params,
             state.optimizer,
-            done.grads,
+            done.reduced,
             done.losses,
             count=done.target_count,
             learning_rate=self.learning_rate(state.step + 1),
             host=done.host,
         )
-        return State(params, states, done.acc, state.step + 1), outcome
+        return State(params, states, done.reduced.acc, state.step + 1), outcome
 
     def evaluate(self, state: State, microbatch: Mapping[str, np.ndarray]) -> tuple[float, np.ndarray]:
         """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position).

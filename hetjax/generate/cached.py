@@ -13,7 +13,7 @@ from jax import lax
 
 from hetjax.core import stacks
 from models.axes import Axes
-from models.contract import ModuleDef, Params, Part
+from models.contract import ModuleDef, Params
 from models.layers import dot, wide
 
 Tree = Any
@@ -23,7 +23,7 @@ Arrays = Mapping[str, jax.Array]
 class Memory(NamedTuple):
     """What is remembered of the tokens so far: arrays, or their specs."""
 
-    layers: Tree  # of each run of layers, key -> [layers, b, slots, ...]
+    layers: Tree  # of each run of layers, by place of its period: key -> [repetitions, b, slots, ...]
     positions: Any  # [b, slots]
     segments: Any  # [b, slots]; 0 where nothing is remembered
 
@@ -31,18 +31,24 @@ class Memory(NamedTuple):
 def run_layers(
     definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes, caches: Sequence[Tree] | None = None
 ) -> tuple[Tree, list[Tree]]:
-    """(carry, caches) behind all layers. `caches` has one for each run of layers (hetjax/core/stacks.py); None: none is
-    kept."""
+    """(carry, caches) behind all layers. `caches` has one for each place of each run's period (hetjax/core/stacks.py);
+    None: none is kept."""
     kept = []
-    opened = stacks.cut(params[stacks.LAYERS], definition.layers)
-    for number, (lo, _) in enumerate(stacks.runs(definition.layers)):
+    seen, stacked = definition.prepare(batch, axes), params[stacks.LAYERS]
+    for number, run in enumerate(stacks.runs(definition.layers)):
 
-        def one(carry: Tree, inputs: tuple[Params, Tree], part: Part = definition.layers[lo]) -> tuple[Tree, Tree]:
-            weights, cache = inputs
-            out = part.apply(weights, carry if cache is None else {**carry, "cache": cache}, batch, axes)
-            return {k: out[k] for k in carry}, out.get("cache")
+        def body(carry: Tree, inputs: tuple[jax.Array, Tree], run: stacks.Run = run) -> tuple[Tree, list[Tree]]:
+            i, caches = inputs
+            made = []
+            for place, part in enumerate(run.period):
+                weights = stacks.take(stacked, stacks.rows(stacked, definition.layers, run, place), i)
+                out = part.apply(weights, carry if caches is None else {**carry, "cache": caches[place]}, seen, axes)
+                made.append(out.get("cache"))
+                carry = {k: out[k] for k in carry}
+            return carry, made
 
-        carry, cache = lax.scan(one, carry, (opened[number], None if caches is None else caches[number]))
+        repetitions = jnp.arange(run.times, dtype=jnp.int32)
+        carry, cache = lax.scan(body, carry, (repetitions, None if caches is None else caches[number]))
         kept.append(cache)
     return carry, kept
 
@@ -62,7 +68,8 @@ def prefill(
     `batch` as in training, without targets; "lengths" [b] are the tokens of each prompt. `rows`: encoders' outputs.
     """
     carry = definition.first.apply(params["first"], rows, batch, axes)
-    carry, caches = run_layers(definition, params, carry, batch, axes, [{}] * len(stacks.runs(definition.layers)))
+    nothing: list[list[Tree]] = [[{}] * len(run.period) for run in stacks.runs(definition.layers)]
+    carry, caches = run_layers(definition, params, carry, batch, axes, nothing)
     last = (batch["lengths"] - 1)[:, None]
     take = lambda x: jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1)
     ends = {k: take(x) if "seq" in definition.carry[k] else x for k, x in carry.items()}

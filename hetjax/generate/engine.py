@@ -153,7 +153,7 @@ class Engine:
     @property
     def _memory_specs(self) -> Memory:
         caches = {k: P(None, *spec(("batch", None, *c.dims))) for k, c in self.alone.cache.items()}
-        return Memory([caches] * len(stacks.runs(self.alone.layers)), P("dp"), P("dp"))
+        return Memory([[caches] * len(run.period) for run in stacks.runs(self.alone.layers)], P("dp"), P("dp"))
 
     def _prefill_program(self, room: int) -> Any:
         sink = self.sink

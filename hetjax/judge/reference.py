@@ -46,8 +46,9 @@ def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) 
 def apply_module(definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array]) -> Tree:
     """A module from its first part to its last, layer by layer."""
     carry = definition.first.apply(params["first"], x, batch, ONE_DEVICE)
+    seen = definition.prepare(batch, ONE_DEVICE)
     for i, layer in enumerate(definition.layers):
-        carry = layer.apply(layer_params(definition, params["layers"], i), carry, batch, ONE_DEVICE)
+        carry = layer.apply(layer_params(definition, params["layers"], i), carry, seen, ONE_DEVICE)
     last = dict(params["last"]) | {path: params["first"][source] for path, source in definition.tied.items()}
     return definition.last.apply(last, carry, batch, ONE_DEVICE)
 

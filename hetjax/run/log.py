@@ -70,7 +70,7 @@ class Log:
             "gradient_norm": float(outcome.norm),
         }
         for name, squares in outcome.module_squares.items():
-            values[f"gradient_norm/{name}"] = math.sqrt(sum(float(s) for s in squares))
+            values[f"gradient_norm/{name}"] = math.sqrt(sum(float(s.sum()) for s in squares))
         seconds = time.perf_counter() - self.start
         values |= {
             "tokens_per_second": self.tokens / seconds,
