@@ -69,7 +69,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         resumed = checkpoints.latest
         first = run.phase_of(resumed or 0)
         state = _ready(run, trainers, first, loader, checkpoints, starts)
-        record.write(workdir, asked or {}, resumed)
+        record.write(workdir, asked or {}, resumed, trains=resumed is None or resumed < run.ends[-1])
         evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)

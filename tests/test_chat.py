@@ -170,6 +170,8 @@ def test_files_of_prompts_are_read_line_by_line_and_their_faults_named(tmp_path:
     write(image="a.png")
     (prompt,) = read_prompts(path, (VISION,))
     assert prompt == Prompt(("a\u2028b\x85c",), {"image": (str(tmp_path / "a.png"),)}, "1")
+    (elsewhere,) = read_prompts(path, (VISION,), str(tmp_path / "media"))
+    assert elsewhere.files == {"image": (str(tmp_path / "media" / "a.png"),)}
     for wrong in (5, {"a": "b"}, ["a.png", None]):
         write(image=wrong)
         with pytest.raises(ValueError, match=r"asked.jsonl:1: image=.*; it must be a file name or a list"):

@@ -258,7 +258,12 @@ def test_inspection_shows_texts_masks_and_pictures(tmp_path: Path) -> None:
     with Loader(config, BOTH) as loader:
         ((batch, _),) = loader.one_pass()
         text = inspect.describe(batch, loader.tokenizer, BOTH, groups=2)
-        for part in ("segment 1: 'q0 a0'", "trained on: 'a0 <end>'", "vision slot 1, rows 0..3", "chart slot 0, rows"):
+        for part in (
+            "segment 1: '<image><image><plot>q0 a0'",
+            "trained on: 'a0 <end>'",
+            "vision slot 1, rows 0..3",
+            "chart slot 0, rows",
+        ):
             assert part in text
         assert "segment 2: 'q1 a1'" in text and "row 1 (group 1): 0 of 32" in text
         assert "\x1b[38;2;0;0;50;" in inspect.describe(batch, loader.tokenizer, BOTH, colour=True)

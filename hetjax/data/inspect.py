@@ -68,13 +68,9 @@ def _segment(
 ) -> Iterator[str]:
     places = np.flatnonzero(microbatch["segment_ids"][row] == segment)
     at = row, slice(places[0], places[-1] + 1)
-    text = np.ones(len(places), bool)
-    for item in items:
-        text &= microbatch[f"{item.name}.index"][at] < 0
     targets = microbatch["targets"][at][microbatch["weights"][at] > 0]
-    shown = [tokenizer.decode(t.tolist(), skip_special_tokens=False) for t in (microbatch["tokens"][at][text], targets)]
-    yield f"  segment {segment}: {shown[0]!r}"
-    yield f"    trained on: {shown[1]!r}"
+    yield f"  segment {segment}: {_text(microbatch, tokenizer, items, at)!r}"
+    yield f"    trained on: {tokenizer.decode(targets.tolist(), skip_special_tokens=False)!r}"
     yield f"    {'place':>11} {'position':>11} {'token':>7} {'':16} {'weight':>6} {'target':>7}"
     positions = microbatch["positions"][row]
     place, stop = int(places[0]), int(places[-1]) + 1
@@ -98,6 +94,23 @@ def _segment(
         for slot in _slots(microbatch, item, at):
             yield f"    {item.name} slot {slot}"
             yield from thumbnail(_rgb(microbatch, item, slot), colour=colour)
+
+
+def _text(microbatch: Microbatch, tokenizer: Tokenizer, items: Sequence[ItemSpec], at: tuple[int, slice]) -> str:
+    """The tokens as text, with a placeholder where each picture or clip begins."""
+    tokens = microbatch["tokens"][at]
+    text, start = np.ones(len(tokens), bool), 0
+    shown: dict[int, str] = {}  # place -> placeholder
+    for item in items:
+        index = microbatch[f"{item.name}.index"][at]
+        text &= index < 0
+        shown |= dict.fromkeys(np.flatnonzero((index >= 0) & (index % item.rows == 0)).tolist(), item.placeholder)
+    decoded = lambda stop: tokenizer.decode(tokens[start:stop][text[start:stop]].tolist(), skip_special_tokens=False)
+    pieces = []
+    for place in sorted(shown):
+        pieces += [decoded(place), shown[place]]
+        start = place
+    return "".join([*pieces, decoded(len(tokens))])
 
 
 def _item_at(

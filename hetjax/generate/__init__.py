@@ -10,7 +10,7 @@ Imports point down, to the Hugging Face folders, runs, the core and the data; co
 """
 
 from hetjax.generate.generator import Answer, Generator, load
-from hetjax.generate.prompt import Prompt, ask
+from hetjax.generate.prompt import Prompt, ask, read_prompts
 from hetjax.generate.sample import Sampling
 
-__all__ = ["Answer", "Generator", "Prompt", "Sampling", "ask", "load"]
+__all__ = ["Answer", "Generator", "Prompt", "Sampling", "ask", "load", "read_prompts"]

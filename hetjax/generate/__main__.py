@@ -45,7 +45,7 @@ def _prompts(flags: argparse.Namespace, items: Sequence[ItemSpec]) -> list[Promp
         return [ask(text, **files) for text in flags.prompt]
     if flags.prompt or any(files.values()):
         raise ValueError("--prompts brings its own questions and files; leave out --prompt, --image and --audio")
-    return read_prompts(flags.prompts, items)
+    return read_prompts(flags.prompts, items, flags.media_root)
 
 
 def _line(prompt: Prompt, answer: Answer) -> str:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeatable")
     asked.add_argument("--prompts", metavar="FILE", help="conversations: one a line, or a list in a .json")
+    parser.add_argument("--media_root", metavar="DIR", help="where files of --prompts lie (default: beside it)")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="of every --prompt; repeatable")
     parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="of every --prompt; repeatable")
     parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")

@@ -89,5 +89,5 @@ def _spelled(speller: Speller, prompt: Prompt, items: Sequence[ItemSpec], found:
     try:
         tokens, _, starts = speller.spell(placed(prompt, items), rows, system=prompt.system)
     except SampleError as error:
-        raise ValueError(f"prompt {prompt.id!r}: {error}") from error
+        raise ValueError(f"prompt {prompt.id or prompt.turns[-1]!r}: {error}") from error
     return Ids(tokens, starts)

@@ -34,15 +34,19 @@ def ask(question: str, **files: str | Sequence[str]) -> Prompt:
     return Prompt((question,), {field: tuple(map(expanded, _names(names))) for field, names in files.items()})
 
 
-def read_prompts(path: str | Path, items: Sequence[ItemSpec]) -> list[Prompt]:
+def read_prompts(path: str | Path, items: Sequence[ItemSpec], media_root: str | None = None) -> list[Prompt]:
     """The prompts of a file, conversations in the spellings of the training data; an answer at its end is left out.
 
-    File names are relative to the file. Raises ValueError for the first that is none, or names a file for no `items`.
+    File names are relative to `media_root`, or to the file. Raises ValueError for the first that is none, or names a
+    file for no `items`.
     """
     path = expanded(path)
-    found = source.read(path, "--prompts")
+    found, root = (
+        source.read(path, "--prompts"),
+        Path(path).parent if media_root is None else Path(expanded(media_root)),
+    )
     numbered = zip(found.lines, found.entries, strict=True)
-    return [_prompt(value, f"{path}:{n}", n, items, Path(path).parent) for n, value in numbered]
+    return [_prompt(value, f"{path}:{n}", n, items, root) for n, value in numbered]
 
 
 def _prompt(value: Any, where: str, number: int, items: Sequence[ItemSpec], root: Path) -> Prompt:

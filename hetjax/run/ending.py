@@ -4,6 +4,7 @@ Its last complete step is saved if its arrays are alive and the disk takes them;
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ def signalled() -> Iterator[Sequence[signal.Signals]]:
 
     def receive(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
+        said = f"{received[-1].name}: stops once what is under way (a step, the compilation) is done\n"
+        os.write(2, said.encode())  # not by `print`, which may be amid a line
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, before[signal.SIGINT])  # a second one does what it always did
 

@@ -46,15 +46,20 @@ def made(workdir: Path) -> Iterator[None]:
         yield
 
 
-def write(workdir: Path, files: Mapping[str, str], resumed: int | None) -> None:
+def write(workdir: Path, files: Mapping[str, str], resumed: int | None, *, trains: bool = True) -> None:
     """Writes `files` by name. Raises ValueError if `workdir` cannot be written.
 
     Of a run that resumes at step `resumed` with other files, those of before stay as NAME_until_step_N: what was first
-    asked for up to there. A run without a checkpoint starts over, and so does its record.
+    asked for up to there. A run without a checkpoint starts over, and so does its record. Of one that `trains` no more
+    the files stay, because exports and answers go by them.
     """
     with _explained(workdir):
         for name, text in files.items():
             path, new = workdir / name, workdir / f"{name}.new"
+            if not trains and path.exists():
+                if name == OPERATIVE and path.read_text(encoding="utf-8") != text:
+                    print(f"no step is left to train: {path} stays as it is, and other settings go by unread")
+                continue
             new.write_text(text, encoding="utf-8")
             kept = path.with_stem(f"{path.stem}_until_step_{resumed}")
             if resumed is not None and path.exists() and path.read_text(encoding="utf-8") != text and not kept.exists():
