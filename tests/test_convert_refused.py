@@ -43,6 +43,11 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"hidden_act": "gelu"}, "hidden_act='gelu': decoders are computed with 'silu' only"),
     ({"attention_bias": True}, "attention_bias=True: only False is computed"),
+    ({"is_causal": False}, "is_causal=False: only True is computed"),
+    (
+        {"per_layer_config": {"0": {"rms_norm_eps": 1}}},
+        "per_layer_config={'0': {'rms_norm_eps': 1}}: layers that differ",
+    ),
     ({"mlp_bias": True}, "mlp_bias=True: only False is computed"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only 1.0"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn': only 'default'"),
@@ -70,6 +75,11 @@ REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
     ({"vision_feature_select_strategy": "patch"}, "select='patch'; it must be one of full, default"),
     ({"vision_config": vision("clip", hidden_act="gelu")}, "vision_config: hidden_act='gelu': only 'quick_gelu'"),
     ({"vision_config": vision("clip", num_hidden_layers=10**9)}, "ViT.num_layers=1000000000; a model has at most"),
+    (
+        {"vision_config": vision("clip", per_layer_config={"0": {}})},
+        "vision_config: per_layer_config={'0': {}}: layers",
+    ),
+    ({"text_config": text("llama", is_causal=False)}, "text_config: is_causal=False: only True is computed"),
     ({"vision_config": vision("clip", image_size=[8, 4])}, "image_size=[8, 4]: pictures and patches must be square"),
 ]
 
