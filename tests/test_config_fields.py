@@ -35,7 +35,7 @@ NOTHING = {
     "router_jitter_noise router_aux_loss_coef output_router_logits apply_spec_augment mask_feature_length "
     "mask_feature_min_masks mask_feature_prob mask_time_length mask_time_min_masks mask_time_prob",
     "of heads and of the other half of a pair": "num_labels id2label projection_dim projection_size vision_use_head "
-    "classifier_proj_size use_weighted_layer_sum text_config vision_config vocab_size hidden_size num_hidden_layers "
+    "classifier_proj_size use_weighted_layer_sum text_config vision_config vocab_size "
     "decoder_attention_heads decoder_ffn_dim decoder_layerdrop decoder_layers decoder_start_token_id n_positions "
     "max_target_positions is_encoder_decoder",
     "how it is computed, or what else is given back": "use_cache ignore_index",
@@ -70,3 +70,10 @@ def test_no_field_that_transformers_looks_at_goes_unnoticed(kind: str) -> None:
 def test_two_names_of_one_activation_are_one_model() -> None:
     plain = read_config.read(text("llama"), "x")
     assert read_config.read(text("llama", hidden_act="swish"), "x") == plain
+
+
+def test_other_names_of_whispers_fields_are_read() -> None:
+    other = whisper(num_attention_heads=2, hidden_size=16, num_hidden_layers=2)
+    for field in ("encoder_attention_heads", "d_model", "encoder_layers"):
+        del other[field]
+    assert read_config.read(other, "x") == read_config.read(whisper(), "x")

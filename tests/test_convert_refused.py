@@ -14,7 +14,7 @@ import hf_folders
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_folders import llava, qwen2_audio, text, vision, whisper
+from hf_folders import hearing, llava, qwen2_audio, text, vision, whisper
 from safetensors.numpy import save_file
 
 from hetjax import convert
@@ -315,6 +315,8 @@ def test_what_is_there_is_never_overwritten_and_a_failed_write_leaves_nothing(
     ("config", "message"),
     [
         (whisper(activation_function="relu"), "activation_function='relu': only 'gelu' is computed"),
+        (whisper(num_attention_heads=4), "num_attention_heads=4: encoder_attention_heads=2 contradicts it; remove"),
+        (hearing(intermediate_size=8), "intermediate_size=8: encoder_ffn_dim=24 contradicts it; remove"),
         (whisper(scale_embedding=True), "scale_embedding=True: only False is computed"),
         (whisper(encoder_attention_heads=3), "Whisper.width=16 must be even and a multiple of num_heads=3"),
         (qwen2_audio(text("llama"), audio_config=whisper()), "audio_config.model_type='whisper': not supported"),
