@@ -14,7 +14,7 @@ import hf_folders
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_folders import llava, qwen2_audio, text, vision, whisper
+from hf_folders import hearing, llava, qwen2_audio, text, vision, whisper
 from safetensors.numpy import save_file
 
 from hetjax import convert
@@ -43,6 +43,11 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"hidden_act": "gelu"}, "hidden_act='gelu': decoders are computed with 'silu' only"),
     ({"attention_bias": True}, "attention_bias=True: only False is computed"),
+    ({"is_causal": False}, "is_causal=False: only True is computed"),
+    (
+        {"per_layer_config": {"0": {"rms_norm_eps": 1}}},
+        "per_layer_config={'0': {'rms_norm_eps': 1}}: layers that differ",
+    ),
     ({"mlp_bias": True}, "mlp_bias=True: only False is computed"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only 1.0"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type='yarn': only 'default'"),
@@ -70,6 +75,11 @@ REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
     ({"vision_feature_select_strategy": "patch"}, "select='patch'; it must be one of full, default"),
     ({"vision_config": vision("clip", hidden_act="gelu")}, "vision_config: hidden_act='gelu': only 'quick_gelu'"),
     ({"vision_config": vision("clip", num_hidden_layers=10**9)}, "ViT.num_layers=1000000000; a model has at most"),
+    (
+        {"vision_config": vision("clip", per_layer_config={"0": {}})},
+        "vision_config: per_layer_config={'0': {}}: layers",
+    ),
+    ({"text_config": text("llama", is_causal=False)}, "text_config: is_causal=False: only True is computed"),
     ({"vision_config": vision("clip", image_size=[8, 4])}, "image_size=[8, 4]: pictures and patches must be square"),
 ]
 
@@ -305,6 +315,8 @@ def test_what_is_there_is_never_overwritten_and_a_failed_write_leaves_nothing(
     ("config", "message"),
     [
         (whisper(activation_function="relu"), "activation_function='relu': only 'gelu' is computed"),
+        (whisper(num_attention_heads=4), "num_attention_heads=4: encoder_attention_heads=2 contradicts it; remove"),
+        (hearing(intermediate_size=8), "intermediate_size=8: encoder_ffn_dim=24 contradicts it; remove"),
         (whisper(scale_embedding=True), "scale_embedding=True: only False is computed"),
         (whisper(encoder_attention_heads=3), "Whisper.width=16 must be even and a multiple of num_heads=3"),
         (qwen2_audio(text("llama"), audio_config=whisper()), "audio_config.model_type='whisper': not supported"),

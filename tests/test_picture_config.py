@@ -26,7 +26,7 @@ SIGLIP = dict(image_processor_type="SiglipImageProcessor", size=dict(height=8, w
             {"image_processor_type": "ViTImageProcessor"},
             "image_processor_type='ViTImageProcessor': pictures are read as",
         ),
-        ({"resample": 0}, "resample=0: pictures are resized with one of 3 (bicubic), 2 (bilinear); remove the file"),
+        ({"resample": 0}, "resample=0: pictures are resized with one of 3 (bicubic), 2 (bilinear), or remove the file"),
         (
             {"image_processor_type": "Siglip2ImageProcessorFast"},
             "image_processor_type='Siglip2ImageProcessorFast': SigLIP 2 with pictures of any shape (NaFlex) is not",
@@ -39,7 +39,18 @@ SIGLIP = dict(image_processor_type="SiglipImageProcessor", size=dict(height=8, w
             "do_pad=True: pictures are padded as LlavaImageProcessor does before it normalises, which this file",
         ),
         ({"size": {"shortest_edge": 8}}, "size={'shortest_edge': 8}: without a crop pictures must have one height"),
-        ({"size": {"longest_edge": 8}}, "size={'longest_edge': 8}: without a crop"),
+        ({"size": {"longest_edge": 8}}, "size={'longest_edge': 8}: pictures have one height"),
+        (
+            {"size": 8},
+            "size=8: without a crop pictures must have one height and width, as in {'height': 8, 'width': 8}",
+        ),
+        (
+            {"do_center_crop": True, "crop_size": 8, "size": {"shortest_edge": 8, "longest_edge": 9}},
+            "size={'shortest_edge': 8, 'longest_edge': 9}: pictures have one height and width, or one shortest edge",
+        ),
+        ({"do_center_crop": True, "crop_size": {"shortest_edge": 8}}, "crop_size={'shortest_edge': 8}: pictures have"),
+        ({"use_square_size": True}, "use_square_size=True: pictures are read with False"),
+        ({"image_processor_type": None}, "image_processor_type='': pictures are read as CLIPImageProcessor, "),
         (
             {"do_center_crop": True, "crop_size": 6},
             "size={'height': 8, 'width': 8}: crop_size={'height': 6, 'width': 6} cuts something else",

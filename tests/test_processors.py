@@ -103,6 +103,9 @@ FORMS: dict[str, tuple[dict[str, Any], Pictures]] = {
         Pictures(224, 224, CLIP_MEAN, CLIP_STD, shortest_edge=224),
     ),
     "clip, a square first": (CLIP_HUB | dict(size=dict(height=24, width=24)), Pictures(24, 24, CLIP_MEAN, CLIP_STD)),
+    "clip, a number for a square": (CLIP_HUB | dict(default_to_square=True), Pictures(24, 24, CLIP_MEAN, CLIP_STD)),
+    "clip, pairs": (CLIP_HUB | dict(size=[24, 24], crop_size=[24, 24]), Pictures(24, 24, CLIP_MEAN, CLIP_STD)),
+    "clip by its model": ({k: v for k, v in CLIP_HUB.items() if "type" not in k}, READERS["clip"]),
     "llava, of which no picture is padded": (
         dict(image_processor_type="LlavaImageProcessor", size=dict(shortest_edge=24), crop_size=24),
         READERS["clip"],
@@ -111,6 +114,7 @@ FORMS: dict[str, tuple[dict[str, Any], Pictures]] = {
     "llava, padded and not cut": (LLAVA_HUB | dict(do_center_crop=False), READERS["llava, padded to a square"]),
     "siglip 2": (SIGLIP_HUB | dict(resample=2), READERS["siglip 2"]),
     "siglip": (SIGLIP_HUB, READERS["siglip"]),
+    "siglip, a number for a square": (SIGLIP_HUB | dict(size=24, default_to_square=True), READERS["siglip"]),
     "siglip, as they are": (SIGLIP_HUB | dict(do_normalize=False), Pictures(24, 24, (0.0,) * 3, (1.0,) * 3)),
 }
 

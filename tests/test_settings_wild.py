@@ -42,6 +42,7 @@ class Wild:
     choice: Literal["gpipe", "2"] = "gpipe"
     count: int = 0
     rate: float = 0.0
+    limit: float | None = None
     flag: bool = False
     anything: Any = None
     inner: Inner | None = None
@@ -133,17 +134,41 @@ TYPED = [
     typed({"factors": {"llm/*": 0.5, "a": 2.0}}, "factors={llm/*: 0.5, a: 2}"),
     typed("factors={llm: a}: .*factors = .*must be", "factors={llm: a}"),
     typed("starts=llm: .*must be .*Mapping", "starts=llm"),
+    *(
+        typed(f"{re.escape(setting)}: .*must be .*between two commas .* in quotes", setting)
+        for setting in (
+            *("starts={llm: /a, b}", "starts={llm: /a, b, vision: /c}", 'starts={"llm": /a, b}', "starts={a}"),
+            *("starts={llm: /a,, vision: /b}", "starts={llm: /a, llm: /b}", "starts={llm:}", "starts={: /a}"),
+            *("starts={llm: '/a', '/b'}", "starts={llm: '/a}", "starts={llm: '/a' b}", "starts={'a' b: c}"),
+            *("names=[llm/*,, x]", "names=[,]", "names=[, a]", "names=[a, 'b' c]", 'names=["a" "b"]'),
+            *('names=[x, "a" "b"]', "names=['a", r"names=['\x', b]", "starts={'llm': '/a' '/b'}"),
+        )
+    ),
+    typed({"starts": {"llm": "/a, b"}}, 'starts={llm: "/a, b"}'),
+    typed({"starts": {"llm": "/a, b", "vision": "/c:d, e"}}, "starts={llm: '/a, b', \"vision\" : '/c:d, e',}"),
+    typed({"starts": {"a, b": "it's", "c": "d:'e, f'"}}, "starts={'a, b': it's, c: d:'e, f'}"),
+    typed({"starts": {"llm": 'a", b'}}, r'starts={llm: "a\", b"}'),
+    typed({"starts": {}}, "starts={}"),
+    typed({"names": ("a", "b, c")}, 'names=[a, "b, c"]'),
+    typed({"names": ('a", b', "c")}, r'names=["a\", b", c]'),
+    typed({"names": ("a", "", "b")}, "names=[a, '', b]"),
+    typed({"path": '"a" "b"'}, 'path="a" "b"'),
     typed({"count": -3, "rate": -0.5}, "count=-3", "rate=-.5"),
     typed({"rate": 1000.0}, "rate=1e3"),
-    typed("count=1e3: .*count = 1000.0, but it must be int", "count=1e3"),
+    typed("count=1e3: .*count = 1000.0, but it must be int; write 1000$", "count=1e3"),
     typed("count=: .*count = '', but it must be int", "count="),
-    typed("count=007: .*count = '007', but it must be int", "count=007"),
+    typed("count=007: .*count = '007', but it must be int; write 7$", "count=007"),
+    typed("count='10': .*count = '10', but it must be int; write 10$", "count='10'"),
+    typed("count=1.5: .*count = 1.5, but it must be int$", "count=1.5"),
+    typed("count=inf: .*count = 'inf', but it must be int$", "count=inf"),
+    typed("rate='0.1': .*rate = '0.1', but it must be finite float; write 0.1$", "rate='0.1'"),
+    typed("limit=none: .*limit = 'none', but it must be finite float . None; write None$", "limit=none"),
     typed({"count": 5}, "count= 5 "),
     typed({"flag": True}, "flag=True"),
     typed({"flag": True}, "flag=true"),
     typed({"flag": False}, "flag=false"),
-    typed("flag=1: .*flag = 1, but it must be bool", "flag=1"),
-    typed("flag=yes: .*flag = 'yes', but it must be bool", "flag=yes"),
+    typed("flag=1: .*flag = 1, but it must be bool; write True$", "flag=1"),
+    typed("flag=yes: .*flag = 'yes', but it must be bool; write True or False$", "flag=yes"),
     typed({"count": 2}, "count=1", "count=2"),
     typed({"anything": 2}, "anything=2"),
     typed("anything=two: two is not a value; a string needs quotes", "anything=two"),

@@ -99,6 +99,16 @@ def test_an_error_names_the_field_that_was_read(
         open_source(folder)
 
 
+def test_the_way_out_of_a_tie_with_another_head_takes_the_head(tmp_path: Path) -> None:
+    folder = hf_folders.write(tmp_path / "hf", pair(False, False, FIVE))
+    (folder / "config.json").write_text(json.dumps(pair(True, True, FIVE)))
+    with pytest.raises(ConvertError, match=r"set each tie_word_embeddings in config\.json to false to take the"):
+        open_source(folder)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    assert not open_source(folder).models["llm"].tied
+
+
 @pytest.mark.parametrize(
     ("version", "field"), [(FIVE, "tie_word_embeddings"), (FOUR, "text_config.tie_word_embeddings")]
 )

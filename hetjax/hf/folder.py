@@ -130,7 +130,7 @@ class Folder:
         if not np.array_equal(both[0][:], both[1][:]):
             raise ConvertError(
                 f"{self.path}: {self._tie}=True, but {self._spelled[head]} differs from the embedding; "
-                "set it to false in config.json, or remove the key"
+                f"set each {registry.TIE} in config.json to false to take the stored head, or remove the key to tie it"
             )
 
     def _dtype(self, key: str) -> np.dtype:

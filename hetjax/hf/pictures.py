@@ -35,6 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
 }
 DEFAULTS[LLAVA] = DEFAULTS[CLIP]
+OF_MODEL = {"clip": CLIP, "siglip": SIGLIP, "llava": LLAVA}  # model_type beside a file that names no class
 NAFLEX = (
     "SigLIP 2 with pictures of any shape (NaFlex) is not supported; take one of fixed size, such as "
     "google/siglip2-base-patch16-256, whose model_type is siglip"
@@ -42,7 +43,7 @@ NAFLEX = (
 SETTINGS = {field.name: field.name for field in dataclasses.fields(Pictures)} | dict.fromkeys(
     ("height", "width"), "image_size"
 )
-ONLY = dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255)
+ONLY = dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255, use_square_size=False)
 
 
 def read(files: Mapping[str, Path]) -> Pictures | None:
@@ -50,13 +51,15 @@ def read(files: Mapping[str, Path]) -> Pictures | None:
     where, config = _find(files)
     if config is None:
         return None
-    kind = config.get("image_processor_type", config.get("feature_extractor_type", ""))
+    config = present(config)
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or _kind_beside(Path(where))
     name = plain_name(kind).replace("FeatureExtractor", "ImageProcessor")
     if name == "Siglip2ImageProcessor":
         raise refused(where, "image_processor_type", kind, NAFLEX)
     if name not in DEFAULTS:
-        raise _refused(where, "image_processor_type", kind, f"pictures are read as {' and '.join(DEFAULTS)} do")
-    c = DEFAULTS[name] | present(config)
+        why = f"pictures are read as {', '.join(DEFAULTS)} do; name the one that is meant"
+        raise _refused(where, "image_processor_type", kind, why)
+    c = DEFAULTS[name] | config
     for field, value in ONLY.items():
         if c.get(field, value) != value:
             raise _refused(where, field, c[field], f"pictures are read with {value!r}")
@@ -70,19 +73,39 @@ def read(files: Mapping[str, Path]) -> Pictures | None:
         raise _refused(where, "do_pad", pads, f"{why}, which this file does not ask for")
     normal = (c["image_mean"], c["image_std"]) if c["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
     mean, std = (tuple(v) if isinstance(v, list | tuple) else (v,) * 3 for v in normal)
-    size = c["size"] if isinstance(c["size"], Mapping) else {"shortest_edge": c["size"]}
+    size = _size(c, "size", where, square=c.get("default_to_square", False))
     edge = size.get("shortest_edge")
     more: dict[str, Any] = dict(pad_to_square=pads, resampling=methods[c["resample"]])
     if not c["do_center_crop"]:
         if pads and edge is not None:  # of a square
             return Pictures(edge, edge, mean, std, **more)
-        if edge is not None or not {"height", "width"} <= size.keys():
-            raise _refused(where, "size", c["size"], "without a crop pictures must have one height and width")
+        if edge is not None:
+            why = f"without a crop pictures must have one height and width, as in {dict(height=edge, width=edge)}"
+            raise _refused(where, "size", c["size"], why)
         return Pictures(size["height"], size["width"], mean, std, **more)
-    crop = c["crop_size"] if isinstance(c["crop_size"], Mapping) else dict.fromkeys(("height", "width"), c["crop_size"])
-    if edge is None and (size.get("height"), size.get("width")) != (crop["height"], crop["width"]):
+    crop = _size(c, "crop_size", where, square=True)
+    if edge is None and size != crop:
         raise _refused(where, "size", c["size"], f"crop_size={crop} cuts something else than the middle of a picture")
     return Pictures(crop["height"], crop["width"], mean, std, edge, **more)
+
+
+def _size(c: Mapping[str, Any], field: str, where: str, *, square: bool) -> dict[str, int]:
+    """The field as a height and width, or as a shortest edge, which one number is unless it means a `square`."""
+    told = c[field]
+    if isinstance(told, list) and len(told) == 2:
+        told = dict(zip(("height", "width"), told, strict=True))
+    elif not isinstance(told, Mapping):
+        told = dict.fromkeys(("height", "width") if square else ("shortest_edge",), told)
+    found = present(told)
+    if found.keys() not in ({"height", "width"}, {"shortest_edge"} if field == "size" else None):
+        raise _refused(where, field, c[field], "pictures have one height and width, or one shortest edge before a crop")
+    return found
+
+
+def _kind_beside(path: Path) -> str:
+    """The class of a processor whose file, at `path`, names none: transformers tells it from config.json."""
+    model = path.parent / "config.json"
+    return OF_MODEL.get(str(read_json(model).get("model_type")), "") if model.is_file() else ""
 
 
 def plain_name(kind: str) -> str:
@@ -98,7 +121,7 @@ def _find(files: Mapping[str, Path]) -> tuple[str, Mapping[str, Any] | None]:
 
 
 def _refused(where: str, field: str, value: object, why: str) -> ConvertError:
-    return refused(where, field, value, f"{why}; remove the file to train with the run's own settings")
+    return refused(where, field, value, f"{why}, or remove the file to train with the run's own settings")
 
 
 def check(encoder: str, ours: Pictures, files: Mapping[str, Path], *, resized: bool = False) -> None:

@@ -12,6 +12,8 @@ from hetjax.hf.families import registry
 from hetjax.hf.fields import Config, refused
 from hetjax.hf.parts import Parts
 
+PER_LAYER = "per_layer_config"  # settings of single layers, in any config of transformers 5
+
 
 def read(config: Config, where: str) -> Parts:
     """The models of config.json, which `where` names in messages. Raises ConvertError."""
@@ -63,6 +65,9 @@ def _check_inner(config: Config, where: str) -> None:
             raise refused(where, f"{field}.model_type", kind, registry.REFUSED.get(str(kind), why))
         if field and inner.get("quantization_config"):
             raise refused(where, f"{field}.quantization_config", "...", "quantised weights are not read")
+        if inner.get(PER_LAYER):
+            why = "layers that differ in their settings are not supported"
+            raise refused(f"{where}: {field}" if field else where, PER_LAYER, inner[PER_LAYER], why)
 
 
 def unapplied(config: Config, part: str) -> str:

@@ -2,24 +2,28 @@
 
 On the command line the type decides: gin's reading holds where it fits the field, else the text itself where the field
 takes text. So a `str` takes a#b, (1), @home, 007 and None without quotes, `str | tuple[int, ...]` takes 2 as text and
-[2] as a tuple, and a quoted string is what is quoted. Items of lists and dicts go by the same rule.
+[2] as a tuple, and a quoted string is what is quoted. Items of lists and dicts go by the same rule: what stands between
+two commas is one item, whole or refused.
 """
 
 import collections.abc
 import contextlib
 import io
+import itertools
+import math
 import re
 import sys
 import tokenize
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gin import config_parser
 
 WORDS = {"true": True, "false": False}  # for a bool of the command line, beside gin's True and False
+DIGITS = {"1": "True", "0": "False"}  # which a bool does not take
 QUOTES, OPENING, CLOSING = "'\"", "([{", ")]}"
 
 
@@ -72,8 +76,11 @@ def read_typed(text: str, symbols: Mapping[str, Any], where: str) -> Typed:
             warnings.simplefilter("ignore")  # about text that was never meant as Python
             statements = list(config_parser.ConfigParser(f"value = {text.strip()}", Delegate(symbols)))
             tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
-            if len(statements) != 1 or any(token.type == tokenize.COMMENT for token in tokens):
+            kinds = [token.type for token in tokens]
+            if len(statements) != 1 or tokenize.COMMENT in kinds:
                 raise SyntaxError("Unable to parse value.")
+            if (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds):  # Python would join them
+                raise SyntaxError("Two strings side by side: a comma is missing between them.")
     except (SyntaxError, tokenize.TokenError, ValueError, TypeError, RecursionError) as error:  # text may be anything
         return Typed(text, None, f"{where}{explain(error)}", symbols)
     return Typed(text, statements[0].value, "", symbols)
@@ -121,28 +128,43 @@ def _text(typed: Typed, hint: Any, known: Callable[[Name], bool]) -> Any:
         return WORDS[text]
 
     def read(item: str, hint: Any) -> Any:
-        return settle(read_typed(item, typed.symbols, ""), hint, known)
+        inner = read_typed(item, typed.symbols, "")
+        if not item or (inner.why and item[0] in QUOTES):
+            raise TypeError
+        return settle(inner, hint, known)
 
     if _is_sequence(base) and args:
         return [read(item, args[0]) for item in _items(text, ("[]", "()"))]
     if _is_mapping(base) and args:
-        pairs = (
-            re.fullmatch(r"""('[^']*'|"[^"]*"|[^:]*?)\s*:\s*(.*)""", item, re.DOTALL) for item in _items(text, ("{}",))
-        )
-        return {read(pair[1], args[0]): read(pair[2], args[1]) for pair in pairs if pair}
+        pairs = [_pair(item) for item in _items(text, ("{}",))]
+        found = {read(name, args[0]): read(value, args[1]) for name, value in pairs}
+        if len(found) == len(pairs):  # no name twice
+            return found
     raise TypeError
 
 
+def _pair(item: str) -> tuple[str, str]:
+    """The name and the value of an item of a dict, without quotes or with. Raises TypeError."""
+    pair = re.fullmatch(r"""('[^']*'|"[^"]*"|[^:]*?)\s*:\s*(.*)""", item, re.DOTALL)
+    if not pair:
+        raise TypeError
+    return pair[1], pair[2]
+
+
 def _items(text: str, brackets: tuple[str, ...]) -> list[str]:
-    """What stands between the commas in one of the `brackets`, without quotes or with. Raises TypeError."""
+    """What stands between the commas in one of the `brackets`, where quotes may begin an item, and in a dict its value.
+
+    Raises TypeError."""
     text = text.strip()
     if text[:1] + text[1:][-1:] not in brackets:
         raise TypeError
-    items, quote, depth = [""], "", 0
+    items, quote, depth, escaped = [""], "", 0, False
+    before = ("", ":") if text[0] == "{" else ("",)
     for letter in text[1:-1]:
         if quote:
-            quote = "" if letter == quote else quote
-        elif letter in QUOTES and not items[-1].strip():
+            quote = "" if letter == quote and not escaped else quote
+            escaped = letter == "\\" and not escaped
+        elif letter in QUOTES and not depth and items[-1].rstrip()[-1:] in before:
             quote = letter
         elif letter == "," and not depth:
             items.append("")
@@ -215,13 +237,34 @@ def _is_mapping(base: Any) -> bool:
 
 
 def wanted(value: Any, hint: Any) -> str:
-    """What a field of type `hint` takes in place of `value`, for an error."""
+    """What a field of type `hint` takes in place of `value`, and how it is written, for an error."""
     args = _parts(hint)[1]
     name = hint.__name__ if isinstance(hint, type) and not args else str(hint)
-    items = [inner[1] for inner in map(_parts, (hint, *args)) if _is_sequence(inner[0])]
-    alone = isinstance(value, str) and items  # text that may be the items of a list
-    brackets = f", in brackets: [{value!r}]" if alone and str in items[0] else f", in brackets: [{value}]"
-    return re.sub(r"\bfloat\b", "finite float", name) + (brackets if alone else "")
+    name = re.sub(r"\bfloat\b", "finite float", name)
+    kinds = list(map(_parts, (hint, *args)))
+    items = [inner for kind, inner in kinds if (_is_sequence(kind) or _is_mapping(kind)) and inner]
+    listed = [inner for kind, inner in kinds if _is_sequence(kind)]
+    if isinstance(value, str) and items and value.strip()[:1] in (*OPENING,):
+        return f"{name}; between two commas of it stands one item, in quotes if it holds a comma"
+    if isinstance(value, str) and listed:  # text that may be the items of a list
+        return f"{name}, in brackets: " + (f"[{value!r}]" if str in listed[0] else f"[{value}]")
+    return name + _instead(value, {kind for kind, _ in kinds})
+
+
+def _instead(value: Any, kinds: Collection[Any]) -> str:
+    """How a field of one of `kinds` is told what `value` means, where that is plain."""
+    text = str(value).strip().lower()
+    if types.NoneType in kinds and text in ("none", "null", ""):
+        return "; write None"
+    if bool in kinds:
+        return f"; write {DIGITS.get(text, 'True or False')}"
+    with contextlib.suppress(ValueError):
+        number = float(text)
+        if float in kinds and math.isfinite(number):
+            return f"; write {text}"
+        if int in kinds and number.is_integer() and abs(number) < 2**53:
+            return f"; write {int(number)}"
+    return ""
 
 
 def leaves(value: Any) -> Iterator[Any]:

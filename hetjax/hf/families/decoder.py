@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = dict(
 # Fields with one value that our models compute, those of other mixtures among them; another one is refused. None stands
 # for absent.
 ONLY: dict[str, Any] = dict(
+    is_causal=True,
     attention_bias=False,
     mlp_bias=False,
     partial_rotary_factor=1.0,
@@ -48,6 +49,7 @@ ONLY: dict[str, Any] = dict(
     num_shared_experts=0,
     n_shared_experts=0,
 )
+SILU = ("silu", "swish")  # two names of one function
 MAX_POSITIONS = 32768  # written where no source tells; a bound for generation, not for the model
 
 Traits = Callable[[Config, str], dict[str, Any]]
@@ -91,7 +93,7 @@ def family(
 
 def _read(config: Config, c: Config, traits: Traits, where: str) -> Decoder:
     """The decoder of a text config, `c` with the defaults of its family."""
-    if c["hidden_act"] != "silu":
+    if c["hidden_act"] not in SILU:
         raise refused(where, "hidden_act", c["hidden_act"], "decoders are computed with 'silu' only")
     only(c, ONLY, where)
     if c["num_hidden_layers"] > MOST_LAYERS:  # before anything goes through them one by one

@@ -7,7 +7,7 @@ from typing import Any
 
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families.family import HEAD_BIAS, HEADS, LINEAR, VECTOR, Family, Table
-from hetjax.hf.fields import Config, nonzero, only, present
+from hetjax.hf.fields import Config, nonzero, only, present, refused
 from models.whisper import Whisper
 
 KERNEL = "k i o -> o i k"
@@ -41,6 +41,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120
     ),
 }
+# Other names of fields, which transformers reads in their place, whatever these say
+ALIASES = {
+    "num_hidden_layers": "encoder_layers",
+    "num_attention_heads": "encoder_attention_heads",
+    "hidden_size": "d_model",
+}
+ALIASES_OF: dict[str, dict[str, str]] = {
+    "whisper": ALIASES | {"num_key_value_heads": "encoder_attention_heads"},
+    "qwen2_audio": ALIASES | {"intermediate_size": "encoder_ffn_dim"},
+}
 ONLY: dict[str, Any] = dict(activation_function="gelu", scale_embedding=False)
 NOISE = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
 MASKS = {"mask_time_prob": 0.05, "mask_feature_prob": 0.0}  # of SpecAugment, with transformers' defaults
@@ -48,7 +58,13 @@ MASKS = {"mask_time_prob": 0.05, "mask_feature_prob": 0.0}  # of SpecAugment, wi
 
 def _read(variant: str, config: Config, where: str, changes: Config) -> Whisper:
     """The encoder of a Whisper config or of an encoder's own; alone, its output stays as wide as it is."""
-    c = DEFAULTS[variant] | present(config)
+    told = present(config)
+    for other, field in ALIASES_OF[variant].items():
+        if other in told and told.setdefault(field, told[other]) != told[other]:
+            raise refused(
+                where, other, told[other], f"{field}={told[field]} contradicts it; remove the one that is wrong"
+            )
+    c = DEFAULTS[variant] | told
     only(c, ONLY, where)
     sizes: dict[str, Any] = dict(
         num_mels=c["num_mel_bins"],
