@@ -200,7 +200,65 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
         Trained(chat("#\nhi", "yes", "#\nhi", "yes"), ("yes", "yes")),
     ),
     "more placeholders": (talk(SEE, SAY), Bad("1 <image>, image names 0 files")),
+    "answers of usual weight": (
+        talk(ASK | {"train": False}, SAY | {"weight": 1, "loss": True, "mask": False}, weight=1.0, label=True),
+        PLAIN,
+    ),
+    "preference data": (talk(rejected_response="no"), Bad("it has rejected_response beside its turns")),
+    "a rejected conversation": (talk(chosen=None, rejected=[ASK, SAY]), Bad("it has rejected beside its turns")),
+    "an instruction": (talk(instruction="be brief"), Bad("it has instruction beside its turns")),
+    "an empty instruction": (talk(instruction=""), PLAIN),
+    "what is wrong": (talk(label=False), Bad("it has label=False, but every sample is trained on alike")),
+    "a class": (talk(label="cat", score_rejected=0.5), PLAIN),
+    "a weight of the entry": (talk(weight=0.5), Bad("it has weight=0.5, but every sample is trained on alike")),
+    "harmless keys": (
+        talk(
+            ASK | {"id": 1, "name": "Ann", "timestamp": 2.5},
+            SAY | {"lang": "en"},
+            id="0.png",
+            source="https://host/0.png",
+            meta={"lang": "en", "license": "a.jpg", "title": "0.png"},
+            image_id="0001",
+            imageSize=[8, 8],
+            image_caption="a dog",
+            num_images=0,
+            has_image=True,
+            framework="jax",
+            url="https://host/page",
+            path="train/part-0",
+        ),
+        PLAIN,
+    ),
+    "a file under a key within another": (talk(meta={"a": [{"image": "0"}]}), Bad("takes its meta.a.image='0'")),
+    "a key that a turn has within another": (
+        talk(ASK | {"meta": {"imagePath": "0.png"}}, SAY),
+        Bad("turn 0 names meta.imagePath"),
+    ),
+    "a picture's bytes under another key": (talk(content_of="data:image/png;base64,AA"), Bad("takes its content_of")),
+    "a key that nests deeply": ('{"conversations":TURNS,"a":' + "[" * 900 + "]" * 900 + "}", PLAIN),
 }
+NAMING = (
+    "Image audio_filepath file_name image_name image_names imagePath image-path image_dir image_src image_uri img_src "
+    "image0 image1 image_1 imageURL image_list image_base64 image_bytes audio_name video_name picture_name photo_id "
+    "media media_path clip mp3 vision pixel_values frames depth file files path url"
+)
+WEIGHTS = [{"weight": 0}, {"weight": 0.5}, {"loss": False}, {"train": False}, {"training": False}, {"mask": True}]
+
+
+@pytest.mark.parametrize("key", NAMING.split())
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_file_under_any_key_is_used_or_its_sample_bad_by_name(
+    key: str, listed: bool, directory: Path, tmp_path: Path
+) -> None:
+    path = entries_file(directory, talk(**{key: ["0.png"] if listed else "0.png"}), tmp_path / "data.json")
+    check(loader(directory, path), Bad(f"no encoder takes its {key}=.*; those of the run read image, images"))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_an_answer_that_shall_not_be_trained_on_is_not(weight: dict[str, Any], directory: Path, tmp_path: Path) -> None:
+    (key,) = weight
+    path = entries_file(directory, talk(ASK, SAY, ASK, SAY | weight), tmp_path / "data.json")
+    check(loader(directory, path), Bad(f"an answer has {key}=.*; take the sample out"))
 
 
 @pytest.fixture(scope="module")

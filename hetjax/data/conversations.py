@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hetjax.data import media, source
+from hetjax.data import media, source, trained
 from hetjax.data.items import ItemSpec
 from hetjax.data.media import Files
 from hetjax.data.problems import Problem, SampleError, name_of, shown
@@ -79,6 +79,7 @@ def _entry(value: Any, ordinal: int, items: Sequence[ItemSpec], path: str) -> Sa
     name = name_of(value, ordinal)
     try:
         talk = read_talk(value, items)
+        trained.check(value, [turn for turn in _turns(value) if _speaker(turn.get("from") or turn.get("role")) == GPT])
         if len(talk.turns) % 2:
             raise SampleError("", "the conversation ends on human, so its last question has no answer")
         turns = media.placed(talk.turns, items, talk.files)
@@ -96,10 +97,7 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
     if not isinstance(value, dict):
         raise SampleError("", f"it is {kind(value)}, but must be an object with conversations")
     _check_keys(value, "it")
-    entries = media.only(value, ("conversations", "messages"), "it", (None, []))
-    if not isinstance(entries, list):
-        raise SampleError("", "it has no conversations; they must be a list of turns")
-    turns = [_turn(turn, f"turn {number}", items) for number, turn in enumerate(entries)]
+    turns = [_turn(turn, f"turn {number}", items) for number, turn in enumerate(_turns(value))]
     system, first = _system(value, turns)
     files = _joined(media.of_entry(value, items), [file for turn in turns for file in turn.files], items)
     first += len(turns) > first and turns[first].role == GPT
@@ -111,6 +109,17 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
     if first == len(turns):
         raise SampleError("", "it has no question; human and gpt take turns")
     return Talk(system, tuple(turn.text for turn in turns[first:]), files)
+
+
+def _turns(value: Mapping[str, Any]) -> list[Any]:
+    found = media.only(value, ("conversations", "messages"), "it", (None, []))
+    if not isinstance(found, list):
+        raise SampleError("", "it has no conversations; they must be a list of turns")
+    return found
+
+
+def _speaker(role: Any) -> str | None:
+    return ROLES.get(role.lower()) if isinstance(role, str) else None
 
 
 def _check_keys(value: Mapping[str, Any], where: str) -> None:
@@ -139,7 +148,7 @@ def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
     content = media.only(turn, ("value", "content"), where)
     if not isinstance(content, (str, list)):
         raise SampleError("", f"{where} must be {wanted}, not {shown(turn)}")
-    speaker = ROLES.get(role.lower()) if isinstance(role, str) else None
+    speaker = _speaker(role)
     if speaker is None:
         raise SampleError("", f"{where} is from {shown(role)}; it must be one of {', '.join(ROLES)}")
     media.check_read(turn, where)

@@ -2,33 +2,32 @@
 
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hetjax.data import naming
 from hetjax.data.items import ItemSpec
+from hetjax.data.naming import NOTHING
 from hetjax.data.paths import expanded
 from hetjax.data.problems import SampleError, shown
 
-# keys by which data sets name files, in any case: image, images, video_path, audio_urls, ...
-MEDIA = re.compile(
-    r"(image|img|picture|photo|video|audio|sound|speech|voice|wav)s?(_(path|file|filename|url)s?)?", re.I
-)
-NOTHING: tuple[Any, ...] = (None, "", [], {}, False)  # what a key holds where there is no file
 Files = dict[str, tuple[str, ...]]  # item name -> file names, in the order of the placeholders
 
 
 def of_entry(entry: Mapping[str, Any], items: Sequence[ItemSpec]) -> Files:
     """The files that an entry names beside its turns. Raises SampleError."""
     spelled = {item.name: spellings(item, items) for item in items}
-    for name, named in _unread(entry, [key for keys in spelled.values() for key in keys]):
-        raise SampleError("", f"no encoder takes its {name}={shown(named)}; give the run one, or take the sample out")
+    keys = [key for keys in spelled.values() for key in keys]
+    for name, named in naming.files(entry, keys):
+        help = f"those of the run read {', '.join(keys)}" if keys else "give the run one, or take the sample out"
+        raise SampleError("", f"no encoder takes its {name}={shown(named)}; {help}")
     return {item.name: _names(entry, item, spelled[item.name]) for item in items}
 
 
 def check_read(value: Mapping[str, Any], where: str, read: Sequence[str] = ()) -> None:
     """Raises SampleError if a turn, or a part of one, names a file under another key than those that are `read`."""
-    for name, named in _unread(value, read):
+    for name, named in naming.files(value, read):
         raise SampleError("", f"{where} names {name}={shown(named)}; files stand beside the turns, or in parts")
 
 
@@ -98,10 +97,3 @@ def _names(entry: Mapping[str, Any], item: ItemSpec, keys: Sequence[str]) -> tup
     value = only(entry, keys, "it", NOTHING)
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(file_name(v, item.field) for v in values)
-
-
-def _unread(value: Mapping[str, Any], read: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of what names a file and is not `read`."""
-    for name, named in value.items():
-        if name not in read and named not in NOTHING and MEDIA.fullmatch(name):
-            yield name, named
