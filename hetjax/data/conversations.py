@@ -19,7 +19,10 @@ from hetjax.data.settings import DataError
 from hetjax.data.source import Malformed, Repeated, kind
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
-ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM, "developer": SYSTEM}
+ROLES = {"human": HUMAN, "user": HUMAN, "system": SYSTEM, "developer": SYSTEM}
+ROLES |= dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), GPT)
+TURNS = ("conversations", "conversation", "messages")  # keys of an entry
+PAIRS = {"instruction": "output", "prompt": "completion", "question": "answer"}  # as other data sets have them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
         raise SampleError("", f"it is {kind(value)}, but must be an object with conversations")
     _check_keys(value, "it")
     turns = [_turn(turn, f"turn {number}", items) for number, turn in enumerate(_turns(value))]
-    system, first = _system(value, turns)
+    system, first = _system(value, turns, items)
     files = _joined(media.of_entry(value, items), [file for turn in turns for file in turn.files], items)
     first += len(turns) > first and turns[first].role == GPT
     for number, turn in enumerate(turns[first:]):
@@ -106,13 +109,18 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
             raise SampleError("", f"turn {first + number} is a system turn; only the first one may be")
         if turn.role != (HUMAN, GPT)[number % 2]:
             raise SampleError("", f"turn {first + number} is from {turn.role}; human and gpt take turns, human begins")
+        if turn.role == HUMAN:
+            media.check_placeholders(turn.text, f"turn {first + number}", items)
     if first == len(turns):
         raise SampleError("", "it has no question; human and gpt take turns")
     return Talk(system, tuple(turn.text for turn in turns[first:]), files)
 
 
 def _turns(value: Mapping[str, Any]) -> list[Any]:
-    found = media.only(value, ("conversations", "messages"), "it", (None, []))
+    found = media.only(value, TURNS, "it", (None, []))
+    if found is None and (asked := next((key for key in PAIRS if key in value), None)):
+        turns = f'[{{"from": "human", "value": {asked}}}, {{"from": "gpt", "value": {PAIRS[asked]}}}]'
+        raise SampleError("", f"it has no conversations; write them as {turns}")
     if not isinstance(found, list):
         raise SampleError("", "it has no conversations; they must be a list of turns")
     return found
@@ -127,16 +135,19 @@ def _check_keys(value: Mapping[str, Any], where: str) -> None:
         raise SampleError("", f"{where} has {shown(value.key)} twice; leave one out")
 
 
-def _system(value: Mapping[str, Any], turns: Sequence[Turn]) -> tuple[str | None, int]:
+def _system(value: Mapping[str, Any], turns: Sequence[Turn], items: Sequence[ItemSpec]) -> tuple[str | None, int]:
     """(the system text, the turns that it takes)."""
-    text, taken = value.get("system"), turns[0].role == SYSTEM
-    if text in (None, ""):
-        return (turns[0].text, 1) if taken else (None, 0)
-    if taken or not isinstance(text, str):
-        rule = "has a system turn beside it; leave one out" if taken else "must be a text"
-        raise SampleError("", f"system={shown(text)} {rule}")
+    text, taken = media.only(value, ("system", "system_prompt"), "it", (None, "")), turns[0].role == SYSTEM
+    if taken and text is not None:
+        raise SampleError("", f"system={shown(text)} has a system turn beside it; leave one out")
+    text = turns[0].text if taken else text
+    if text is None:
+        return None, 0
+    if not isinstance(text, str):
+        raise SampleError("", f"system={shown(text)} must be a text")
     media.check_text(text, "system")
-    return text, 0
+    media.check_placeholders(text, "its system text", items, system=True)
+    return text, int(taken)
 
 
 def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
@@ -175,9 +186,11 @@ def _part(part: Any, where: str, role: str, items: Sequence[ItemSpec]) -> str | 
     if role != HUMAN:
         raise SampleError("", f"{where} is from {role} and has a part of type {shown(form)}; questions alone may")
     keys = tuple(dict.fromkeys((item.field, form, "path", "url")))
-    media.check_read(part, where, keys)
+    media.check_read(part, where, (*keys, *media.INSIDE))
     named = media.only(part, keys, where)
-    named = named.get("url", named.get("path", named)) if isinstance(named, dict) else named
+    if named is None:
+        held = part["source"] if isinstance(part.get("source"), dict) else part
+        named = held if any(held.get(key) for key in media.INSIDE) else None
     file = None if named is None else (item.name, media.file_name(named, item.field))
     return f"{item.placeholder}\n", file
 

@@ -10,8 +10,11 @@ from hetjax.data import naming
 from hetjax.data.items import ItemSpec
 from hetjax.data.naming import NOTHING
 from hetjax.data.paths import expanded
-from hetjax.data.problems import SampleError, shown
+from hetjax.data.problems import SampleError, one_line, shown
 
+# placeholders of common data sets; in a question they stand for a file, and never for their characters
+PLACEHOLDER = re.compile(r"<(image|video|audio|speech)>|<\|?image[ _]?\d+\|?>|<img>.*?</img>", re.S)
+INSIDE = ("bytes", "data", "base64")  # keys of an object that holds a file and does not name it
 Files = dict[str, tuple[str, ...]]  # item name -> file names, in the order of the placeholders
 
 
@@ -48,15 +51,38 @@ def only(value: Mapping[str, Any], names: Sequence[str], where: str, nothing: Se
 
 
 def file_name(value: Any, field: str) -> str:
-    """A file's name as an entry gives it. Raises SampleError for what is no name of a file."""
+    """A file's name as an entry gives it, or an object with its path. Raises SampleError for what is no name."""
+    if isinstance(value, dict):
+        if (named := only(value, ("path", "url"), field, NOTHING)) is not None:
+            return file_name(named, field)
+        if any(value.get(key) not in NOTHING for key in INSIDE):
+            raise _lies_inside(value, field)
     if not isinstance(value, str) or not value:
         raise SampleError("", f"{field}={shown(value)}; it must be a file name or a list of them")
     check_text(value, field)
     if value.startswith("data:"):
-        raise SampleError("", f"{field}={shown(value)}: the file lies inside of the entry; write it beside and name it")
+        raise _lies_inside(value, field)
     if re.match("(https?|s3|gs|hf|ftp)://", value):
         raise SampleError("", f"{field}={shown(value)} is a web address; fetch the file and name it")
     return urllib.parse.unquote(value.removeprefix("file://")) if value.startswith("file://") else value
+
+
+def _lies_inside(value: Any, field: str) -> SampleError:
+    why = "the file lies inside of the entry; write it beside and name it"
+    return SampleError("", f"{field}={one_line(shown(value), 40)}: {why}")
+
+
+def check_placeholders(text: str, where: str, items: Sequence[ItemSpec], *, system: bool = False) -> None:
+    """Raises SampleError for a placeholder of what no encoder takes, or of another spelling; in a `system` text for
+    any, as a question alone may show a file."""
+    for item in items:
+        if system and item.placeholder in text:
+            raise SampleError("", f"{where} contains {item.placeholder}; it may stand in questions only")
+        text = text.replace(item.placeholder, "")
+    if found := PLACEHOLDER.search(text):
+        take = ", ".join(item.placeholder for item in items)
+        help = f"those of the run take {take}" if items else "give the run one, or take the sample out"
+        raise SampleError("", f"{where} has {one_line(found[0], 30)}, which no encoder takes; {help}")
 
 
 def check_text(text: str, where: str) -> None:
