@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from hetjax.data import media, source, trained
 from hetjax.data.items import ItemSpec
 from hetjax.data.media import Files
+from hetjax.data.naming import TURNS
 from hetjax.data.problems import Problem, SampleError, name_of, shown
 from hetjax.data.settings import DataError
 from hetjax.data.source import Malformed, Repeated, kind
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
-ROLES = {"human": HUMAN, "user": HUMAN, "system": SYSTEM, "developer": SYSTEM}
-ROLES |= dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), GPT)
-TURNS = ("conversations", "conversation", "messages")  # keys of an entry
+ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM, "developer": SYSTEM}
+ROLES |= dict.fromkeys(("model", "chatgpt", "bing", "bard"), GPT)
 PAIRS = {"instruction": "output", "prompt": "completion", "question": "answer"}  # as other data sets have them
 
 

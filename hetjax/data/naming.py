@@ -15,7 +15,8 @@ ABOUT = re.compile(
     "(id|size|width|height|shape|ratio|rate|duration|type|format|hash|token|caption|description|title|text|question"
     "|answer|source|origin|license|tool|reasoning|thinking)s?"
 )
-TEXTS = ("conversations", "conversation", "messages", "value", "content", "system", "system_prompt")  # read elsewhere
+TURNS = ("conversations", "conversation", "messages")  # keys under which an entry may have its turns
+TEXTS = (*TURNS, "value", "content", "system", "system_prompt")  # read elsewhere
 FILE = re.compile(
     r"data:(image|video|audio)/.*"
     r"|.*\.(png|jpe?g|jfif|gif|webp|bmp|tiff?|svg|hei[cf]|avif|wav|mp3|flac|ogg|opus|m4a|aac|wma"

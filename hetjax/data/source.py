@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hetjax.data.naming import TURNS
 from hetjax.data.settings import DataError
 
 DIGITS = 4300  # of a number that Python converts; longer ones stay texts
@@ -72,9 +73,12 @@ def _list(text: str, path: str) -> list[Any]:
             rule = "a .json file must hold one list; for one conversation a line use .jsonl"
         raise DataError(f"{path} is not JSON: {error}; {rule}") from error
     if not isinstance(value, list):
-        within = [key for key, found in value.items() if isinstance(found, list)] if isinstance(value, dict) else []
-        help = f"; if that under {within[0]!r} is it, write it alone" if within else ""
-        raise DataError(f"{path} holds {kind(value)}, but a .json file must hold a list of conversations{help}")
+        lists = (
+            [k for k, v in value.items() if isinstance(v, list) and k not in TURNS] if isinstance(value, dict) else []
+        )
+        one = f"if the one under {lists[0]!r} is it, write that alone" if lists else ""
+        help = one or "for one conversation a line use .jsonl"
+        raise DataError(f"{path} holds {kind(value)}, but a .json file must hold a list of conversations; {help}")
     return value
 
 
