@@ -221,6 +221,8 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
             image_id="0001",
             imageSize=[8, 8],
             image_caption="a dog",
+            prompt="what is 0.png",
+            frame_index=[1, 2],
             num_images=0,
             has_image=True,
             framework="jax",
@@ -263,6 +265,10 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
     "a conversation": ({"id": "odd", "conversation": [ASK, SAY]}, PLAIN),
     "instruction and output": ({"instruction": "a", "output": "b"}, Bad('"value": instruction.*"value": output')),
     "prompt and completion": ({"prompt": "a", "completion": "b"}, Bad('"value": prompt.*"value": completion')),
+    "a path that nests deeply": (
+        '{"id":"odd","image":' + '{"path":' * 900 + "1" + "}" * 900 + ',"conversations":TURNS}',
+        Bad("image=.*; it must be a file name"),
+    ),
     "a key that nests deeply": ('{"conversations":TURNS,"a":' + "[" * 900 + "]" * 900 + "}", PLAIN),
 }
 NAMING = (

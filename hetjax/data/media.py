@@ -53,10 +53,10 @@ def only(value: Mapping[str, Any], names: Sequence[str], where: str, nothing: Se
 def file_name(value: Any, field: str) -> str:
     """A file's name as an entry gives it, or an object with its path. Raises SampleError for what is no name."""
     if isinstance(value, dict):
-        if (named := only(value, ("path", "url"), field, NOTHING)) is not None:
-            return file_name(named, field)
-        if any(value.get(key) not in NOTHING for key in INSIDE):
+        named = only(value, ("path", "url"), field, NOTHING)
+        if named is None and any(value.get(key) not in NOTHING for key in INSIDE):
             raise _lies_inside(value, field)
+        value = value if named is None else named
     if not isinstance(value, str) or not value:
         raise SampleError("", f"{field}={shown(value)}; it must be a file name or a list of them")
     check_text(value, field)

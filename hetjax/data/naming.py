@@ -13,7 +13,7 @@ MEDIA = re.compile(
 # words of a key that tells something about a file, or holds a text of its own
 ABOUT = re.compile(
     "(id|size|width|height|shape|ratio|rate|duration|type|format|hash|token|caption|description|title|text|question"
-    "|answer|source|origin|license|tool|reasoning|thinking)s?"
+    "|answer|prompt|query|num|count|index|score|source|origin|license|tool|reasoning|thinking)s?"
 )
 TURNS = ("conversations", "conversation", "messages")  # keys under which an entry may have its turns
 TEXTS = (*TURNS, "value", "content", "system", "system_prompt")  # read elsewhere

@@ -73,9 +73,8 @@ def _list(text: str, path: str) -> list[Any]:
             rule = "a .json file must hold one list; for one conversation a line use .jsonl"
         raise DataError(f"{path} is not JSON: {error}; {rule}") from error
     if not isinstance(value, list):
-        lists = (
-            [k for k, v in value.items() if isinstance(v, list) and k not in TURNS] if isinstance(value, dict) else []
-        )
+        within = value if isinstance(value, dict) else {}
+        lists = [key for key, found in within.items() if isinstance(found, list) and key not in TURNS]
         one = f"if the one under {lists[0]!r} is it, write that alone" if lists else ""
         help = one or "for one conversation a line use .jsonl"
         raise DataError(f"{path} holds {kind(value)}, but a .json file must hold a list of conversations; {help}")
