@@ -115,7 +115,7 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
     "a null character in a name": (talk(SEE, SAY, image="a\0.png"), Bad("no such file|cannot be read")),
     "a name of many characters": (talk(SEE, SAY, image="a" * 9999), Bad("no such file|cannot be read")),
     "a list in a list of names": (talk(SEE, SAY, image=[["0.png"]]), Bad("image=.*; it must be a file name or a list")),
-    "an object for a name": (talk(SEE, SAY, image={"bytes": "x"}), Bad("image=.*; it must be a file name or a list")),
+    "an object for a name": (talk(SEE, SAY, image={"byte": "x"}), Bad("image=.*; it must be a file name or a list")),
     "an empty name": (talk(image=""), PLAIN),
     "an empty name with a placeholder": (talk(SEE, SAY, image=""), Bad("1 <image>, image names 0 files")),
     "a folder for a picture": (talk(SEE, SAY, image="folder"), Bad("cannot be read as a picture")),
@@ -200,7 +200,123 @@ ENTRIES: dict[str, tuple[Any, Trained | Bad]] = {
         Trained(chat("#\nhi", "yes", "#\nhi", "yes"), ("yes", "yes")),
     ),
     "more placeholders": (talk(SEE, SAY), Bad("1 <image>, image names 0 files")),
+    "answers of usual weight": (
+        talk(ASK | {"train": False}, SAY | {"weight": 1, "loss": True, "mask": False}, weight=1.0, label=True),
+        PLAIN,
+    ),
+    "preference data": (talk(rejected_response="no"), Bad("it has rejected_response beside its turns")),
+    "a rejected conversation": (talk(chosen=None, rejected=[ASK, SAY]), Bad("it has rejected beside its turns")),
+    "an instruction": (talk(instruction="be brief"), Bad("it has instruction beside its turns")),
+    "an empty instruction": (talk(instruction=""), PLAIN),
+    "what is wrong": (talk(label=False), Bad("it has label=False, but every sample is trained on alike")),
+    "a class": (talk(label="cat", score_rejected=0.5), PLAIN),
+    "a weight of the entry": (talk(weight=0.5), Bad("it has weight=0.5, but every sample is trained on alike")),
+    "harmless keys": (
+        talk(
+            ASK | {"id": 1, "name": "Ann", "timestamp": 2.5},
+            SAY | {"lang": "en"},
+            id="0.png",
+            source="https://host/0.png",
+            meta={"lang": "en", "license": "a.jpg", "title": "0.png"},
+            image_id="0001",
+            imageSize=[8, 8],
+            image_caption="a dog",
+            prompt="what is 0.png",
+            frame_index=[1, 2],
+            num_images=0,
+            has_image=True,
+            framework="jax",
+            url="https://host/page",
+            path="train/part-0",
+        ),
+        PLAIN,
+    ),
+    "a file under a key within another": (talk(meta={"a": [{"image": "0"}]}), Bad("takes its meta.a.image='0'")),
+    "a key that a turn has within another": (
+        talk(ASK | {"meta": {"imagePath": "0.png"}}, SAY),
+        Bad("turn 0 names meta.imagePath"),
+    ),
+    "a picture's bytes under another key": (talk(content_of="data:image/png;base64,AA"), Bad("takes its content_of")),
+    "an object with a path": (talk(SEE, SAY, image={"path": "0.png", "bytes": None}), SEEN),
+    "objects with a path": (talk(SEE, SAY, images=[{"path": "0.png"}]), SEEN),
+    "an object with a picture": (talk(SEE, SAY, image={"path": None, "bytes": "x" * 99}), Bad("file lies inside")),
+    "a part with a picture": (parts({"type": "image", "data": "AAAA"}, TEXT, image="0.png"), Bad("file lies inside")),
+    "a part with a source": (
+        parts({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}, TEXT),
+        Bad("file lies inside"),
+    ),
+    "a system prompt": (talk(system_prompt="be brief"), BRIEF),
+    "a system prompt beside a system": (talk(system_prompt="x", system="y"), Bad("both system and system_prompt")),
+    "a picture in a system turn": (
+        talk({"from": "system", "value": "<image>"}, ASK, SAY, image="0.png"),
+        Bad("its system text contains <image>; it may stand in questions only"),
+    ),
+    "a picture in a system field": (talk(system="<image>"), Bad("its system text contains <image>")),
+    "a video in a system turn": (talk(SYSTEM | {"content": "<video>"}, ASK, SAY), Bad("its system text has <video>")),
+    "an answer that spells a video": (
+        talk(ASK, said("<video> <img>a</img>")),
+        Trained(chat("hi", "<video> <img>a</img>"), ("<video> <img>a</img>",)),
+    ),
+    "a question with tags": (
+        talk(asked('<b> <img src="a"> <image/> [image]'), SAY),
+        Trained(chat('<b> <img src="a"> <image/> [image]', "yes")),
+    ),
+    "a placeholder under another key": (talk(SEE, SAY, image_path="0.png"), Bad("no encoder takes its image_path")),
+    "a conversation": ({"id": "odd", "conversation": [ASK, SAY]}, PLAIN),
+    "instruction and output": ({"instruction": "a", "output": "b"}, Bad('"value": instruction.*"value": output')),
+    "prompt and completion": ({"prompt": "a", "completion": "b"}, Bad('"value": prompt.*"value": completion')),
+    "a path that nests deeply": (
+        '{"id":"odd","image":' + '{"path":' * 900 + "1" + "}" * 900 + ',"conversations":TURNS}',
+        Bad("image=.*; it must be a file name"),
+    ),
+    "a key that nests deeply": ('{"conversations":TURNS,"a":' + "[" * 900 + "]" * 900 + "}", PLAIN),
 }
+NAMING = (
+    "Image audio_filepath file_name image_name image_names imagePath image-path image_dir image_src image_uri img_src "
+    "image0 image1 image_1 imageURL image_list image_base64 image_bytes audio_name video_name picture_name photo_id "
+    "media media_path clip mp3 vision pixel_values frames depth file files path url"
+)
+WEIGHTS = [{"weight": 0}, {"weight": 0.5}, {"loss": False}, {"train": False}, {"training": False}, {"mask": True}]
+
+
+@pytest.mark.parametrize("key", NAMING.split())
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_file_under_any_key_is_used_or_its_sample_bad_by_name(
+    key: str, listed: bool, directory: Path, tmp_path: Path
+) -> None:
+    path = entries_file(directory, talk(**{key: ["0.png"] if listed else "0.png"}), tmp_path / "data.json")
+    check(loader(directory, path), Bad(f"no encoder takes its {key}=.*; those of the run read image, images"))
+
+
+@pytest.mark.parametrize("items", [(VISION,), ()], ids=["seeing", "blind"])
+@pytest.mark.parametrize(
+    "spelled",
+    ["<video>", "<audio>", "<speech>", "<image_1>", "<image1>", "<image 1>", "<|image_1|>", "<img>DIR/0.png</img>"],
+)
+def test_a_question_s_placeholder_that_no_encoder_takes_makes_its_sample_bad(
+    spelled: str, items: tuple[ItemSpec, ...], directory: Path, tmp_path: Path
+) -> None:
+    path = entries_file(directory, talk(asked(f"{spelled}\nhi"), SAY), tmp_path / "data.json")
+    shown = re.escape(spelled[:5]) + ".*"
+    take = "those of the run take <image>" if items else "give the run one"
+    check(loader(directory, path, items), Bad(f"turn 0 has {shown}, which no encoder takes; {take}"))
+
+
+def test_a_placeholder_in_a_run_of_text_alone_makes_its_sample_bad(directory: Path, tmp_path: Path) -> None:
+    check(loader(directory, entries_file(directory, talk(SEE, SAY), tmp_path / "data.json"), ()), Bad("has <image>"))
+
+
+@pytest.mark.parametrize("role", ["model", "chatgpt", "bing", "bard"])
+def test_other_names_of_the_assistant(role: str, directory: Path, tmp_path: Path) -> None:
+    path = entries_file(directory, talk(ASK, SAY | {"from": role}), tmp_path / "data.json")
+    check(loader(directory, path), PLAIN)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_an_answer_that_shall_not_be_trained_on_is_not(weight: dict[str, Any], directory: Path, tmp_path: Path) -> None:
+    (key,) = weight
+    path = entries_file(directory, talk(ASK, SAY, ASK, SAY | weight), tmp_path / "data.json")
+    check(loader(directory, path), Bad(f"an answer has {key}=.*; take the sample out"))
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +528,12 @@ FILES: dict[str, tuple[str, bytes, Trained | Bad | str]] = {
     ),
     "brackets without end in a list": ("a.json", f"[{GOOD}, {'[' * 99999}".encode(), r"a\.json is not JSON"),
     "a list cut short": ("a.json", f"[{GOOD}, {LINE[:9]}".encode(), r"a\.json is not JSON"),
-    "a comma at a list's end": ("a.json", f"[{GOOD},]".encode(), r"a\.json is not JSON"),
+    "a comma at a list's end": ("a.json", f"[{GOOD},]".encode(), r"a\.json is not JSON: .* or a comma at its end$"),
+    "a comment": ("a.json", f"[{GOOD} // one".encode(), r"a\.json is not JSON: .*without comments or a comma"),
+    "a list within an object": ("a.json", f'{{"data": [{GOOD}]}}'.encode(), "an object, .*one under 'data' is it"),
+    "one conversation": ("a.json", GOOD.encode(), r"holds an object, .*use \.jsonl"),
+    "a list that is called lines": ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n".encode(), r"one list.*call it \.json"),
+    "a list on a line": ("a.jsonl", f"\ufeff[{GOOD}, {GOOD}]".encode(), r"holds one list.*call it \.json"),
     "lines that are called a list": ("a.json", THREE.encode(), r"a\.json is not JSON: .*\.jsonl"),
     "no bytes": ("a.json", b"", r"a\.json is not JSON"),
     "no lines": ("a.jsonl", b"", r"a\.jsonl holds no conversation"),

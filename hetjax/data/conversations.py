@@ -11,15 +11,18 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hetjax.data import media, source
+from hetjax.data import media, source, trained
 from hetjax.data.items import ItemSpec
 from hetjax.data.media import Files
+from hetjax.data.naming import TURNS
 from hetjax.data.problems import Problem, SampleError, name_of, shown
 from hetjax.data.settings import DataError
 from hetjax.data.source import Malformed, Repeated, kind
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM, "developer": SYSTEM}
+ROLES |= dict.fromkeys(("model", "chatgpt", "bing", "bard"), GPT)
+PAIRS = {"instruction": "output", "prompt": "completion", "question": "answer"}  # as other data sets have them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def _entry(value: Any, ordinal: int, items: Sequence[ItemSpec], path: str) -> Sa
     name = name_of(value, ordinal)
     try:
         talk = read_talk(value, items)
+        trained.check(value, [turn for turn in _turns(value) if _speaker(turn.get("from") or turn.get("role")) == GPT])
         if len(talk.turns) % 2:
             raise SampleError("", "the conversation ends on human, so its last question has no answer")
         turns = media.placed(talk.turns, items, talk.files)
@@ -96,11 +100,8 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
     if not isinstance(value, dict):
         raise SampleError("", f"it is {kind(value)}, but must be an object with conversations")
     _check_keys(value, "it")
-    entries = media.only(value, ("conversations", "messages"), "it", (None, []))
-    if not isinstance(entries, list):
-        raise SampleError("", "it has no conversations; they must be a list of turns")
-    turns = [_turn(turn, f"turn {number}", items) for number, turn in enumerate(entries)]
-    system, first = _system(value, turns)
+    turns = [_turn(turn, f"turn {number}", items) for number, turn in enumerate(_turns(value))]
+    system, first = _system(value, turns, items)
     files = _joined(media.of_entry(value, items), [file for turn in turns for file in turn.files], items)
     first += len(turns) > first and turns[first].role == GPT
     for number, turn in enumerate(turns[first:]):
@@ -108,9 +109,25 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
             raise SampleError("", f"turn {first + number} is a system turn; only the first one may be")
         if turn.role != (HUMAN, GPT)[number % 2]:
             raise SampleError("", f"turn {first + number} is from {turn.role}; human and gpt take turns, human begins")
+        if turn.role == HUMAN:
+            media.check_placeholders(turn.text, f"turn {first + number}", items)
     if first == len(turns):
         raise SampleError("", "it has no question; human and gpt take turns")
     return Talk(system, tuple(turn.text for turn in turns[first:]), files)
+
+
+def _turns(value: Mapping[str, Any]) -> list[Any]:
+    found = media.only(value, TURNS, "it", (None, []))
+    if found is None and (asked := next((key for key in PAIRS if key in value), None)):
+        turns = f'[{{"from": "human", "value": {asked}}}, {{"from": "gpt", "value": {PAIRS[asked]}}}]'
+        raise SampleError("", f"it has no conversations; write them as {turns}")
+    if not isinstance(found, list):
+        raise SampleError("", "it has no conversations; they must be a list of turns")
+    return found
+
+
+def _speaker(role: Any) -> str | None:
+    return ROLES.get(role.lower()) if isinstance(role, str) else None
 
 
 def _check_keys(value: Mapping[str, Any], where: str) -> None:
@@ -118,16 +135,19 @@ def _check_keys(value: Mapping[str, Any], where: str) -> None:
         raise SampleError("", f"{where} has {shown(value.key)} twice; leave one out")
 
 
-def _system(value: Mapping[str, Any], turns: Sequence[Turn]) -> tuple[str | None, int]:
+def _system(value: Mapping[str, Any], turns: Sequence[Turn], items: Sequence[ItemSpec]) -> tuple[str | None, int]:
     """(the system text, the turns that it takes)."""
-    text, taken = value.get("system"), turns[0].role == SYSTEM
-    if text in (None, ""):
-        return (turns[0].text, 1) if taken else (None, 0)
-    if taken or not isinstance(text, str):
-        rule = "has a system turn beside it; leave one out" if taken else "must be a text"
-        raise SampleError("", f"system={shown(text)} {rule}")
+    text, taken = media.only(value, ("system", "system_prompt"), "it", (None, "")), turns[0].role == SYSTEM
+    if taken and text is not None:
+        raise SampleError("", f"system={shown(text)} has a system turn beside it; leave one out")
+    text = turns[0].text if taken else text
+    if text is None:
+        return None, 0
+    if not isinstance(text, str):
+        raise SampleError("", f"system={shown(text)} must be a text")
     media.check_text(text, "system")
-    return text, 0
+    media.check_placeholders(text, "its system text", items, system=True)
+    return text, int(taken)
 
 
 def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
@@ -139,7 +159,7 @@ def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
     content = media.only(turn, ("value", "content"), where)
     if not isinstance(content, (str, list)):
         raise SampleError("", f"{where} must be {wanted}, not {shown(turn)}")
-    speaker = ROLES.get(role.lower()) if isinstance(role, str) else None
+    speaker = _speaker(role)
     if speaker is None:
         raise SampleError("", f"{where} is from {shown(role)}; it must be one of {', '.join(ROLES)}")
     media.check_read(turn, where)
@@ -166,9 +186,11 @@ def _part(part: Any, where: str, role: str, items: Sequence[ItemSpec]) -> str | 
     if role != HUMAN:
         raise SampleError("", f"{where} is from {role} and has a part of type {shown(form)}; questions alone may")
     keys = tuple(dict.fromkeys((item.field, form, "path", "url")))
-    media.check_read(part, where, keys)
+    media.check_read(part, where, (*keys, *media.INSIDE))
     named = media.only(part, keys, where)
-    named = named.get("url", named.get("path", named)) if isinstance(named, dict) else named
+    if named is None:
+        held = part["source"] if isinstance(part.get("source"), dict) else part
+        named = held if any(held.get(key) for key in media.INSIDE) else None
     file = None if named is None else (item.name, media.file_name(named, item.field))
     return f"{item.placeholder}\n", file
 

@@ -2,33 +2,35 @@
 
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hetjax.data import naming
 from hetjax.data.items import ItemSpec
+from hetjax.data.naming import NOTHING
 from hetjax.data.paths import expanded
-from hetjax.data.problems import SampleError, shown
+from hetjax.data.problems import SampleError, one_line, shown
 
-# keys by which data sets name files, in any case: image, images, video_path, audio_urls, ...
-MEDIA = re.compile(
-    r"(image|img|picture|photo|video|audio|sound|speech|voice|wav)s?(_(path|file|filename|url)s?)?", re.I
-)
-NOTHING: tuple[Any, ...] = (None, "", [], {}, False)  # what a key holds where there is no file
+# placeholders of common data sets; in a question they stand for a file, and never for their characters
+PLACEHOLDER = re.compile(r"<(image|video|audio|speech)>|<\|?image[ _]?\d+\|?>|<img>.*?</img>", re.S)
+INSIDE = ("bytes", "data", "base64")  # keys of an object that holds a file and does not name it
 Files = dict[str, tuple[str, ...]]  # item name -> file names, in the order of the placeholders
 
 
 def of_entry(entry: Mapping[str, Any], items: Sequence[ItemSpec]) -> Files:
     """The files that an entry names beside its turns. Raises SampleError."""
     spelled = {item.name: spellings(item, items) for item in items}
-    for name, named in _unread(entry, [key for keys in spelled.values() for key in keys]):
-        raise SampleError("", f"no encoder takes its {name}={shown(named)}; give the run one, or take the sample out")
+    keys = [key for keys in spelled.values() for key in keys]
+    for name, named in naming.files(entry, keys):
+        help = f"those of the run read {', '.join(keys)}" if keys else "give the run one, or take the sample out"
+        raise SampleError("", f"no encoder takes its {name}={shown(named)}; {help}")
     return {item.name: _names(entry, item, spelled[item.name]) for item in items}
 
 
 def check_read(value: Mapping[str, Any], where: str, read: Sequence[str] = ()) -> None:
     """Raises SampleError if a turn, or a part of one, names a file under another key than those that are `read`."""
-    for name, named in _unread(value, read):
+    for name, named in naming.files(value, read):
         raise SampleError("", f"{where} names {name}={shown(named)}; files stand beside the turns, or in parts")
 
 
@@ -49,15 +51,38 @@ def only(value: Mapping[str, Any], names: Sequence[str], where: str, nothing: Se
 
 
 def file_name(value: Any, field: str) -> str:
-    """A file's name as an entry gives it. Raises SampleError for what is no name of a file."""
+    """A file's name as an entry gives it, or an object with its path. Raises SampleError for what is no name."""
+    if isinstance(value, dict):
+        named = only(value, ("path", "url"), field, NOTHING)
+        if named is None and any(value.get(key) not in NOTHING for key in INSIDE):
+            raise _lies_inside(value, field)
+        value = value if named is None else named
     if not isinstance(value, str) or not value:
         raise SampleError("", f"{field}={shown(value)}; it must be a file name or a list of them")
     check_text(value, field)
     if value.startswith("data:"):
-        raise SampleError("", f"{field}={shown(value)}: the file lies inside of the entry; write it beside and name it")
+        raise _lies_inside(value, field)
     if re.match("(https?|s3|gs|hf|ftp)://", value):
         raise SampleError("", f"{field}={shown(value)} is a web address; fetch the file and name it")
     return urllib.parse.unquote(value.removeprefix("file://")) if value.startswith("file://") else value
+
+
+def _lies_inside(value: Any, field: str) -> SampleError:
+    why = "the file lies inside of the entry; write it beside and name it"
+    return SampleError("", f"{field}={one_line(shown(value), 40)}: {why}")
+
+
+def check_placeholders(text: str, where: str, items: Sequence[ItemSpec], *, system: bool = False) -> None:
+    """Raises SampleError for a placeholder of what no encoder takes, or of another spelling; in a `system` text for
+    any, as a question alone may show a file."""
+    for item in items:
+        if system and item.placeholder in text:
+            raise SampleError("", f"{where} contains {item.placeholder}; it may stand in questions only")
+        text = text.replace(item.placeholder, "")
+    if found := PLACEHOLDER.search(text):
+        take = ", ".join(item.placeholder for item in items)
+        help = f"those of the run take {take}" if items else "give the run one, or take the sample out"
+        raise SampleError("", f"{where} has {one_line(found[0], 30)}, which no encoder takes; {help}")
 
 
 def check_text(text: str, where: str) -> None:
@@ -98,10 +123,3 @@ def _names(entry: Mapping[str, Any], item: ItemSpec, keys: Sequence[str]) -> tup
     value = only(entry, keys, "it", NOTHING)
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(file_name(v, item.field) for v in values)
-
-
-def _unread(value: Mapping[str, Any], read: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of what names a file and is not `read`."""
-    for name, named in value.items():
-        if name not in read and named not in NOTHING and MEDIA.fullmatch(name):
-            yield name, named

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hetjax.data.naming import TURNS
 from hetjax.data.settings import DataError
 
 DIGITS = 4300  # of a number that Python converts; longer ones stay texts
@@ -44,8 +45,11 @@ def read(path: str, setting: str) -> Source:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{setting}={path!r}: {why}; name a file of conversations") from error
     text = _decode(content, path)
-    numbered = enumerate(_list(text, path), 1) if path.lower().endswith(".json") else _lines(text)
-    found = list(numbered)
+    if path.lower().endswith(".json"):
+        found = list(enumerate(_list(text, path), 1))
+    else:
+        _check_lines(text, path)
+        found = list(_lines(text))
     if not found:
         raise DataError(f"{path} holds no conversation; a run needs at least one")
     lines, entries = zip(*found, strict=True)
@@ -64,15 +68,28 @@ def _list(text: str, path: str) -> list[Any]:
     try:
         value = parse(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}; a .json file must hold one list, for one conversation a line use .jsonl"
-        ) from error
+        rule = "a .json file must hold one list, without comments or a comma at its end"
+        if str(error).startswith("Extra data"):  # behind a first value
+            rule = "a .json file must hold one list; for one conversation a line use .jsonl"
+        raise DataError(f"{path} is not JSON: {error}; {rule}") from error
     if not isinstance(value, list):
-        raise DataError(
-            f"{path} holds {kind(value)}, but a .json file must hold a list of conversations; "
-            "for one conversation a line use .jsonl"
-        )
+        within = value if isinstance(value, dict) else {}
+        lists = [key for key, found in within.items() if isinstance(found, list) and key not in TURNS]
+        one = f"if the one under {lists[0]!r} is it, write that alone" if lists else ""
+        help = one or "for one conversation a line use .jsonl"
+        raise DataError(f"{path} holds {kind(value)}, but a .json file must hold a list of conversations; {help}")
     return value
+
+
+def _check_lines(text: str, path: str) -> None:
+    """Raises DataError for a list where entries stand one a line."""
+    text = text.lstrip(" \t\r\n\ufeff")
+    try:
+        whole = text.startswith("[") and isinstance(parse(text), list)
+    except (ValueError, RecursionError):
+        return
+    if whole:
+        raise DataError(f"{path} holds one list, and no conversation a line; call it .json")
 
 
 def _lines(text: str) -> Iterator[tuple[int, Any]]:
