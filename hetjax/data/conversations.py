@@ -19,6 +19,9 @@ from hetjax.data.settings import DataError
 from hetjax.data.source import Malformed, Repeated, kind
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
+# what chat templates write of a message, or of an entry, beside texts and files
+WRITTEN = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "function_call")
+WRITTEN_BESIDE = ("tools", "functions", "documents", "chat_template_kwargs")
 ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM, "developer": SYSTEM}
 
 
@@ -95,7 +98,7 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
         raise SampleError("", value.reason)
     if not isinstance(value, dict):
         raise SampleError("", f"it is {kind(value)}, but must be an object with conversations")
-    _check_keys(value, "it")
+    _check_keys(value, "it", WRITTEN_BESIDE)
     entries = media.only(value, ("conversations", "messages"), "it", (None, []))
     if not isinstance(entries, list):
         raise SampleError("", "it has no conversations; they must be a list of turns")
@@ -113,9 +116,12 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
     return Talk(system, tuple(turn.text for turn in turns[first:]), files)
 
 
-def _check_keys(value: Mapping[str, Any], where: str) -> None:
+def _check_keys(value: Mapping[str, Any], where: str, lost: Sequence[str] = ()) -> None:
     if isinstance(value, Repeated):
         raise SampleError("", f"{where} has {shown(value.key)} twice; leave one out")
+    for key in lost:
+        if value.get(key) not in media.NOTHING:
+            raise SampleError("", f"{where} has {key}={shown(value[key])}, which is not trained on; write it as text")
 
 
 def _system(value: Mapping[str, Any], turns: Sequence[Turn]) -> tuple[str | None, int]:
@@ -134,7 +140,7 @@ def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
     wanted = '{"from": ..., "value": text} or {"role": ..., "content": text or parts}'
     if not isinstance(turn, dict):
         raise SampleError("", f"{where} must be {wanted}, not {shown(turn)}")
-    _check_keys(turn, where)
+    _check_keys(turn, where, WRITTEN)
     role = media.only(turn, ("from", "role"), where)
     content = media.only(turn, ("value", "content"), where)
     if not isinstance(content, (str, list)):
