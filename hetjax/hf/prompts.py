@@ -31,9 +31,9 @@ def template(files: Files, default: str | None, *, whole: bool) -> str | None:
 
     None: there is none. Raises ConvertError where transformers could not choose."""
     named = {Path(name).stem: path for name, path in files.items() if name.startswith(NAMED)}
-    found: Any = {name: path.read_text(encoding="utf-8") for name, path in named.items()}
+    found: Any = {name: _read(path) for name, path in named.items()}
     if JINJA in files:
-        found["default"] = files[JINJA].read_text(encoding="utf-8")
+        found["default"] = _read(files[JINJA])
     if not whole:
         return _default(found or _json(files, CONFIG).get("chat_template"), files, CONFIG)
     if LEGACY in files:
@@ -42,6 +42,13 @@ def template(files: Files, default: str | None, *, whole: bool) -> str | None:
         found = read_json(files[LEGACY]).get("chat_template")
     nested = _json(files, pictures.NESTED).get("chat_template")
     return _default(found if nested is None else nested, files, JINJA) or default
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConvertError(f"{path}: a chat template that is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _default(found: Any, files: Files, name: str) -> str | None:
@@ -80,9 +87,13 @@ def otherwise(tokenizer: Mapping[str, Any], name: str, kind: str) -> str:
 
 
 def specials(files: Files) -> dict[str, str]:
-    """The special tokens by the names that templates use."""
+    """The special tokens by the names that templates use: the common ones, and the model's own such as image_token."""
     settings = _settings(files)
-    return {name: _text(settings[name]) for name in NAMES if settings.get(name)}
+    found = {name: _text(settings[name]) for name in NAMES if settings.get(name)}
+    own = {name: _text(value) for name, value in settings.items() if _names_a_token(name, value)}
+    extra = settings.get("extra_special_tokens")
+    named = extra if isinstance(extra, Mapping) else {}
+    return found | own | {name: _text(token) for name, token in named.items()}
 
 
 def tokenizer(files: Files, where: Path) -> Tokenizer:
@@ -115,8 +126,9 @@ def _added(files: Files, settings: Mapping[str, Any]) -> list[AddedToken]:
 
 
 def _names_a_token(name: str, value: Any) -> bool:
-    """Whether a setting is a special token of one kind of model, such as image_token."""
-    return name.endswith("_token") and name not in NAMES and isinstance(value, (str, Mapping))
+    """Whether a setting is a special token of one kind of model, such as image_token. Objects say that they are one."""
+    token = isinstance(value, str) or (isinstance(value, Mapping) and value.get("__type") == "AddedToken")
+    return name.endswith("_token") and name not in NAMES and token
 
 
 def _token(value: Mapping[str, Any], special: bool) -> AddedToken:
@@ -127,7 +139,10 @@ def _token(value: Mapping[str, Any], special: bool) -> AddedToken:
 def _settings(files: Files) -> dict[str, Any]:
     """tokenizer_config.json, over which special_tokens_map.json stands in folders of old, without added tokens."""
     settings = _json(files, CONFIG)
-    return settings if "added_tokens_decoder" in settings else settings | _json(files, MAP)
+    if "added_tokens_decoder" in settings:
+        return settings
+    named = _json(files, MAP)
+    return settings | {name: _text(value) if name.endswith("_token") else value for name, value in named.items()}
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
