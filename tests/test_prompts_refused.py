@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import speaking
@@ -14,7 +15,7 @@ from hetjax.data import tokens
 from hetjax.data.problems import SampleError
 from hetjax.generate import beside
 from hetjax.generate.prompt import read_items
-from hetjax.hf import pretrained
+from hetjax.hf import pretrained, prompts
 from hetjax.hf.stored import open_source
 
 transformers = pytest.importorskip("transformers")
@@ -121,3 +122,35 @@ def test_a_template_that_is_not_utf_8_is_named(place: str, tmp_path: Path) -> No
     (folder / place).write_text(CHATML, "utf-16")
     with pytest.raises(ValueError, match=rf"{place}: .*not UTF-8.*save it as UTF-8"):
         pretrained.template(str(folder))
+
+
+READ_AS = [
+    ("llama", "Qwen2TokenizerFast", "bytes", {}),
+    ("llama", "GPT2Tokenizer", "bytes", {}),
+    ("llama", "GPT2Tokenizer", "bytes", dict(add_prefix_space=True)),
+    ("llama", "CodeLlamaTokenizer", "bytes", {}),
+    ("llama", "GemmaTokenizer", "bytes", {}),
+    ("llama", "LlamaTokenizer", "bytes", {}),
+    ("llama", "LlamaTokenizer", "pieces, a space in front of each", {}),
+    ("llama", "PreTrainedTokenizerFast", "bytes", {}),
+    ("llama", "PreTrainedTokenizerFast", "bytes", dict(split_special_tokens=True)),
+    ("mistral", "LlamaTokenizerFast", "pieces, a space in front of each", {}),
+    ("qwen3", "Qwen2Tokenizer", "bytes", {}),
+    ("qwen3", None, "bytes", {}),
+    ("qwen3", "PreTrainedTokenizerFast", "bytes", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "tokenizer", "extra"), READ_AS)
+def test_a_class_that_makes_other_ids_than_the_file_is_named(
+    kind: str, name: str | None, tokenizer: str, extra: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = speaking.folder(tmp_path / "folder", "decoder", tokenizer)
+    edit("config.json", model_type=kind)(folder)
+    settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", tokenizer_class=name) | extra
+    write_json(folder / "tokenizer_config.json", {k: value for k, value in settings.items() if value is not None})
+    text = "<|im_start|>it's 12 cafe\u0301   a rose .\n\nis it<|im_end|>\nso"
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
+    made = tokens.open_tokenizer(folder / "tokenizer.json")
+    said = prompts.otherwise(json.loads((folder / "tokenizer.json").read_text()), settings, kind)
+    assert bool(said) == (made.encode(text, add_special_tokens=False).ids != theirs)
