@@ -154,3 +154,19 @@ def test_a_class_that_makes_other_ids_than_the_file_is_named(
     made = tokens.open_tokenizer(folder / "tokenizer.json")
     said = prompts.otherwise(json.loads((folder / "tokenizer.json").read_text()), settings, kind)
     assert bool(said) == (made.encode(text, add_special_tokens=False).ids != theirs)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (dict(max_new_tokens=2048, max_length=4096), "say max_new_tokens=2048; max_new_tokens is 128 unless"),
+        (dict(max_length=4096), "say max_length=4096; max_new_tokens is 128 unless"),
+    ],
+)
+def test_the_length_that_a_folder_gives_answers_is_named(
+    told: dict[str, int], says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = speaking.folder(tmp_path / "folder", "decoder", "bytes")
+    edit("generation_config.json", **told)(folder)
+    generate.load(folder)
+    assert says in caplog.text
