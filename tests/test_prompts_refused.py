@@ -11,12 +11,15 @@ from test_prompts_wild import DATE, edit, flags, template
 from test_template import messages
 
 from hetjax import generate
-from hetjax.data import tokens
+from hetjax.data import DataConfig, tokens
 from hetjax.data.problems import SampleError
 from hetjax.generate import beside
 from hetjax.generate.prompt import read_items
-from hetjax.hf import pretrained, prompts
+from hetjax.hf import pretrained, processor, prompts
+from hetjax.hf.source import read_json
 from hetjax.hf.stored import open_source
+from hetjax.run.experiment import Experiment, LanguageModel
+from models.decoder import Decoder
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch")
@@ -170,3 +173,19 @@ def test_the_length_that_a_folder_gives_answers_is_named(
     edit("generation_config.json", **told)(folder)
     generate.load(folder)
     assert says in caplog.text
+
+
+def test_the_export_of_a_run_with_another_tokenizer_keeps_the_names_that_its_template_writes(tmp_path: Path) -> None:
+    folder = speaking.folder(tmp_path / "folder", "decoder", "bytes")
+    template("{{ bos_token }}" + CHATML.replace("<|im_end|>", "' + turn_token + '"))(folder)
+    edit("tokenizer_config.json", extra_special_tokens=dict(turn_token="<|im_end|>"))(folder)
+    speaking.tokenizer("words").save(str(tmp_path / "words.json"))
+    made = pretrained.template(str(folder))
+    data = DataConfig("a.json", 64, 1, tokenizer=str(tmp_path / "words.json"), template=made)
+    model = Decoder(vocab_size=speaking.VOCAB, width=8, num_layers=1, num_heads=1, num_kv_heads=1, mlp_width=8)
+    run = Experiment(LanguageModel(model), data)
+    for name, value in processor.spoken(run, [], read_json(data.tokenizer_path), {}, whole=False).items():
+        (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value), "utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    spelled = tokens.Speller(tokens.load_tokenizer(data, []), [], made).spell(("what", "blue"), {})
+    assert spelled.tokens == theirs.apply_chat_template(messages(("what", "blue")), return_dict=False)

@@ -116,6 +116,7 @@ def spoken(
     made: dict[str, Any] = {prompts.TOKENIZER: tokenizer}
     if isinstance(template, ChatTemplate):
         made[chat_template.FILE] = chat_template.kept(template, items)
+        settings = settings | {name: text for name, text in template.names.items() if text in ids}
     else:
         script = Script(load_tokenizer(run.data, items), [item.placeholder for item in items])
         joint = writing.joint(template, script)
