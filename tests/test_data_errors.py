@@ -45,6 +45,12 @@ def load(directory: Path, text: str, name: str = "data.json", **settings: Any) -
             entry({"from": "robot", "value": "<image>"}, GPT),
             r"turn 0 is from 'robot'; it must be one of human, user, gpt, assistant, system",
         ),
+        (
+            entry(HUMAN, GPT | {"reasoning_content": "hm"}),
+            r"turn 1 has reasoning_content='hm', which is not trained on",
+        ),
+        (entry(HUMAN, GPT | {"tool_calls": [{"name": "f"}]}), r"turn 1 has tool_calls=.*; write it as text"),
+        (entry(HUMAN, GPT) | {"tools": [{"name": "f"}]}, r"it has tools=.*, which is not trained on; write it as text"),
         (entry(HUMAN, GPT, HUMAN), r"ends on human, so its last question has no answer"),
         (entry(HUMAN, HUMAN), r"turn 1 is from human; human and gpt take turns, human begins"),
         (

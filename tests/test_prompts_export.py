@@ -53,7 +53,11 @@ def base(directory: Path) -> Path:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    speaking.write_json(folder / "tokenizer_config.json", settings | dict(padding_side="right", chat_template="old"))
+    odd = dict(padding_side="right", chat_template="old", split_special_tokens=True)
+    odd |= dict(extra_special_tokens=dict(shown_token="<image>"))
+    speaking.write_json(folder / "tokenizer_config.json", settings | odd)
+    written = speaking.CHATML.replace("<image>\n", "{{ shown_token }}\n")
+    (folder / "chat_template.jinja").write_text(written)
     speaking.write_json(folder / "special_tokens_map.json", dict(eos_token="<|im_start|>", pad_token="<unk>"))
     Image.new("RGB", (8, 8), "red").save(folder / "a.png")
     talk = [("human", "what is it ?"), ("gpt", "a red dog"), ("human", "is it so ?"), ("gpt", "yes , it is")]

@@ -115,7 +115,7 @@ def test_a_template_that_opens_answers_otherwise_than_it_keeps_them_is_refused_b
     opens = CHATML.replace("<|im_start|>assistant\n' }}{% endif %}", "<|im_start|>assistant\n<think>\n' }}{% endif %}")
     directory = decoder(tmp_path, opens, "bytes")
     loader = loaded(directory, pretrained.template(str(directory)), [entry("what", "blue")])
-    with loader, pytest.raises(ValueError, match=r"the chat template writes answers otherwise.*{% generation %}"):
+    with loader, pytest.raises(ValueError, match=r"opens answers with .*<think>.*, but not this one; type"):
         loader.next_step(1)
 
 

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 from hetjax.data import media, source, trained
 from hetjax.data.items import ItemSpec
 from hetjax.data.media import Files
-from hetjax.data.naming import TURNS
+from hetjax.data.naming import NOTHING, TURNS
 from hetjax.data.problems import Problem, SampleError, name_of, shown
 from hetjax.data.settings import DataError
 from hetjax.data.source import Malformed, Repeated, kind
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
+# what chat templates write of a message, or of an entry, beside texts and files
+WRITTEN = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "function_call")
+WRITTEN_BESIDE = ("tools", "functions", "documents", "chat_template_kwargs")
 ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM, "developer": SYSTEM}
 ROLES |= dict.fromkeys(("model", "chatgpt", "bing", "bard"), GPT)
 PAIRS = {"instruction": "output", "prompt": "completion", "question": "answer"}  # as other data sets have them
@@ -99,7 +102,7 @@ def read_talk(value: Any, items: Sequence[ItemSpec]) -> Talk:
         raise SampleError("", value.reason)
     if not isinstance(value, dict):
         raise SampleError("", f"it is {kind(value)}, but must be an object with conversations")
-    _check_keys(value, "it")
+    _check_keys(value, "it", WRITTEN_BESIDE)
     turns = [_turn(turn, f"turn {number}", items) for number, turn in enumerate(_turns(value))]
     system, first = _system(value, turns, items)
     files = _joined(media.of_entry(value, items), [file for turn in turns for file in turn.files], items)
@@ -130,9 +133,12 @@ def _speaker(role: Any) -> str | None:
     return ROLES.get(role.lower()) if isinstance(role, str) else None
 
 
-def _check_keys(value: Mapping[str, Any], where: str) -> None:
+def _check_keys(value: Mapping[str, Any], where: str, lost: Sequence[str] = ()) -> None:
     if isinstance(value, Repeated):
         raise SampleError("", f"{where} has {shown(value.key)} twice; leave one out")
+    for key in lost:
+        if value.get(key) not in NOTHING:
+            raise SampleError("", f"{where} has {key}={shown(value[key])}, which is not trained on; write it as text")
 
 
 def _system(value: Mapping[str, Any], turns: Sequence[Turn], items: Sequence[ItemSpec]) -> tuple[str | None, int]:
@@ -154,7 +160,7 @@ def _turn(turn: Any, where: str, items: Sequence[ItemSpec]) -> Turn:
     wanted = '{"from": ..., "value": text} or {"role": ..., "content": text or parts}'
     if not isinstance(turn, dict):
         raise SampleError("", f"{where} must be {wanted}, not {shown(turn)}")
-    _check_keys(turn, where)
+    _check_keys(turn, where, WRITTEN)
     role = media.only(turn, ("from", "role"), where)
     content = media.only(turn, ("value", "content"), where)
     if not isinstance(content, (str, list)):

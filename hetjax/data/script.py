@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from hetjax.data.problems import SampleError
+from hetjax.data.settings import DataError
 
 # Characters that Unicode keeps free of any meaning: around the number of a mark; inside of what only looks like a
 # special token; around what {% generation %} marks; where no token may reach over
@@ -29,12 +30,20 @@ class Token(NamedTuple):
 
 
 class Script:
-    """A tokenizer in which nothing but a mark is special. `placeholders` are marked too, whatever they are to it."""
+    """A tokenizer in which nothing but a mark is special. `placeholders` are marked too, whatever they are to it.
+
+    Raises DataError for a token that is special or not by the text beside it, which marks cannot be."""
 
     def __init__(self, tokenizer: Tokenizer, placeholders: Sequence[str]) -> None:
         added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
         special = [text for text, token in added.items() if token.special]
         texts = list(dict.fromkeys([*special, *placeholders]))
+        for text in texts:
+            if text in added and added[text].single_word:
+                raise DataError(
+                    f"the special token {text!r} has single_word=true, so that it is text beside a letter; set it to "
+                    "false in tokenizer.json"
+                )
         self._tokenizer = tokenizer
         self._marks = {text: f"{MARK}{number}{MARK}" for number, text in enumerate(texts)}
         longest_first = sorted(texts, key=len, reverse=True)
@@ -120,7 +129,7 @@ def _marked(mark: str, like: AddedToken | None) -> AddedToken:
     as those are read as text."""
     if like is None:
         return AddedToken(mark, normalized=False, special=False)
-    flags = dict(lstrip=like.lstrip, rstrip=like.rstrip, normalized=like.normalized, single_word=like.single_word)
+    flags = dict(lstrip=like.lstrip, rstrip=like.rstrip, normalized=like.normalized)
     return AddedToken(mark, special=False, **flags)
 
 

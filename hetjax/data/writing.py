@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
-from hetjax.data import jinja
+from hetjax.data import jinja, problems
 from hetjax.data.items import ItemSpec
 from hetjax.data.problems import SampleError
 from hetjax.data.script import JOIN, Script
@@ -144,6 +144,8 @@ class ChatWriter:
                 continue
             before = self._render(messages[:number], asks=True).text
             behind = text if last else self._render(messages[: number + 1], asks=False).text
+            if not behind.startswith(before):
+                self._check_opening(messages[:number], before, behind)
             if not (text.startswith(behind) and behind.startswith(before)):
                 raise SampleError(
                     "",
@@ -153,6 +155,15 @@ class ChatWriter:
             end = behind.find(self.template.end_token, len(before))
             found.append((len(before), len(behind) if end < 0 else end + len(self.template.end_token)))
         return found
+
+    def _check_opening(self, asked: Messages, before: str, behind: str) -> None:
+        """Raises SampleError if a prompt (`before`) opens its answer with what the conversation (`behind`) lacks."""
+        talk = self._render(asked, asks=False).text
+        if before.startswith(talk) and behind.startswith(talk):
+            opening = problems.shown(before[len(talk) :])
+            raise SampleError(
+                "", f"the chat template opens answers with {opening}, but not this one; type a settings.Template"
+            )
 
     def _render(self, messages: Messages, *, asks: bool) -> jinja.Rendered:
         try:

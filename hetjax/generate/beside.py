@@ -29,8 +29,8 @@ def chat(source: Source, extras: Extras, date: str | None) -> FolderChat:
     ignored = prompts.ignored(files, whole=whole)
     if ignored:
         LOG.warning("%s: not used, as in transformers: %s", source.path, ignored)
-    name = _json(extras, prompts.CONFIG).get("tokenizer_class", "")
-    other = prompts.otherwise(_json(extras, prompts.TOKENIZER), name, (extras.config or {}).get("model_type", ""))
+    told, model = _json(extras, prompts.CONFIG), (extras.config or {}).get("model_type", "")
+    other = prompts.otherwise(_json(extras, prompts.TOKENIZER), told, model)
     if other:
         LOG.warning(
             "%s: ids are those of its tokenizer.json, as in transformers 4; AutoTokenizer of version 5 reads it as %s",

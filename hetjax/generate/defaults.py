@@ -12,6 +12,7 @@ from hetjax.hf.source import Extras, read_json
 
 FILE = "generation_config.json"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+LENGTHS = ("max_new_tokens", "max_length")  # the first counts
 # Settings that change answers and are not computed -> the value with which they change none
 NOT_DONE: dict[str, Any] = dict(
     num_beams=1,
@@ -50,6 +51,7 @@ class Defaults(NamedTuple):
     penalties: Penalties = Penalties()
     sampling: Sampling = Sampling()  # how transformers would draw if nothing else is said
     ignored: tuple[str, ...] = ()  # settings that are not done, in words
+    length: str = ""  # where transformers would end an answer if nothing else is said, in words
 
 
 def read(extras: Extras) -> Defaults:
@@ -69,7 +71,8 @@ def read(extras: Extras) -> Defaults:
         sampling = _sampling(settings) if draws else Sampling()
     except (TypeError, ValueError) as error:
         raise ConvertError(f"{FILE}: {error}; mend the file") from error
-    return Defaults(_ids(settings.get("eos_token_id")), penalties, sampling, tuple(ignored))
+    length = next((f"{name}={settings[name]}" for name in LENGTHS if settings.get(name) is not None), "")
+    return Defaults(_ids(settings.get("eos_token_id")), penalties, sampling, tuple(ignored), length)
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:

@@ -226,6 +226,8 @@ def _chat(source: Source, llm: str, date: str | None) -> tuple[Chat, Defaults, i
         LOG.warning(
             "%s: its settings draw (%s); answers are greedy unless asked otherwise", source.path, found.sampling
         )
+    if found.length:
+        LOG.warning("%s: its settings say %s; max_new_tokens is 128 unless asked otherwise", source.path, found.length)
     return beside.chat(source, extras, date), found, beside.longest(extras)
 
 

@@ -18,6 +18,7 @@ it; `Experiment.init_from` brings the parameters.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 from hetjax.data import ChatTemplate, Pictures, Template, writing
 from hetjax.data.problems import SampleError
 from hetjax.data.script import Script
+from hetjax.data.tokens import open_tokenizer
 from hetjax.hf import pictures, prompts
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import registry
@@ -34,6 +36,11 @@ from hetjax.hf.processor import item_token
 from hetjax.hf.stored import Workdir, open_source
 from hetjax.run.ginfile import nearest
 from models.decoder import Decoder
+
+PLAIN = (
+    "a training needs one: set DataConfig.template = @settings.Template() with its texts as human_prefix, human_suffix "
+    "and answer_suffix, and with the tokenizer's end_token"
+)
 
 
 def decoder(path: str) -> Decoder:
@@ -87,22 +94,43 @@ def template(path: str, end_token: str | None = None, date: str | None = None) -
     shown = None if token is None else tokenizer.id_to_token(token)
     parts = {} if kind is None or shown is None else {kind.item: shown}
     found = ChatTemplate(text, end_token or "", prompts.specials(extras.files), parts, kind is not None, date)
-    return found if end_token else dataclasses.replace(found, end_token=_end_token(found, tokenizer, path))
+    found = dataclasses.replace(found, end_token=_end_token(found, tokenizer, path))
+    _check_alone(found, tokenizer, extras.files[prompts.TOKENIZER])
+    return found
 
 
 def _end_token(template: ChatTemplate, tokenizer: Tokenizer, path: str) -> str:
+    """What ends an answer: as it is set, else the first token that the template puts behind one."""
     try:
         behind = writing.ChatWriter(template, Script(tokenizer, list(template.parts.values()))).closing()
     except SampleError as error:
         raise ConvertError(f"pretrained.template.path={path!r}: {error}; set a settings.Template() instead") from error
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     found = sorted((behind.index(text), -len(text), text) for text in added if text in behind)
+    told = f"pretrained.template.path={path!r} puts {behind!r} behind an answer, which"
+    if template.end_token:
+        if template.end_token in behind:
+            return template.end_token
+        instead = f"leave it out, which takes {found[0][2]!r}" if found else PLAIN
+        raise ConvertError(f"{told} lacks pretrained.template.end_token={template.end_token!r}; {instead}")
     if not found:
-        raise ConvertError(
-            f"pretrained.template.path={path!r} puts {behind!r} behind an answer, which holds no token that could end "
-            "it; set pretrained.template.end_token to one that the template writes there"
-        )
+        raise ConvertError(f"{told} holds no token that could end it; {PLAIN}")
     return found[0][2]
+
+
+def _check_alone(template: ChatTemplate, tokenizer: Tokenizer, path: Path) -> None:
+    """Raises ConvertError if a training, which reads tokenizer.json alone, would lack a token that files beside it add:
+    one that the template may write, or that any text may hold."""
+    known = {token.content for token in open_tokenizer(path).get_added_tokens_decoder().values()}
+    texts = [template.text, template.end_token, *template.parts.values()]
+    texts += [text for name, text in template.names.items() if name in template.text]
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if token.content in known or (token.special and not any(token.content in text for text in texts)):
+            continue
+        raise ConvertError(
+            f"{path} lacks {token.content!r}, which files beside it add, and a training reads it alone; write it anew "
+            f"by transformers.PreTrainedTokenizerFast.from_pretrained(DIR).save_pretrained(DIR), DIR={path.parent}"
+        )
 
 
 def mean(path: str) -> tuple[float, float, float]:

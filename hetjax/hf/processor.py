@@ -28,6 +28,7 @@ from hetjax.run.experiment import Encoder, Experiment
 
 LOG = logging.getLogger(__name__)
 GENERATION = "generation_config.json"
+LEFT_OUT = ("chat_template", "add_bos_token", "split_special_tokens")  # of tokenizer_config.json: a run has its own
 PROCESSORS = (pictures.FILE, pictures.NESTED)
 
 
@@ -71,7 +72,7 @@ def find(source: Source, parts: Parts, named: Mapping[str, str], extras: Mapping
         token = shown
     made |= spoken(run, [] if encoder is None else [encoder.items], tokenizer, settings, whole=parts.whole)
     alone = "" if parts.whole else registry.family_of(parts.llm).kind
-    other = prompts.otherwise(made[prompts.TOKENIZER], "", alone)
+    other = prompts.otherwise(made[prompts.TOKENIZER], made[prompts.CONFIG], alone)
     if other:
         LOG.warning(
             "the exported tokenizer is read as %s by AutoTokenizer of transformers 5, with other ids; "
@@ -115,6 +116,7 @@ def spoken(
     made: dict[str, Any] = {prompts.TOKENIZER: tokenizer}
     if isinstance(template, ChatTemplate):
         made[chat_template.FILE] = chat_template.kept(template, items)
+        settings = settings | {name: text for name, text in template.names.items() if text in ids}
     else:
         script = Script(load_tokenizer(run.data, items), [item.placeholder for item in items])
         joint = writing.joint(template, script)
@@ -129,7 +131,7 @@ def spoken(
     pad = settings.get("pad_token")
     pad = pad if pad in ids else template.end_token
     made[prompts.CONFIG] = {
-        **{name: value for name, value in settings.items() if name not in ("chat_template", "add_bos_token")},
+        **{name: value for name, value in settings.items() if name not in LEFT_OUT},
         "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it stands
         "pad_token": pad,
         "padding_side": "left",  # so that answers of several prompts at once begin where these end

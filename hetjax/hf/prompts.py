@@ -3,7 +3,7 @@
 Each is taken from the file that transformers 5 takes it from, for a processor or for a tokenizer alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ CONFIG, MAP, ADDED, TOKENIZER = (
     "tokenizer.json",
 )
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 JINJA, LEGACY, NAMED = "chat_template.jinja", "chat_template.json", "additional_chat_templates/"
 
 Files = Mapping[str, Path]
@@ -31,9 +34,9 @@ def template(files: Files, default: str | None, *, whole: bool) -> str | None:
 
     None: there is none. Raises ConvertError where transformers could not choose."""
     named = {Path(name).stem: path for name, path in files.items() if name.startswith(NAMED)}
-    found: Any = {name: path.read_text(encoding="utf-8") for name, path in named.items()}
+    found: Any = {name: _read(path) for name, path in named.items()}
     if JINJA in files:
-        found["default"] = files[JINJA].read_text(encoding="utf-8")
+        found["default"] = _read(files[JINJA])
     if not whole:
         return _default(found or _json(files, CONFIG).get("chat_template"), files, CONFIG)
     if LEGACY in files:
@@ -42,6 +45,13 @@ def template(files: Files, default: str | None, *, whole: bool) -> str | None:
         found = read_json(files[LEGACY]).get("chat_template")
     nested = _json(files, pictures.NESTED).get("chat_template")
     return _default(found if nested is None else nested, files, JINJA) or default
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConvertError(f"{path}: a chat template that is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _default(found: Any, files: Files, name: str) -> str | None:
@@ -65,24 +75,53 @@ def ignored(files: Files, *, whole: bool) -> str:
     return ""
 
 
-def otherwise(tokenizer: Mapping[str, Any], name: str, kind: str) -> str:
-    """The class by which AutoTokenizer of transformers 5 makes other ids than tokenizer.json says; "": none.
+def otherwise(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], kind: str) -> str:
+    """As what AutoTokenizer of transformers 5 makes other ids than tokenizer.json says; "": it makes the same.
 
-    `name`: its class in tokenizer_config.json; `kind`: the model_type. Version 4 takes the file as it stands, and so do
+    `settings`: tokenizer_config.json; `kind`: the model_type. Version 4 takes the file as it stands, and so do
     PreTrainedTokenizerFast and we."""
-    normal, cut = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    kinds = [part["type"] for part in cut.get("pretokenizers", [cut]) if part]
-    if kind == "qwen2":
-        return "" if normal.get("type") == "NFC" and kinds == ["Split", "ByteLevel"] else "Qwen2Tokenizer"
-    if kind == "llava" or name.removesuffix("Fast") != "LlamaTokenizer" or "ByteLevel" in kinds:
+    if settings.get("split_special_tokens"):
+        return "one with split_special_tokens, to which no token is special"
+    name = _class(settings.get("tokenizer_class") or "", kind)
+    cutting = tokenizer.get("pre_tokenizer") or {}
+    cuts = cutting.get("pretokenizers", [cutting] if cutting else [])
+    same = _makes(name, tokenizer.get("normalizer"), cuts, bool(settings.get("add_prefix_space")))
+    return "" if same else name
+
+
+def _class(name: str, kind: str) -> str:
+    """The class that AutoTokenizer takes: for some models it is fixed; "": the file as it stands."""
+    if kind in ("mistral", "mixtral", "llava"):
         return ""
-    return "" if not normal and kinds == ["Metaspace"] and cut.get("prepend_scheme") == "first" else "LlamaTokenizer"
+    if kind == "qwen2":
+        return "Qwen2Tokenizer"
+    return name.removesuffix("Fast") or ("Qwen2Tokenizer" if kind in ("qwen3", "qwen3_moe", "qwen2_audio") else "")
+
+
+def _makes(name: str, normal: Any, cuts: Sequence[Mapping[str, Any]], spaced: bool) -> bool:
+    """Whether a class, which makes its normalizer and pre-tokenizers itself, makes those of the file."""
+    kinds = [cut["type"] for cut in cuts]
+    bytes_alone = not spaced and not any(cut.get("add_prefix_space") for cut in cuts)
+    if name in ("LlamaTokenizer", "CodeLlamaTokenizer"):
+        if name == "LlamaTokenizer" and "ByteLevel" in kinds:
+            return True  # which AutoTokenizer sees
+        return not normal and kinds == ["Metaspace"] and cuts[0].get("prepend_scheme") == "first"
+    if name == "Qwen2Tokenizer":
+        same = (normal or {}).get("type") == "NFC" and kinds == ["Split", "ByteLevel"]
+        return same and bytes_alone and cuts[0]["pattern"] == {"Regex": QWEN2_WORDS}
+    if name == "GPT2Tokenizer":
+        return not normal and kinds == ["ByteLevel"] and bytes_alone and cuts[0].get("use_regex", True)
+    return name != "GemmaTokenizer" or (normal or {}).get("type") == "Replace"
 
 
 def specials(files: Files) -> dict[str, str]:
-    """The special tokens by the names that templates use."""
+    """The special tokens by the names that templates use: the common ones, and the model's own such as image_token."""
     settings = _settings(files)
-    return {name: _text(settings[name]) for name in NAMES if settings.get(name)}
+    found = {name: _text(settings[name]) for name in NAMES if settings.get(name)}
+    own = {name: _text(value) for name, value in settings.items() if _names_a_token(name, value)}
+    extra = settings.get("extra_special_tokens")
+    named = extra if isinstance(extra, Mapping) else {}
+    return found | own | {name: _text(token) for name, token in named.items()}
 
 
 def tokenizer(files: Files, where: Path) -> Tokenizer:
@@ -115,8 +154,9 @@ def _added(files: Files, settings: Mapping[str, Any]) -> list[AddedToken]:
 
 
 def _names_a_token(name: str, value: Any) -> bool:
-    """Whether a setting is a special token of one kind of model, such as image_token."""
-    return name.endswith("_token") and name not in NAMES and isinstance(value, (str, Mapping))
+    """Whether a setting is a special token of one kind of model, such as image_token. Objects say that they are one."""
+    token = isinstance(value, str) or (isinstance(value, Mapping) and value.get("__type") == "AddedToken")
+    return name.endswith("_token") and name not in NAMES and token
 
 
 def _token(value: Mapping[str, Any], special: bool) -> AddedToken:
@@ -127,7 +167,10 @@ def _token(value: Mapping[str, Any], special: bool) -> AddedToken:
 def _settings(files: Files) -> dict[str, Any]:
     """tokenizer_config.json, over which special_tokens_map.json stands in folders of old, without added tokens."""
     settings = _json(files, CONFIG)
-    return settings if "added_tokens_decoder" in settings else settings | _json(files, MAP)
+    if "added_tokens_decoder" in settings:
+        return settings
+    named = _json(files, MAP)
+    return settings | {name: _text(value) if name.endswith("_token") else value for name, value in named.items()}
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
