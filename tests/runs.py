@@ -168,3 +168,8 @@ def records(workdir: Path, name: str = "loss") -> dict[int, Any]:
     found = [(r["step"], r[name]) for r in read_jsonl(workdir / FILE) if name in r]
     assert len(dict(found)) == len(found), f"a step twice: {found}"
     return dict(found)
+
+
+# Of the runs of `one_trainer.py`: the step that a workdir is saved at, the last one, what is said in place of compiling
+SAVED, STEPS, COMPILES = 4, 8, "<compiles>"
+PLAIN = layouts(vision=dict(), llm=dict()) | settings(num_microbatches=1, save_every=2, emulated_devices=0)

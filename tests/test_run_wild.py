@@ -1,14 +1,10 @@
-"""How runs begin and end in the wild: what cannot go well is said before anything compiles, and whatever ends a run,
-its last complete step is saved, or the last complete checkpoint stays and is named. In this process, with one trainer
-that is compiled once."""
+"""How runs begin in the wild: what cannot go well is said before anything compiles."""
 
 import contextlib
 import errno
 import functools
 import json
-import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,77 +15,14 @@ from typing import Any, NoReturn
 
 import corpus
 import hf_folders
-import orbax.checkpoint as ocp
 import pytest
 import runs
-from runs import Reference, settings
+from runs import COMPILES, PLAIN, SAVED, STEPS, Reference, settings
 
 from hetjax import convert, train
-from hetjax.core.trainer import Trainer
-from hetjax.data import Loader, Pictures
-from hetjax.data.settings import DataError
-from hetjax.run import checkpoint, evaluate, experiment, metrics
 from hetjax.run.metrics import FILE, SAMPLES
 
-SAVED, STEPS, COMPILES = 4, 8, "<compiles>"
-PLAIN = runs.layouts(vision=dict(), llm=dict()) | settings(num_microbatches=1, save_every=2, emulated_devices=0)
-
-
-@pytest.fixture(scope="module")
-def gin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write(tmp_path_factory.mktemp("wild"))
-
-
-@pytest.fixture(scope="module")
-def trainer(gin: Path) -> Trainer:
-    """That of every run here."""
-    built = experiment.build(runs.load(gin, PLAIN))
-    built.compile(evaluate=True, others=checkpoint.programs(built))
-    return built
-
-
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run says when it would compile."""
-    monkeypatch.setattr(Trainer, "compile", lambda *_, **__: print(COMPILES))
-
-
-@pytest.fixture
-def once(prepared: None, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs take the one trainer."""
-    monkeypatch.setattr(experiment, "build", lambda run, phase=0: trainer)
-
-
-@pytest.fixture
-def call(gin: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """A function: workdir and settings -> the exit status of `hetjax.train` and all that it said."""
-
-    def call(workdir: Path, **changes: Any) -> tuple[int, str]:
-        more = changes.pop("named", {})
-        capsys.readouterr()
-        status = train.main(runs.arguments(gin, workdir, PLAIN | settings(**{"steps": STEPS} | changes) | more))
-        said = capsys.readouterr()
-        return status, said.out + said.err
-
-    return call
-
-
-@pytest.fixture
-def workdir(once: None, call: Callable, tmp_path: Path, gin: Path) -> Path:
-    """A copy of that of a run of 4 steps, saved behind the second and the fourth."""
-    first = gin.parent / "saved"
-    if not first.exists():
-        assert call(first, steps=SAVED)[0] == 0
-    return Path(shutil.copytree(first, tmp_path / "run"))
-
-
-@pytest.fixture
-def undisturbed(once: None, call: Callable, gin: Path) -> dict[int, float]:
-    """The losses of a run that nothing ended."""
-    whole = gin.parent / "whole"
-    if not whole.exists():
-        assert call(whole)[0] == 0
-    return runs.records(whole)
+pytest_plugins = ["one_trainer"]
 
 
 # -- before the first step -------------------------------------------------------------------------------------------
@@ -351,131 +284,3 @@ def test_a_workdir_without_permission_is_refused(
     status, text = call(tmp_path / "run")
     assert (status, COMPILES in text) == (2, False)
     assert f"error: --workdir={tmp_path / 'run'}: Permission denied; name a directory that can be written" in text
-
-
-# -- whatever ends it ------------------------------------------------------------------------------------------------
-
-
-class Broken(Exception):
-    """What a user's own code raises."""
-
-
-def at_call(number: int, plain: Callable, fault: Callable[[], Any], *, first: bool = True) -> Callable:
-    """`plain`, which meets the fault at its n-th call: before it, or behind it."""
-    calls = iter(range(1, 10**6))
-
-    def called(*arguments: Any, **named: Any) -> Any:
-        met = next(calls) == number
-        if met and first:
-            fault()
-        found = plain(*arguments, **named)
-        if met and not first:
-            fault()
-        return found
-
-    return called
-
-
-def fail(error: BaseException) -> Callable[[], NoReturn]:
-    def raise_it() -> NoReturn:
-        raise error
-
-    return raise_it
-
-
-def full() -> OSError:
-    return OSError(errno.ENOSPC, "No space left on device")
-
-
-def send(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def twice() -> None:
-    """Ctrl-C, and again."""
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def fill_the_disk() -> None:
-    """No file grows beyond a few bytes, until `allow`."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-def allow() -> None:
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
-# (class, method, its call that meets the fault, the fault), before it or behind; status or exception; step saved; said
-ENDS: dict[str, tuple[tuple[Any, str, int, Callable], bool, Any, int, str]] = {
-    "data": ((Loader, "next_step", 4, fail(DataError("d.json: gone"))), True, 2, 3, r"error: d\.json: gone"),
-    "a reader": ((Pictures, "read", 40, fail(Broken())), True, Broken, -1, ""),
-    "evaluation": ((evaluate, "values", 1, fail(Broken())), True, Broken, 3, ""),
-    "the first evaluation, by Ctrl-C": ((evaluate, "values", 1, twice), True, KeyboardInterrupt, 3, ""),
-    "a writer": ((metrics.Terminal, "write", 3, fail(Broken())), True, Broken, 3, ""),
-    "Ctrl-C twice between steps": ((Loader, "next_step", 4, twice), True, KeyboardInterrupt, 3, ""),
-    "Ctrl-C twice in a step": ((Trainer, "update", 4, twice), False, KeyboardInterrupt, 2, ""),
-    "exit": ((Loader, "next_step", 4, fail(SystemExit(3))), True, SystemExit, 3, ""),
-    "a save": ((ocp.CheckpointManager, "save", 2, fail(full())), True, 2, 4, "No space left on device"),
-    "SIGTERM in a save": ((ocp.CheckpointManager, "save", 2, send(signal.SIGTERM)), True, 0, 4, "SIGTERM: saved step"),
-    "Ctrl-C twice in a save": ((ocp.CheckpointManager, "save", 2, twice), False, KeyboardInterrupt, 4, ""),
-    "SIGTERM in an evaluation": ((evaluate, "values", 1, send(signal.SIGTERM)), True, 0, 3, "SIGTERM: saved step 3"),
-    "a step that fails": ((Trainer, "update", 4, fail(Broken())), True, Broken, 3, ""),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", ENDS)
-def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continues(
-    once: None, call: Callable, gin: Path, tmp_path: Path, undisturbed: dict, capsys: pytest.CaptureFixture, way: str
-) -> None:
-    (place, name, number, fault), first, status, saved, said = ENDS[way]
-    workdir, changes = tmp_path / "run", dict(eval_every=3, keep=1, named=runs.held_out(gin))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, at_call(number, getattr(place, name), fault, first=first))
-        if isinstance(status, int):
-            code, text = call(workdir, **changes)
-            assert code == status, text
-        else:
-            with pytest.raises(status):
-                call(workdir, **changes)
-            text = capsys.readouterr().out
-    newest = max(checkpoint.steps_in(workdir / "checkpoints"))
-    assert newest == saved or saved < 0, text
-    assert re.search(rf"step {newest} .*{workdir}/checkpoints.*the same command continues", text), text
-    assert re.search(said.replace("DIR", str(workdir)), text), text
-    if name == "values":
-        assert not runs.records(workdir, "eval/loss"), "nothing is told of an evaluation that did not end"
-    status, text = call(workdir, **changes)
-    assert status == 0 and f"at step {newest}\n" in text
-    losses = runs.records(workdir)
-    assert losses == {n: undisturbed[n] for n in losses} and losses.keys() >= set(range(newest + 1, STEPS + 1))
-    assert list(runs.records(workdir, "eval/loss")) == [3, 6, STEPS]
-    assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(STEPS)]
-
-
-FULL = {  # how often metrics are written, and so what meets the full disk first; what is said
-    100: r"error: DIR/checkpoints/\d: the checkpoint cannot be written .*File too large\); make room if",
-    1: r"error: DIR/metrics\.jsonl: File too large; make room there",
-}
-
-
-@pytest.mark.parametrize("log_every", FULL)
-def test_on_a_disk_that_is_full_the_last_complete_checkpoint_stays_and_is_named(
-    once: None, call: Callable, tmp_path: Path, undisturbed: dict, log_every: int
-) -> None:
-    workdir, waits = tmp_path / "run", ocp.CheckpointManager.wait_until_finished
-    with pytest.MonkeyPatch.context() as patch:  # full once the first checkpoint is complete
-        name = waits.__name__
-        patch.setattr(ocp.CheckpointManager, name, at_call(2, waits, fill_the_disk, first=False))
-        try:
-            status, text = call(workdir, keep=1, log_every=log_every)
-        finally:
-            allow()
-    assert status == 2 and re.search(FULL[log_every].replace("DIR", str(workdir)), text), text
-    assert re.search(r"step 2 in \S+checkpoints is the last complete one; the same command continues", text), text
-    assert checkpoint.steps_in(workdir / "checkpoints") == [2]
-    status, text = call(workdir, keep=1)
-    losses = runs.records(workdir)
-    assert status == 0 and "at step 2\n" in text and losses == {n: undisturbed[n] for n in losses}
-    assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(STEPS)]
