@@ -20,26 +20,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import steps
 import torch
 import transformers
 from mfu import DECODERS
 from synthetic import Time, Timed, Workload, measured
 
 from hetjax.core.layout import Layout
-from models.decoder import Decoder
 from models.vit import ViT
 
 IMAGE_TOKEN = 0
 
 
-SMALL = Workload(
-    llm=Decoder(vocab_size=4096, width=512, num_layers=6, num_heads=8, num_kv_heads=4, mlp_width=1536),
-    vision=ViT(image_size=112, patch_size=14, width=256, num_layers=4, num_heads=8, mlp_width=1024, output_width=512),
-    samples=4,
-    seq_len=256,
-    pictures=4,
-    num_microbatches=1,
-)
+SMALL = Workload(**steps.SMALL)
 LARGE = dataclasses.replace(
     SMALL,
     llm=DECODERS["1b"],

@@ -49,10 +49,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
     `asked`: file name -> text, what the run was asked for; written there once nothing speaks against the run."""
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
-    print(trainers[0].picture(), flush=True)
-    for name, boundary in trainers[0].pipeline.boundaries.items():
-        payload, wire = (n * run.num_microbatches / 2**20 for n in (boundary.payload_bytes, boundary.wire_bytes))
-        print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB of them between device sets")
+    _draw(trainers[0])
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(ending.signalled())
         loader = stack.enter_context(experiment.train_loader(run))
@@ -104,6 +101,15 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
             where = checkpoints.directory
             print(f"{stopped[0].name}: saved step {state.step} in {where}; the same command continues", flush=True)
         _report_data(loader)
+
+
+def _draw(trainer: Trainer) -> None:
+    """Prints which device holds what, and what crosses between modules in a step."""
+    print(trainer.picture(), flush=True)
+    for name, boundary in trainer.pipeline.boundaries.items():
+        sizes = (boundary.payload_bytes, boundary.wire_bytes)
+        payload, wire = (n * trainer.spec.num_microbatches / 2**20 for n in sizes)
+        print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB of them between device sets")
 
 
 def _starts(run: Experiment, trainer: Trainer) -> Mapping[str, initial.Start]:
