@@ -24,12 +24,13 @@ class Remat(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One node: what it computes, where and how it is laid out."""
+    """One node: what it computes, where and how it is laid out. `unroll`: its layers are not scanned."""
 
     name: str
     definition: ModuleDef
     layout: Layout
     remat: Remat = Remat.FULL
+    unroll: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

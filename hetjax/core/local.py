@@ -51,7 +51,7 @@ class Residuals(NamedTuple):
     """What the forward keeps for the backward; None where nothing in it or before it trains."""
 
     start: Kept | None
-    runs: list[list[Kept] | None]  # of each run, by place of its period; arrays have a dim over its repetitions
+    runs: list[list[Kept] | None]  # of each run, by place of its period; with a dim over repetitions, if it has several
     end: Kept | Tree  # where the stage ends in the loss: the carry behind the layers
 
 
@@ -68,7 +68,7 @@ class Local:
         self.x_wanted, self.ends_in_loss = x_wanted, ends_in_loss
         self.chunk = loss.CHUNK.get(plan.mesh.devices.flat[0].platform, loss.CHUNK["gpu"])
         self.layers = module.definition.layers[plan.lo : plan.hi]
-        self.runs = stacks.runs(self.layers)
+        self.runs = stacks.runs(self.layers, unroll=module.unroll)
 
     @property
     def dims(self) -> Mapping[str, tuple[str | None, ...]]:
@@ -209,7 +209,7 @@ class Local:
         return stacks.rows(params.get(LAYERS, {}), self.layers, run, place)
 
     def _layer(
-        self, run: Run, place: int, i: jax.Array, given: Given
+        self, run: Run, place: int, i: jax.Array | int, given: Given
     ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
         """A layer as a function of (its trainable parameters, carry), these parameters, and what a VJP may refer to."""
         w, fixed = (
@@ -223,7 +223,7 @@ class Local:
     def _scan(self, run: Run, given: Given, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
         """The carry behind a run; by place of the period what the layers keep, or nothing."""
 
-        def body(carry: Tree, i: jax.Array) -> tuple[Tree, list[Kept]]:
+        def body(carry: Tree, i: jax.Array | int) -> tuple[Tree, list[Kept]]:
             kept = []
             for place in range(len(run.period)):
                 layer, w, inputs = self._layer(run, place, i, given)
@@ -234,14 +234,14 @@ class Local:
                     carry = layer(w, carry)
             return carry, kept
 
-        return lax.scan(body, carry, _repetitions(run))
+        return body(carry, 0) if run.times == 1 else lax.scan(body, carry, _repetitions(run))
 
     def _scan_back(
         self, run: Run, given: Given, kept: list[Kept], g: Tree, acc: Tree, first: jax.Array
     ) -> tuple[Tree, Tree]:
         """(cotangent of the carry in front of a run, accumulators) from the cotangent of the one behind it."""
 
-        def body(after: tuple[Tree, Tree], now: tuple[jax.Array, list[Kept]]) -> tuple[tuple[Tree, Tree], None]:
+        def body(after: tuple[Tree, Tree], now: tuple[jax.Array | int, list[Kept]]) -> tuple[tuple[Tree, Tree], None]:
             (g, layers), (i, kept) = after, now
             for place in reversed(range(len(run.period))):
                 _, _, inputs = self._layer(run, place, i, given)
@@ -249,7 +249,11 @@ class Local:
                 layers = accumulators.add_layer(layers, self._rows(given.trainable, run, place), i, g_w, first)
             return (g, layers), None
 
-        (g, layers), _ = lax.scan(body, (g, acc.get(LAYERS, {})), (_repetitions(run), kept), reverse=True)
+        behind = g, acc.get(LAYERS, {})
+        if run.times == 1:
+            (g, layers), _ = body(behind, (0, kept))
+        else:
+            (g, layers), _ = lax.scan(body, behind, (_repetitions(run), kept), reverse=True)
         return g, {**acc, LAYERS: layers} if layers else acc
 
 
