@@ -15,9 +15,9 @@ import pytest
 import tiny
 
 from hetjax.core import loss
-from hetjax.core.graph import Remat
 from hetjax.core.layout import Layout, like
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.judge import compare
 from hetjax.judge.reference import Reference
 from models import attention

@@ -8,18 +8,10 @@ Exactly one module, the sink, feeds nothing: it is the language model and yields
 """
 
 import dataclasses
-import enum
 
 from hetjax.core.layout import Layout
+from hetjax.core.remat import Remat
 from models.contract import ModuleDef
-
-
-class Remat(enum.StrEnum):
-    """What a layer keeps for its backward pass: everything, its matmul results, or only its input."""
-
-    NONE = "none"
-    DOTS = "dots"
-    FULL = "full"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,17 +19,16 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import accumulators, loss, optimizer, residuals, stacks
-from hetjax.core.graph import Module, Remat
+from hetjax.core.graph import Module
 from hetjax.core.layout import AXES, DATA_AXES, StagePlan, spec
 from hetjax.core.parameters import Parameters
+from hetjax.core.remat import Policy
 from hetjax.core.residuals import Kept
 from hetjax.core.stacks import LAYERS, Run
 from models.axes import vary, varying_axes
 from models.contract import Batch, Params
-from models.layers import is_product
 
 Tree = Any
-POLICIES = {Remat.DOTS: is_product, Remat.FULL: jax.checkpoint_policies.nothing_saveable}
 
 
 class Given(NamedTuple):
@@ -58,14 +57,22 @@ class Residuals(NamedTuple):
 class Local:
     """The layers of one stage, and its module's first and last parts as far as it has them.
 
-    `x_wanted`: the inputs whose producers train. `ends_in_loss`: the stage's last part yields it.
+    `x_wanted`: the inputs whose producers train. `ends_in_loss`: the stage's last part yields it. `policy`: which inner
+    results of a layer are kept; None: all.
     """
 
     def __init__(
-        self, module: Module, plan: StagePlan, parameters: Parameters, *, x_wanted: frozenset[str], ends_in_loss: bool
+        self,
+        module: Module,
+        plan: StagePlan,
+        parameters: Parameters,
+        *,
+        x_wanted: frozenset[str],
+        ends_in_loss: bool,
+        policy: Policy | None,
     ) -> None:
         self.module, self.plan, self.parameters = module, plan, parameters
-        self.x_wanted, self.ends_in_loss = x_wanted, ends_in_loss
+        self.x_wanted, self.ends_in_loss, self.policy = x_wanted, ends_in_loss, policy
         self.chunk = loss.CHUNK.get(plan.mesh.devices.flat[0].platform, loss.CHUNK["gpu"])
         self.layers = module.definition.layers[plan.lo : plan.hi]
         self.runs = stacks.runs(self.layers, unroll=module.unroll)
@@ -200,10 +207,10 @@ class Local:
         return {k: _settle(v, _axes_of(spec(self.dims[k]))) for k, v in y.items()}
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
-        """`function`, of whose inner results the backward keeps what the module's setting says."""
-        if self.module.remat is Remat.NONE:
+        """`function`, of whose inner results the backward keeps what the policy says."""
+        if self.policy is None:
             return function
-        return jax.checkpoint(function, policy=POLICIES[self.module.remat], prevent_cse=False)
+        return jax.checkpoint(function, policy=self.policy, prevent_cse=False)
 
     def _rows(self, params: Params, run: Run, place: int) -> Params:
         return stacks.rows(params.get(LAYERS, {}), self.layers, run, place)
