@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from models.axes import Axes
+from models.weight import Use
 
 Batch = Mapping[str, Any]
 Params = dict[str, Any]  # nested dicts of arrays
@@ -25,11 +26,13 @@ class Part:
       each of layers: x is the carry, returns the carry, and batch is what the module's `prepare` made of it;
       last:  x is the carry, returns the module's output.
     `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
+    `uses` has the paths of those that only ever enter products; `apply` may be given a `Weight` there.
     """
 
     init: Callable[[Any], Params]
     apply: Callable[..., Any]
     logical: Params
+    uses: Mapping[tuple[str, ...], Use] = dataclasses.field(default_factory=dict)
 
 
 class Cached(NamedTuple):
@@ -66,6 +69,7 @@ class ModuleDef:
         and "cache.segment_ids", [batch, slots]. Empty: the module cannot generate.
     rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
     config: what the module was made of; hetjax/core/flops.py knows by it what the module computes.
+    compute_dtype: precision in which weights enter products; None: their own.
     """
 
     first: Part
@@ -75,6 +79,7 @@ class ModuleDef:
     carry: Mapping[str, Dims]
     output: Mapping[str, Dims]
     config: Any
+    compute_dtype: Any = None
     prepare: Callable[[Batch, Axes], Batch] = _same
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})

@@ -18,10 +18,11 @@ from jax import lax
 from models.attention import RopeScaling, attend, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
 from models.contract import Batch, Cached, ModuleDef, Part
-from models.layers import GatedMlp, add, check_counts, dot, normal, ones, rms_norm, wide, zeros
+from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, rms_norm, wide, zeros
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
 from models.sight import Sight
+from models.weight import Use
 
 Carry = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -107,6 +108,7 @@ class Decoder:
             carry={"x": (*TOKEN_DIMS, None)},
             output={"x": (*TOKEN_DIMS, None), "head": (None, "vocab")},
             config=self,
+            compute_dtype=jnp.dtype(compute_dtype),
             divisible={
                 "tp": {
                     "heads": self.num_heads,
@@ -198,10 +200,10 @@ class _Attention(nnx.Module):
     def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
         self.config = config
         d, h, kv, k = config.width, config.num_heads, config.num_kv_heads, config.head_features
-        self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5)
-        self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
-        self.v = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
-        self.o = normal(rngs, (h, k, d), ("heads", None, None), (h * k) ** -0.5)
+        self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5, Use("x"))
+        self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5, Use("x"))
+        self.v = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5, Use("x"))
+        self.o = normal(rngs, (h, k, d), ("heads", None, None), (h * k) ** -0.5, Use("y"))
         if config.attention_bias:
             self.q_bias = zeros((h, k), ("heads", None))
             self.k_bias = zeros((kv, k), ("kv_heads", None))
@@ -212,8 +214,7 @@ class _Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config = self.config
-        x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
-        q, k, v = (dot(x, w.get_value()) for w in (self.q, self.k, self.v))
+        q, k, v = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)))
         if config.attention_bias:
             q, k, v = (add(y, b.get_value()) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if config.qk_norm:
@@ -224,7 +225,8 @@ class _Attention(nnx.Module):
             k, v = (lax.dynamic_update_slice_in_dim(cache[n], a, batch["slot"], 1) for n, a in (("k", k), ("v", v)))
         else:
             k, v = axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1)
-        y = axes.tp.psum(dot(attend(q, k, v, batch["sight"]), self.o.get_value(), contract=2))
+        y = attend(q, k, v, batch["sight"])
+        y = axes.tp.psum(dot(y, self.o.get_value(), contract=2))
         return y, None if cache is None else {"k": k, "v": v}
 
 

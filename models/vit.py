@@ -21,6 +21,7 @@ from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, normal, zeros
 from models.nnx_parts import part
 from models.projector import Projector
+from models.weight import Use
 
 Carry = dict[str, jax.Array]
 VARIANTS, SELECTS = ("siglip", "clip"), ("full", "default")
@@ -129,6 +130,7 @@ class ViT:
             carry=dict.fromkeys(("x", *beside), CARRY_DIMS),
             output={"x": CARRY_DIMS},
             config=self,
+            compute_dtype=jnp.dtype(compute_dtype),
             divisible=divisible | cuts,
             axes=frozenset({"dp", "pp", "copies", "tp", *cuts}),
             rows=self.rows,
@@ -140,7 +142,7 @@ class _First(nnx.Module):
     def __init__(self, config: ViT, compute_dtype: jnp.dtype, pixels: str, *, rngs: nnx.Rngs) -> None:
         self.config, self.compute_dtype, self.pixels = config, compute_dtype, pixels
         p, d = config.patch_size, config.width
-        self.patch = normal(rngs, (p, p, 3, d), (None, None, None, None), (3 * p * p) ** -0.5)
+        self.patch = normal(rngs, (p, p, 3, d), (None, None, None, None), (3 * p * p) ** -0.5, Use("patches"))
         self.position = normal(rngs, (config.num_tokens, d), (None, None), 0.02)
         if config.has_class_token:
             self.class_token = normal(rngs, (d,), (None,), 0.02)

@@ -22,6 +22,7 @@ from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal,
 from models.nnx_parts import part
 from models.projector import Linear, Projector
 from models.sight import Sight
+from models.weight import Use
 
 Carry = dict[str, jax.Array]
 VARIANTS, PROJECTORS = ("whisper", "qwen2_audio"), ("linear", "mlp")
@@ -119,6 +120,7 @@ class Whisper:
             carry={"x": CARRY_DIMS},
             output={"x": CARRY_DIMS},
             config=self,
+            compute_dtype=jnp.dtype(compute_dtype),
             divisible={"tp": cut, "cp": {"rows": self.rows}},
             axes=frozenset({"dp", "pp", "copies", "tp", "cp"}),
             rows=self.rows,
@@ -142,9 +144,9 @@ class _First(nnx.Module):
     def __init__(self, config: Whisper, compute_dtype: jnp.dtype, name: str, *, rngs: nnx.Rngs) -> None:
         self.config, self.compute_dtype, self.name = config, compute_dtype, name
         m, d = config.num_mels, config.width
-        self.conv1 = normal(rngs, (3, m, d), (None, None, None), (3 * m) ** -0.5)
+        self.conv1 = normal(rngs, (3, m, d), (None, None, None), (3 * m) ** -0.5, Use("mel"))
         self.conv1_bias = zeros((d,), (None,))
-        self.conv2 = normal(rngs, (3, d, d), (None, None, None), (3 * d) ** -0.5)
+        self.conv2 = normal(rngs, (3, d, d), (None, None, None), (3 * d) ** -0.5, Use("conv1"))
         self.conv2_bias = zeros((d,), (None,))
         self.position = nnx.Param(jnp.asarray(sinusoids(config.num_positions, d)), logical=(None, None))
 
