@@ -62,6 +62,8 @@ class ModuleDef:
     output: logical dims of what `last` returns, by key.
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
+    head: of a language model, the leaf of `last` that makes logits of the output "x", which `last` only hands on. Its
+        dims are the features and "vocab", in either order.
     tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
     cache: what a layer keeps of each token while text is generated. A carry with "cache" asks a layer for it: {} where
         the batch's tokens are the first, and the layer returns theirs; else {key: [batch, slots, *sizes]}, in which
@@ -83,6 +85,7 @@ class ModuleDef:
     prepare: Callable[[Batch, Axes], Batch] = _same
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
+    head: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
     rows: int = 0

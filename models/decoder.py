@@ -118,6 +118,7 @@ class Decoder:
                 }
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp"}),
+            head="head",
             tied={"head": "embed"} if self.tied else {},
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
             width=self.width,

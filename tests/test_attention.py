@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_loss import full
 from test_models import DECODER, random_params, run
 
-from hetjax.core.loss import token_sum
 from hetjax.data import DataConfig
 from hetjax.run import experiment
 from models import attention
 from models.attention import attend, whole
-from models.axes import ONE_DEVICE, Axes, Axis
+from models.axes import Axes, Axis
 from models.blockwise import blockwise
 from models.decoder import Decoder
 from models.sight import Sight, everywhere
@@ -279,7 +279,7 @@ def test_a_kernel_that_knows_no_segments_trains_unpacked_rows_the_same(
 
         def total(params: Any) -> jax.Array:
             y = run(definition, params, {}, batch)
-            return token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=ONE_DEVICE)
+            return full(y["x"], y["head"], batch["targets"], batch["weights"])
 
         return jax.jit(jax.value_and_grad(total))(params)
 

@@ -126,7 +126,7 @@ class Finish:
             return loss, norm, scale, jnp.isfinite(norm) & jnp.isfinite(loss)
 
         scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=SingleDeviceSharding(self.home))
-        loss = self.pipeline.stages[self.pipeline.last].y["loss"].dtype
+        loss = self.pipeline.stages[self.pipeline.last].ends["loss"].dtype
         losses = [scalar(loss)] * self.pipeline.spec.num_microbatches
         squares = [
             jax.ShapeDtypeStruct((len(paths),), self.dtype, sharding=SingleDeviceSharding(self.home))

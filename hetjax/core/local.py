@@ -6,7 +6,8 @@ the per-device program: so no data-parallel collective is inserted.
 A stage is its start (a module's first part), its layers in runs, and its end (a module's last part); each has a VJP of
 its own. A run's forward scan takes that of one layer and keeps what the layer's backward needs; the backward scans the
 layers from the last to the first and adds each one's gradients to its rows of the accumulators. The gradients of all
-layers never exist together.
+layers never exist together. Where the end makes the loss, the forward stops before it: the backward, which has the
+accumulators, computes loss and gradients in one pass.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +52,7 @@ class Residuals(NamedTuple):
 
     start: Kept | None
     runs: list[list[Kept] | None]  # of each run, by place of its period; arrays have a dim over its repetitions
-    end: Kept
+    end: Kept | Tree  # where the stage ends in the loss: the carry behind the layers
 
 
 class Local:
@@ -65,29 +66,30 @@ class Local:
     ) -> None:
         self.module, self.plan, self.parameters = module, plan, parameters
         self.x_wanted, self.ends_in_loss = x_wanted, ends_in_loss
+        self.chunk = loss.CHUNK.get(plan.mesh.devices.flat[0].platform, loss.CHUNK["gpu"])
         self.layers = module.definition.layers[plan.lo : plan.hi]
         self.runs = stacks.runs(self.layers)
 
     @property
     def dims(self) -> Mapping[str, tuple[str | None, ...]]:
-        """Logical dims of what leaves the stage, but for a loss."""
+        """Logical dims of what leaves a stage that does not end in the loss."""
         return self.module.definition.output if self.plan.last else self.module.definition.carry
 
     # -- the programs --------------------------------------------------------------------------------------------
 
     def outputs(self, params: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """What leaves the stage; the loss as this device's part of the sum."""
-        last = self.parameters.full_last(jax.tree.map(_vary, params))
-        return self._end(last, self._carry(params, x, batch), batch)
-
-    def scores(self, params: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """The loss as in `outputs`, of the stage that ends in it, and the likeliest next id at every position."""
-        last = self.parameters.full_last(jax.tree.map(_vary, params))
-        total, ids = self._loss(loss.token_scores, last, self._carry(params, x, batch), batch)
+        """What leaves the stage; of one that ends in the loss, this device's part of its sum, and the likeliest next id
+        at every position."""
+        last, carry = self.parameters.full_last(jax.tree.map(_vary, params)), self._carry(params, x, batch)
+        if not self.ends_in_loss:
+            return self._end(last, carry, batch)
+        y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
+        tokens = y["x"], y["head"], batch["targets"], batch["weights"]
+        total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
         return {k: _settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
 
     def forward(self, params: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
-        """`outputs`, and what `backward` needs beside the same arguments."""
+        """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
         given = self._given(params, x, batch)
         wanted = {k: v for k, v in x.items() if k in self.x_wanted}
 
@@ -105,35 +107,64 @@ class Local:
             moves = moves or any(self._rows(given.trainable, run, place) for place in range(len(run.period)))
             carry, kept = self._scan(run, given, carry, keeps=moves)
             of_runs.append(kept if moves else None)
+        if self.ends_in_loss:
+            return {}, Residuals(of_start, of_runs, carry)
         y, of_end = _vjp(end, self.parameters.full_last(given.trainable), carry, given.inputs)
         return y, Residuals(of_start, of_runs, of_end)
 
     def backward(
         self, params: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
-    ) -> tuple[Tree, Tree]:
-        """(cotangents of the wanted inputs, accumulators with the gradients added) from those of the outputs.
+    ) -> tuple[Tree, Tree, jax.Array | None]:
+        """(cotangents of the wanted inputs, accumulators with the gradients added, loss) from those of the outputs.
 
-        `first`: whether this is the step's first microbatch (see `accumulators.py`).
+        `first`: whether this is the step's first microbatch (see `accumulators.py`). The loss is this device's part of
+        the sum; its cotangent is given as "loss".
         """
-        given = self._given(params, x, batch)
-        g_last, g = residuals.put_together(kept.end, given.inputs)(g)
-        own, tied = self.parameters.parted_last(g_last)
-        acc = dict(acc)
-        for part, new in (("last", own), ("first", tied)):
+        given, acc, total = self._given(params, x, batch), dict(acc), None
+        if self.ends_in_loss:
+            total, g_last, g, acc = self._loss_back(given, kept.end, g["loss"], acc, first)
+        else:
+            g_last, g = residuals.put_together(kept.end, given.inputs)(g)
+        for part, new in zip(("last", "first"), self.parameters.parted_last(g_last), strict=True):
             if new:
                 acc[part] = accumulators.add(acc[part], new, first)
         for run, of_run in reversed(list(zip(self.runs, kept.runs, strict=True))):
             if of_run is not None:
                 g, acc = self._scan_back(run, given, of_run, g, acc, first)
         if kept.start is None:
-            return {}, acc
+            return {}, acc, total
         g_first, g_x = residuals.put_together(kept.start, given.inputs)(g)
         if g_first:
+            _, tied = self.parameters.parted_last(self.parameters.full_last(given.trainable))
             again = {name: g_first.pop(name) for name in tied}  # joins what `last` has written
             acc["first"] = accumulators.add(accumulators.add(acc["first"], g_first, first), again, False)
-        return g_x, acc
+        return g_x, acc, total
 
     # -- their parts ---------------------------------------------------------------------------------------------
+
+    def _loss_back(
+        self, given: Given, carry: Tree, seed: jax.Array, acc: Tree, first: jax.Array
+    ) -> tuple[jax.Array, Params, Tree, Tree]:
+        """(loss, gradients of the last part's trainable parameters but the head's, cotangent of the carry, accumulators
+        with the head's gradient added), of the carry behind the layers."""
+        definition, batch, name = self.module.definition, given.batch, self.module.definition.head
+        w, fixed = (dict(self.parameters.full_last(params)) for params in (given.trainable, given.frozen))
+        trains = name in w
+        fixed[name] = weight = w.pop(name) if trains else fixed[name]
+
+        def features(w: Params, carry: Tree) -> jax.Array:
+            x = definition.last.apply(optimizer.merge(w, fixed), carry, batch, self.plan.axes)["x"]
+            return _settle(x, _axes_of(spec(definition.output["x"])))
+
+        x, pull = jax.vjp(features, w, carry)
+        head = loss.Head(weight, definition.last.logical[name].index("vocab"))
+        part, leaf = self.parameters.place_in_last(name)
+        mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
+        tokens = batch["targets"], batch["weights"]
+        total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seed, axes=self.plan.axes, chunk=self.chunk)
+        if mine is not None:
+            acc = {**acc, part: {**acc[part], leaf: mine[None]}}
+        return total, *pull(g_x), acc
 
     def _given(self, params: Params, x: Tree, batch: Batch) -> Given:
         trainable, frozen = self.parameters.split(jax.tree.map(_vary, params))
@@ -163,20 +194,10 @@ class Local:
         return carry
 
     def _end(self, w: Params, carry: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """What leaves the stage; `w` are the parameters of `last`."""
-
-        def last(w: Params, carry: Tree) -> dict[str, jax.Array]:
-            if self.ends_in_loss:
-                return {"loss": self._loss(loss.token_sum, w, carry, batch)}
-            return self.module.definition.last.apply(w, carry, batch, self.plan.axes)
-
-        y = self._remat(last)(w, carry) if self.plan.last else carry
-        wanted = {k: frozenset(DATA_AXES) if self.ends_in_loss else _axes_of(spec(self.dims[k])) for k in y}
-        return {k: _settle(v, wanted[k]) for k, v in y.items()}
-
-    def _loss(self, function: Callable[..., Any], w: Params, carry: Tree, batch: Batch) -> Any:
-        y = self.module.definition.last.apply(w, carry, batch, self.plan.axes)
-        return function(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)
+        """What leaves a stage that does not end in the loss; `w` are the parameters of `last`."""
+        last = self._remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes))
+        y = last(w, carry) if self.plan.last else carry
+        return {k: _settle(v, _axes_of(spec(self.dims[k]))) for k, v in y.items()}
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         """`function`, of whose inner results the backward keeps what the module's setting says."""

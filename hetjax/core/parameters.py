@@ -93,11 +93,18 @@ class Parameters:
         shared = {leaf: first[source] for leaf, source in self.tied.items() if source in first}
         return {**params.get("last", {}), **shared}
 
+    def place_in_last(self, leaf: str) -> tuple[str, str]:
+        """(part, name) under which the stage has the leaf that `full_last` calls `leaf`."""
+        shared = self._plan.first and leaf in self.tied
+        return ("first", self.tied[leaf]) if shared else ("last", leaf)
+
     def parted_last(self, leaves: Params) -> tuple[Params, Params]:
         """(those of `last`, those of `first`) of leaves that `full_last` named."""
-        tied = self.tied if self._plan.first else {}
-        own = {leaf: value for leaf, value in leaves.items() if leaf not in tied}
-        return own, {tied[leaf]: value for leaf, value in leaves.items() if leaf in tied}
+        parts: dict[str, Params] = {"last": {}, "first": {}}
+        for leaf, value in leaves.items():
+            part, name = self.place_in_last(leaf)
+            parts[part][name] = value
+        return parts["last"], parts["first"]
 
     def _make(self, key: jax.Array) -> Params:
         definition, plan = self._module.definition, self._plan

@@ -194,7 +194,7 @@ class _Loop:
         count: float,
     ) -> None:
         self.pipeline, self.params, self.microbatches, self.acc = pipeline, params, microbatches, acc
-        loss = pipeline.stages[pipeline.last].y["loss"]
+        loss = pipeline.stages[pipeline.last].ends["loss"]
         self.seed = jax.device_put(np.asarray(1.0 / max(count, 1.0), loss.dtype), loss.sharding)
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
@@ -238,9 +238,8 @@ class _Loop:
         y, kept = stage.programs["forward"](self.params[key], x, batch)
         if stage.has_backward:
             self.kept[key, i] = (x, batch, kept)
-        self.waiting[key].append(next(iter(y.values())))
+        self.waiting[key].append(jax.tree.leaves((y, kept))[0])
         if key == self.pipeline.last:
-            self.losses[i] = y["loss"]
             self.cotangents[key, i] = {"loss": self.seed}
         start = time.perf_counter()
         for link in self.pipeline.links[key]:
@@ -257,6 +256,8 @@ class _Loop:
         if key in self.acc:
             self.acc[key] = acc
         self.waiting[key].append(finished)
+        if key == self.pipeline.last:
+            self.losses[i] = finished
         start = time.perf_counter()
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:

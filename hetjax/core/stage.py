@@ -1,8 +1,8 @@
 """One pipeline stage: a range of a module's layers on one mesh, as compiled programs.
 
-    forward   (params, x, batch)                         -> (y, residuals)
-    backward  (params, x, batch, residuals, g, acc, first) -> (gx, acc, done)    acc is donated
-    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink adds ids
+    forward   (params, x, batch)                         -> (y, residuals)       no y where the stage ends in the loss
+    backward  (params, x, batch, residuals, g, acc, first) -> (gx, acc, done)    acc is donated; done: the loss, or 0
+    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink: loss and ids
     reduce    (acc)                                      -> (grads, squares)     once a step, of several data replicas
     measure   (acc)                                      -> squares              once a step, of one: acc are its grads
     update    (params, state, grads, scale, ok, rate)    -> (params, state)      the first two are donated
@@ -28,7 +28,6 @@ from hetjax.core.layout import DATA_AXES, StagePlan, sharding, spec
 from hetjax.core.local import Local
 from hetjax.core.parameters import Parameters, shardings, spec_tree
 from hetjax.core.residuals import Crossing
-from models.axes import vary
 from models.contract import Params
 from models.layers import wide
 
@@ -61,7 +60,7 @@ class Stage:
         self.x, self.x_wanted = dict(x), x_wanted
         reads = module.definition.reads
         self.batch = {k: _at(batch[k], sharding(plan.mesh, reads[k])) for k in self._find_reads(batch)}
-        self.y = self._find_outputs()
+        self.y, self.ends = self._find_outputs()
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
@@ -83,11 +82,13 @@ class Stage:
         self._trace(probe, P(), located)
         return sorted(found)
 
-    def _find_outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Abstract outputs; and, where the stage has a backward, how each residual varies over the mesh."""
-        self.y_specs = {"loss": P()} if self.ends_in_loss else {k: spec(d) for k, d in self.local.dims.items()}
-        outputs = lambda p, x, b: self._summed(self.local.outputs(p, dict(x), b))
-        y = self._trace(outputs, self.y_specs, self.batch)
+    def _find_outputs(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+        """Abstract (outputs of `forward`, what `backward` takes the cotangents of); where the stage has a backward, how
+        each residual varies over the mesh is found too."""
+        self.evaluated = {k: spec(d) for k, d in self.local.dims.items()}
+        if self.ends_in_loss:
+            self.evaluated = {"loss": P(), "likeliest": P(*DATA_AXES)}
+        found = self._trace(self._evaluate, self.evaluated, self.batch)
         if self.has_backward:
 
             def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
@@ -95,7 +96,8 @@ class Stage:
                 return jnp.zeros(())
 
             self._trace(probe, P(), self.batch)
-        return {k: _at(v, NamedSharding(self.plan.mesh, self.y_specs[k])) for k, v in y.items()}
+        found = {k: _at(v, NamedSharding(self.plan.mesh, self.evaluated[k])) for k, v in found.items()}
+        return ({}, {"loss": found["loss"]}) if self.ends_in_loss else (found, found)
 
     def _trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
         specs = (self.parameters.specs, spec_tree(self.x), spec_tree(dict(batch)))
@@ -104,27 +106,23 @@ class Stage:
     def _on_devices(self, function: Callable[..., Tree], in_specs: Tree, out_specs: Tree) -> Callable[..., Tree]:
         return jax.shard_map(function, mesh=self.plan.mesh, in_specs=in_specs, out_specs=out_specs)
 
-    def _summed(self, y: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The loss is summed over the data replicas where it leaves the stage, outside of the VJP."""
-        return {**y, "loss": lax.psum(y["loss"], DATA_AXES)} if self.ends_in_loss else y
-
     # -- the programs --------------------------------------------------------------------------------------------
 
     def _forward(self, params: Params, x: Tree, batch: Tree) -> tuple[Tree, list[jax.Array]]:
         if not self.has_backward:
-            return self._summed(self.local.outputs(params, x, batch)), []
+            return self.local.outputs(params, x, batch), []
         y, kept = self.local.forward(params, x, batch)
-        return self._summed(y), self._crossing.out(kept)
+        return y, self._crossing.out(kept)
 
     def _backward(
         self, params: Params, x: Tree, batch: Tree, kept: list[jax.Array], g: Tree, acc: Tree, first: jax.Array
     ) -> tuple[Tree, Tree, jax.Array]:
-        g = {"loss": vary(g["loss"], DATA_AXES)} if self.ends_in_loss else g
-        g_x, acc = self.local.backward(params, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, jnp.zeros((), jnp.int32)
+        g_x, acc, loss = self.local.backward(params, x, batch, self._crossing.back(kept), g, acc, first)
+        return g_x, acc, jnp.zeros((), jnp.int32) if loss is None else lax.psum(loss, DATA_AXES)
 
     def _evaluate(self, params: Params, x: Tree, batch: Tree) -> Tree:
-        return self._summed((self.local.scores if self.ends_in_loss else self.local.outputs)(params, x, batch))
+        y = self.local.outputs(params, x, batch)
+        return {**y, "loss": lax.psum(y["loss"], DATA_AXES)} if self.ends_in_loss else y
 
     def _reduce(self, acc: Tree) -> tuple[Tree, jax.Array]:
         grads = accumulators.reduce(acc, self.parameters.zero_dims)
@@ -156,18 +154,17 @@ class Stage:
         mine = self.parameters
         inputs, specs = (mine.params, self.x, self.batch), (mine.specs, spec_tree(self.x), spec_tree(self.batch))
         kept_specs = self._crossing.specs if self.has_backward else []
-        forward = self._on_devices(self._forward, specs, (self.y_specs, kept_specs))
+        forward = self._on_devices(self._forward, specs, (spec_tree(self.y), kept_specs))
         args: tuple[Any, ...]
         found: dict[str, Callable[[], None]] = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
         if evaluate:
-            ids = {"likeliest": P(*DATA_AXES)} if self.ends_in_loss else {}
-            program = self._on_devices(self._evaluate, specs, {**self.y_specs, **ids})
+            program = self._on_devices(self._evaluate, specs, self.evaluated)
             found["evaluate"] = functools.partial(self._compile, "evaluate", program, inputs)
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
-            args = (*inputs, self.kept, self.y, mine.acc, self._scalar(jnp.bool_))
-            backward = self._whole_backward((*specs, kept_specs, self.y_specs))
+            args = (*inputs, self.kept, self.ends, mine.acc, self._scalar(jnp.bool_))
+            backward = self._whole_backward((*specs, kept_specs, spec_tree(self.ends)))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
             acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.grads)
