@@ -64,6 +64,8 @@ class ModuleDef:
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
     head: of a language model, the leaf of `last` that makes logits of the output "x", which `last` only hands on. Its
         dims are the features and "vocab", in either order.
+    table: the leaf of `first` that is only ever looked up in. `first` may be given a `Weight` there, and then adds the
+        gradient's rows to its tap: the cotangent of that tap is the sum.
     tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
     cache: what a layer keeps of each token while text is generated. A carry with "cache" asks a layer for it: {} where
         the batch's tokens are the first, and the layer returns theirs; else {key: [batch, slots, *sizes]}, in which
@@ -86,6 +88,7 @@ class ModuleDef:
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
     head: str = ""
+    table: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
     rows: int = 0

@@ -22,7 +22,7 @@ from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, 
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
 from models.sight import Sight
-from models.weight import Use
+from models.weight import Use, Weight
 
 Carry = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -119,6 +119,7 @@ class Decoder:
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp"}),
             head="head",
+            table="embed",
             tied={"head": "embed"} if self.tied else {},
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
             width=self.width,
@@ -131,7 +132,7 @@ class Decoder:
 class _First(nnx.Module):
     def __init__(self, config: Decoder, compute_dtype: jnp.dtype, encoders: tuple[str, ...], *, rngs: nnx.Rngs) -> None:
         self.compute_dtype, self.encoders = compute_dtype, encoders
-        self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5)
+        self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5, Use("tokens"))
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
         x = lookup(self.embed.get_value(), batch["tokens"], axes).astype(self.compute_dtype)
@@ -140,12 +141,30 @@ class _First(nnx.Module):
         return {"x": x}
 
 
-def lookup(table: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
+def lookup(table: jax.Array | Weight, tokens: jax.Array, axes: Axes) -> jax.Array:
     """Rows of `table`, whose vocabulary is cut over tp; an id outside of it yields zeros."""
-    local = tokens - axes.tp.index() * table.shape[0]
-    mine = (local >= 0) & (local < table.shape[0])
-    found = vary_like(table, local).at[jnp.where(mine, local, 0)].get(mode="promise_in_bounds")
+    rows, tap = (table.value, table.tap) if isinstance(table, Weight) else (table, None)
+    local = tokens - axes.tp.index() * rows.shape[0]
+    mine = (local >= 0) & (local < rows.shape[0])
+    at, rows = jnp.where(mine, local, 0), vary_like(rows, local)
+    found = _take(rows, at) if tap is None else _take_tapped(rows, vary_like(tap, local), at)
     return axes.tp.psum(jnp.where(mine[..., None], found, 0))
+
+
+def _take(table: jax.Array, at: jax.Array) -> jax.Array:
+    return table.at[at].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _take_tapped(table: jax.Array, tap: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows of `table`. Their gradients are added to `tap`: an accumulator in its place needs no array of its size."""
+    return _take(table, at)
+
+
+_take_tapped.defvjp(
+    lambda table, tap, at: (_take(table, at), (tap, at)),
+    lambda kept, g: (None, kept[0].at[kept[1]].add(g.astype(kept[0].dtype), mode="promise_in_bounds"), None),
+)
 
 
 def merge(x: jax.Array, rows: jax.Array, index: jax.Array, axes: Axes) -> jax.Array:
@@ -237,7 +256,7 @@ class _Last(nnx.Module):
         self.eps, self.tied = config.norm_eps, config.tied
         self.norm = ones((d,), (None,))
         shape, dims = ((vocab, d), ("vocab", None)) if config.tied else ((d, vocab), (None, "vocab"))
-        self.head = normal(rngs, shape, dims, d**-0.5)
+        self.head = normal(rngs, shape, dims, d**-0.5, Use("x"))
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         head = self.head.get_value()

@@ -41,8 +41,8 @@ class Tie(NamedTuple):
     copy: StageKey
     owner_path: tuple[str, str]
     copy_path: tuple[str, str]
-    gradient: Boundary  # copy -> owner
-    value: Boundary  # owner -> copy
+    gradient: Boundary | None  # copy -> owner; None: it is frozen
+    value: Boundary  # owner -> copy, of the working weight
 
 
 class Reduced(NamedTuple):
@@ -59,7 +59,8 @@ class Finish:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.stages = {k: s for k, s in pipeline.stages.items() if s.parameters.trains}
-        self.ties = [tie for key, stage in self.stages.items() for tie in self._ties(key, stage)]
+        self.ties = [tie for key, stage in pipeline.stages.items() for tie in self._ties(key, stage)]
+        self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
         self.home = pipeline.stages[pipeline.last].plan.mesh.devices.flat[0]
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
@@ -68,25 +69,14 @@ class Finish:
 
     def _ties(self, key: StageKey, stage: Stage) -> list[Tie]:
         found = []
-        mine = stage.parameters
+        mine, owner_key = stage.parameters, (key[0], 0)
+        owner = self.pipeline.stages[owner_key].parameters
         for part, leaf in sorted(mine.borrowed):
-            owner_key = (key[0], 0)
-            if leaf not in mine.trainable.get(part, {}):
-                continue
-            owner, source = self.stages[owner_key], mine.tied[leaf]
-            grad, weight = mine.grads[part][leaf], mine.params[part][leaf]
-            to = owner.parameters.grads["first"][source].sharding
-            back = owner.parameters.params["first"][source]
-            found.append(
-                Tie(
-                    owner_key,
-                    key,
-                    ("first", source),
-                    (part, leaf),
-                    Boundary({"x": grad}, {"x": to}),
-                    Boundary({"x": back}, {"x": weight.sharding}),
-                )
-            )
+            path, gradient = ("first", mine.tied[leaf]), None
+            if leaf in mine.trainable.get(part, {}):
+                gradient = Boundary({"x": mine.grads[part][leaf]}, {"x": _get(owner.grads, path).sharding})
+            value = Boundary({"x": _get(owner.weights, path)}, {"x": mine.weights[part][leaf].sharding})
+            found.append(Tie(owner_key, key, path, (part, leaf), gradient, value))
         return found
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
@@ -94,14 +84,15 @@ class Finish:
         found: list[tuple[str, Callable[[], object]]] = [("decide", self._compile_decide)]
         for tie in self.ties:
             for direction in (tie.gradient, tie.value):
-                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()]
+                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()] if direction else []
+        for tie in self.trained_ties:
             found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
         return found
 
     def _paths(self) -> list[tuple[str, list[str]]]:
         """(module, paths of the gradients) for each array of `Reduced.squares`."""
         complete = {key: stage.parameters.complete(stage.parameters.grads) for key, stage in self.stages.items()}
-        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.ties]
+        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.trained_ties]
         leaves = jax.tree_util.tree_leaves_with_path
         return [
             (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in complete.items()
@@ -144,7 +135,8 @@ class Finish:
             else:
                 of_stage = stage.programs["measure"](acc[key])
             squares.append(of_stage)
-        for tie in self.ties:
+        for tie in self.trained_ties:
+            assert tie.gradient is not None
             leaf = tie.gradient.forward({"x": _get(grads[tie.copy], tie.copy_path)})["x"]
             total, square = self._add[tie.owner](_get(grads[tie.owner], tie.owner_path), leaf)
             grads[tie.owner] = _set(grads[tie.owner], tie.owner_path, total)
@@ -156,14 +148,15 @@ class Finish:
         self,
         params: dict[StageKey, Tree],
         states: dict[StageKey, Tree],
+        weights: dict[StageKey, Tree],
         reduced: Reduced,
         losses: list[jax.Array],
         *,
         count: float,
         learning_rate: float,
         host: HostTimes,
-    ) -> tuple[dict[StageKey, Tree], dict[StageKey, Tree], Outcome]:
-        """New (params, optimizer states) and the outcome. The first two arguments are consumed.
+    ) -> tuple[dict[StageKey, Tree], dict[StageKey, Tree], dict[StageKey, Tree], Outcome]:
+        """New (params, optimizer states, working weights) and the outcome. The first three arguments are consumed.
 
         `losses` are the microbatches' loss sums, `count` the step's target tokens.
         """
@@ -174,17 +167,30 @@ class Finish:
         module_squares: dict[str, list[jax.Array]] = {}
         for (name, _), squares in zip(self.paths, local[:n], strict=True):
             module_squares.setdefault(name, []).append(squares)
-        params, states = dict(params), dict(states)
+        params, states, weights = dict(params), dict(states), dict(weights)
         for key, stage in self.stages.items():
             everywhere = NamedSharding(stage.plan.mesh, P())
             rate = jax.device_put(np.asarray(learning_rate, self.dtype), everywhere)
             scalars = [_broadcast(v, everywhere) for v in (scale, ok)]
             grads = reduced.grads[key]
-            params[key], states[key] = stage.programs["update"](params[key], states[key], grads, *scalars, rate)
-        for tie in self.ties:
-            value = tie.value.forward({"x": _get(params[tie.owner], tie.owner_path)})["x"]
-            params[tie.copy] = _set(params[tie.copy], tie.copy_path, value)
-        return params, states, Outcome(loss, norm, module_squares, ok, host)
+            old = stage.parameters.moving_of(weights[key])
+            update = stage.programs["update"]
+            params[key], states[key], new = update(params[key], states[key], old, grads, *scalars, rate)
+            copies = optimizer.merge(new, weights[key])
+            weights[key] = stage.parameters.working.assemble(params[key], copies)
+        self._lend(weights, self.trained_ties)
+        return params, states, weights, Outcome(loss, norm, module_squares, ok, host)
+
+    def weights(self, params: Mapping[StageKey, Tree]) -> dict[StageKey, Tree]:
+        """The working weights of these parameters."""
+        found = {key: stage.weights(params[key]) for key, stage in self.pipeline.stages.items()}
+        self._lend(found, self.ties)
+        return found
+
+    def _lend(self, weights: dict[StageKey, Tree], ties: list[Tie]) -> None:
+        for tie in ties:
+            value = tie.value.forward({"x": _get(weights[tie.owner], tie.owner_path)})["x"]
+            weights[tie.copy] = _set(weights[tie.copy], tie.copy_path, value)
 
     def not_finite(self, outcome: Outcome) -> list[str]:
         """The paths of the gradients of a step that were not finite; waits for the devices."""
@@ -196,12 +202,12 @@ class Finish:
         return found
 
 
-def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
+def _get(tree: Mapping, path: tuple[str, str]) -> Any:
     return tree[path[0]][path[1]]
 
 
 def _set(tree: Mapping, path: tuple[str, str], leaf: jax.Array) -> dict:
-    return {**tree, path[0]: {**tree[path[0]], path[1]: leaf}}
+    return {**tree, path[0]: {**tree.get(path[0], {}), path[1]: leaf}}
 
 
 def _broadcast(scalar: jax.Array, everywhere: NamedSharding) -> jax.Array:

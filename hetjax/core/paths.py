@@ -10,7 +10,11 @@ def flat(tree: Mapping) -> dict[Path, Any]:
     """The leaves of nested dicts, by path."""
     found: dict[Path, Any] = {}
     for name, value in tree.items():
-        found |= {(name, *path): leaf for path, leaf in flat(value).items()} if isinstance(value, Mapping) else {(name,): value}
+        found |= (
+            {(name, *path): leaf for path, leaf in flat(value).items()}
+            if isinstance(value, Mapping)
+            else {(name,): value}
+        )
     return found
 
 

@@ -12,6 +12,7 @@ Programs differentiate no working weight, but a tap beside it (`models/weight.py
 precision.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
-from hetjax.core.layout import DATA_AXES, StagePlan
+from hetjax.core.layout import DATA_AXES, StagePlan, zero_spec
 from hetjax.core.paths import Path, at, flat, nested
 from hetjax.core.stacks import LAYERS
 from models.axes import vary
@@ -50,16 +51,15 @@ class Group(NamedTuple):
 class Working:
     """How the parameters of one stage become its working weights.
 
-    `leaves`: its abstract parameters, whole, borrowed ones included; `trainable`: those that train. `dtype`: precision
-    of the products. `apart`: leaves that no part is given as a `Weight`, because the trainer multiplies with them.
+    `leaves`: its abstract parameters, whole, borrowed ones included; `trainable`: those that train. `apart`: leaves
+    that no part is given as a `Weight`, because the trainer multiplies with them.
     """
 
     def __init__(
         self, definition: ModuleDef, plan: StagePlan, leaves: Tree, trainable: Tree, *, apart: frozenset[Path]
     ) -> None:
         self._mesh, self._leaves, self._trainable = plan.mesh, flat(leaves), flat(trainable)
-        self._apart = apart
-        self.dtype = definition.compute_dtype
+        self._apart, self._dtype = apart, definition.compute_dtype
         self.groups = tuple(self._group(members, lead) for members, lead in self._sharing(definition, plan))
         self._group_of = {path: group for group in self.groups for path in group.members}
         self.abstract = nested(self._abstract())
@@ -88,8 +88,8 @@ class Working:
         copied = len(members) > 1 or self._precision(first) != first.dtype
         return Group(members, lead, where, copied, members[0] in self._trainable)
 
-    def _precision(self, leaf: jax.ShapeDtypeStruct) -> Any:
-        return leaf.dtype if self.dtype is None else self.dtype
+    def _precision(self, leaf: jax.ShapeDtypeStruct | jax.Array) -> Any:
+        return leaf.dtype if self._dtype is None else self._dtype
 
     def _abstract(self) -> dict[Path, jax.ShapeDtypeStruct]:
         found = {path: leaf for path, leaf in self._leaves.items() if path not in self._group_of}
@@ -97,7 +97,7 @@ class Working:
             shapes = [self._leaves[path].shape for path in group.members]
             shape = shapes[0]
             if len(shapes) > 1:
-                shape = (*shape[: group.lead], sum(_columns(s, group.lead) for s in shapes))
+                shape = (*shape[: group.lead], sum(math.prod(s[group.lead :]) for s in shapes))
             where = NamedSharding(self._mesh, group.where)
             found[group.path] = jax.ShapeDtypeStruct(shape, self._precision(self._leaves[group.path]), sharding=where)
         return found
@@ -105,6 +105,13 @@ class Working:
     def is_copied(self, path: Path) -> bool:
         """Whether the parameter at `path` has a working weight beside it."""
         return path in self._group_of and self._group_of[path].copied
+
+    def master(self, path: Path) -> NamedSharding:
+        """Where the parameter at `path` is: whole, or in its ZeRO shard where it has a working weight beside it."""
+        leaf = self._leaves[path]
+        if not self.is_copied(path):
+            return leaf.sharding
+        return NamedSharding(self._mesh, zero_spec(leaf.shape, leaf.sharding.spec, self._mesh, skip=_stacked(path))[0])
 
     # -- from parameters to working weights ----------------------------------------------------------------------
 
@@ -130,7 +137,7 @@ class Working:
     def assemble(self, params: Params, copies: Params) -> Params:
         """The working weights, of the parameters and of what `copies` made of them."""
         own = {path: leaf for path, leaf in flat(params).items() if not self.is_copied(path)}
-        return optimizer.merge(copies, nested(own))
+        return optimizer.merge(nested(own), copies)
 
     def _copy(self, group: Group, masters: Sequence[jax.Array]) -> jax.Array:
         whole = [self._whole(path, master) for path, master in zip(group.members, masters, strict=True)]
@@ -144,10 +151,9 @@ class Working:
         return jax.shard_map(side_by_side, mesh=self._mesh, in_specs=specs, out_specs=group.where)(*whole)
 
     def _whole(self, path: Path, master: jax.Array) -> jax.Array:
-        narrow = master.astype(self._precision(master))
-        if jnp.dtype(narrow.dtype).itemsize < jnp.dtype(master.dtype).itemsize:
-            narrow = lax.optimization_barrier(narrow)  # so that what is gathered is narrow
-        return lax.with_sharding_constraint(narrow, self._leaves[path].sharding)
+        # in its shard first: what is gathered then is of the narrower type
+        cast = lax.with_sharding_constraint(master.astype(self._precision(master)), self.master(path))
+        return lax.with_sharding_constraint(cast, self._leaves[path].sharding)
 
     # -- from working weights to what a part is given, per device --------------------------------------------------
 
@@ -155,12 +161,13 @@ class Working:
         """What a part's VJP is taken of: taps, and the parameters that are not only multiplied with.
 
         `weights`: the part's working weights (of one layer); `trainable`: nested dicts with the leaves that train."""
-        return nested({path: self._tap((place, *path)) or at(weights, path) for path in flat(trainable)})
+        tapped = {
+            path: (place, *path) in self._group_of and (place, *path) not in self._apart for path in flat(trainable)
+        }
+        return nested({path: self._tap((place, *path)) if tapped[path] else at(weights, path) for path in tapped})
 
-    def _tap(self, path: Path) -> jax.Array | None:
-        """Zeros like the parameter at `path` on one device, if it is given as a `Weight`."""
-        if path not in self._group_of or path in self._apart:
-            return None
+    def _tap(self, path: Path) -> jax.Array:
+        """Zeros like the parameter at `path` on one device."""
         leaf = self._leaves[path]
         axes = (*DATA_AXES, *_axes_behind(leaf.sharding.spec, 0))
         return vary(jnp.zeros(self._local(path), leaf.dtype), axes)
@@ -197,13 +204,6 @@ def _axes_behind(where: P, dim: int) -> tuple[str, ...]:
     return tuple(axis for entry in entries for axis in entry)
 
 
-def _columns(shape: Sequence[int], lead: int) -> int:
-    count = 1
-    for size in shape[lead:]:
-        count *= size
-    return count
-
-
-def _stacked(path: Path) -> int:
-    """1 if the leaf at `path` is stacked over layers."""
-    return int(path[0] == LAYERS)
+def _stacked(path: Path) -> bool:
+    """Whether the leaf at `path` is stacked over layers."""
+    return path[0] == LAYERS
