@@ -16,7 +16,7 @@ from jax import lax
 
 from models.axes import Axes, vary_like
 from models.contract import Dims
-from models.weight import Use, Weight, products, split
+from models.weight import Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array]
 MOST_LAYERS = 10_000  # of a module: their numbers in a checkpoint's names have four digits
@@ -41,17 +41,18 @@ def dots(x: jax.Array, *weights: jax.Array | Weight, contract: int = 1, dtype: A
     """`dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
     found = []
     joint = products(weights)
-    for value, _, _ in joint:
+    for value, *_ in joint:
         x = vary_like(x, value)  # before the first: one all-reduce of the gradient over tp
-    for value, taps, shapes in joint:
+    for value, taps, shapes, places in joint:
         # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
         like = functools.partial(vary_like, other=x)
         how = How(contract, jnp.dtype(dtype or x.dtype), shapes, taps[0].dtype if taps else None)
         y = _dot(how, x, like(value), tuple(map(like, taps)))
         trailing = [shape[contract:] for shape in shapes]
         parts = split(y, [math.prod(dims) for dims in trailing])
-        found += [a.reshape(*x.shape[: x.ndim - contract], *dims) for a, dims in zip(parts, trailing, strict=True)]
-    return found
+        rows = x.shape[: x.ndim - contract]
+        found.append((places, [a.reshape(*rows, *dims) for a, dims in zip(parts, trailing, strict=True)]))
+    return in_order(found)
 
 
 class How(NamedTuple):

@@ -16,7 +16,7 @@ from jax import lax
 
 from models.axes import Axes, vary_like
 from models.layers import check_counts, dot, normal, wide
-from models.weight import Use, Weight, products, split
+from models.weight import Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array, jax.Array]
 How = tuple[tuple[int, ...], Any]  # columns of each weight, and the precision of their gradients (None: none is wanted)
@@ -70,7 +70,7 @@ class Mixture(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = route(tokens, self.router.get_value(), self.config)
         into, down = (self.gate.get_value(), self.up.get_value()), self.down.get_value()
-        for value, _, _ in products(into):
+        for value, *_ in products(into):
             tokens = vary_like(tokens, value)  # here: one all-reduce of the gradient over tp, of tokens, not of copies
         order = jnp.argsort(chosen.reshape(-1)).astype(jnp.int32)
         inverse = jnp.argsort(order).astype(jnp.int32)
@@ -114,13 +114,13 @@ def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Ar
 def grouped_dots(x: jax.Array, sizes: jax.Array, *weights: jax.Array | Weight) -> list[jax.Array]:
     """`grouped_dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
     found = []
-    for value, taps, shapes in products(weights):
+    for value, taps, shapes, places in products(weights):
         x = vary_like(x, value)
         like = functools.partial(vary_like, other=x)
         widths = tuple(shape[-1] for shape in shapes)
         y = _grouped_dot((widths, taps[0].dtype if taps else None), x, like(value), tuple(map(like, taps)), sizes)
-        found += split(y, widths)
-    return found
+        found.append((places, split(y, widths)))
+    return in_order(found)
 
 
 def _product(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> jax.Array:

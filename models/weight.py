@@ -9,7 +9,7 @@ cotangent. Elsewhere (the reference, generation) a weight is an array, and `prod
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,43 +45,42 @@ class Weight:
 
 
 class Product(NamedTuple):
-    """What one product takes: `value`, the taps of its weights (none where they have no gradient), and their shapes."""
+    """What one product takes: `value`, the taps of its weights (none where they have no gradient), and their shapes.
+
+    `places`: which of the weights that were asked for they are, in the order of their columns."""
 
     value: jax.Array
     taps: tuple[jax.Array, ...]
     shapes: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
 
 
 def products(weights: Sequence[jax.Array | Weight]) -> list[Product]:
     """The products that multiply one input with all `weights`: one where they lie side by side, else one for each."""
-    if _side_by_side(weights):
-        taps = tuple(w.tap for w in weights if isinstance(w, Weight) and w.tap is not None)
-        return [Product(_value(weights[0]), taps, tuple(w.shape for w in weights))]
-    return [_alone(w) for w in weights]
+    columns = [w.column for w in weights if isinstance(w, Weight) and w.column is not None]
+    if len(columns) < len(weights):
+        return [_alone(w, place) for place, w in enumerate(weights)]
+    order = tuple(sorted(range(len(weights)), key=columns.__getitem__))
+    beside = [w for w in (weights[place] for place in order) if isinstance(w, Weight)]
+    if len({id(w.value) for w in beside}) > 1 or sum(w.columns for w in beside) < beside[0].value.shape[-1]:
+        return [_alone(w, place) for place, w in enumerate(weights)]
+    taps = tuple(w.tap for w in beside if w.tap is not None)
+    return [Product(beside[0].value, taps, tuple(w.shape for w in beside), order)]
 
 
-def _side_by_side(weights: Sequence[jax.Array | Weight]) -> bool:
-    """Whether the weights are all columns of one array, in order."""
-    ends, values = [0], set()
-    for w in weights:
-        if not isinstance(w, Weight) or w.column != ends[-1]:
-            return False
-        ends.append(ends[-1] + w.columns)
-        values.add(id(w.value))
-    return len(values) == 1 and ends[-1] == _value(weights[0]).shape[-1]
-
-
-def _alone(w: jax.Array | Weight) -> Product:
+def _alone(w: jax.Array | Weight, place: int) -> Product:
     if not isinstance(w, Weight):
-        return Product(w, (w,), (w.shape,))  # its gradient is that of the array
+        return Product(w, (w,), (w.shape,), (place,))  # its gradient is that of the array
     value = w.value
     if w.column is not None:
         value = value[..., w.column : w.column + w.columns].reshape(w.shape)
-    return Product(value, () if w.tap is None else (w.tap,), (w.shape,))
+    return Product(value, () if w.tap is None else (w.tap,), (w.shape,), (place,))
 
 
-def _value(w: jax.Array | Weight) -> jax.Array:
-    return w.value if isinstance(w, Weight) else w
+def in_order(found: Iterable[tuple[tuple[int, ...], Sequence[jax.Array]]]) -> list[jax.Array]:
+    """What was asked for, of the (places, results) of all products."""
+    pairs = [pair for places, results in found for pair in zip(places, results, strict=True)]
+    return [result for _, result in sorted(pairs, key=lambda pair: pair[0])]
 
 
 def split(columns: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
