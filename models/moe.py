@@ -14,7 +14,8 @@ from flax import nnx
 from jax import lax
 
 from models.axes import Axes, vary_like
-from models.layers import check_counts, dot, normal, wide
+from models.layers import check_counts, dot, gated, normal, wide
+from models.recompute import keeps_arguments
 
 Kept = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -73,8 +74,9 @@ class Mixture(nnx.Module):
         sizes = jnp.sum(jax.nn.one_hot(chosen.reshape(-1), self.config.count, dtype=jnp.int32), 0, dtype=jnp.int32)
         copies = jnp.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[1])).reshape(-1, tokens.shape[1])
         rows = permute(copies, order, inverse)
-        hidden = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
-        y = permute(grouped_dot(hidden, down, sizes), inverse, order).reshape(*chosen.shape, -1)
+        last = keeps_arguments(lambda gate, up, w, sizes: grouped_dot(gated(gate, up), w, sizes))
+        y = last(grouped_dot(rows, gate, sizes), grouped_dot(rows, up, sizes), down, sizes)
+        y = permute(y, inverse, order).reshape(*chosen.shape, -1)
         y = jnp.sum(y.astype(weights.dtype) * weights[..., None], 1).astype(x.dtype)
         return axes.tp.psum(y).reshape(x.shape)
 
