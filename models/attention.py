@@ -15,12 +15,14 @@ from models.recompute import keeps_arguments
 from models.sight import Sight, everywhere
 
 KINDS = ("llama3", "linear")
-# Platform -> tokens in a block, and the product of queries and keys from which on attention goes in blocks. On 2 CPU
-# cores, float32, 8 heads of 64, forward and backward of 4 rows of 256 / 512 / 1024 tokens took 91 / 237 / 1949 ms
-# whole, 39 / 128 / 440 ms in blocks of 128 and 61 / 196 / 503 ms in blocks of 256 (benchmarks/attention.py); shorter
-# rows do not pay for the programs' longer compilation. On an H200 a row of 8,192 tokens in 8 documents took 18.0, 9.0
-# and 6.9 ms, and 0.2, 0.4 and 1.0 GiB, in blocks of 512, 1024 and 2048 (bfloat16, 16 heads of 128).
+# Platform -> tokens in a block, and the product of queries and keys from which on causal attention goes in blocks;
+# where every key is seen no block is skipped, and they pay from UNRULED times that product on. On a CPU core, float32,
+# 8 heads of 64, 4 of keys, forward and backward of a row of 128 / 256 / 512 tokens took 1.5 / 6.7 / 27 ms of its time
+# whole, 1.7 / 5.6 / 17 ms in blocks of 64 and 2.0 / 7.0 / 18 ms in blocks of 128. On an H200 a row of 8,192 tokens in 8
+# documents took 18.0, 9.0 and 6.9 ms, and 0.2, 0.4 and 1.0 GiB, in blocks of 512, 1024 and 2048 (bfloat16, 16 heads of
+# 128).
 BLOCKS = {"cpu": (64, 256 * 256), "gpu": (1024, 2048 * 2048)}
+UNRULED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
             q, k, v, is_causal=sight is not None, local_window_size=window, implementation="cudnn"
         )
     block, large = BLOCKS.get(_platform(), BLOCKS["gpu"])
-    if q.shape[1] * k.shape[1] >= large:
+    if q.shape[1] * k.shape[1] >= (large if sight is not None and sight.causal else UNRULED * large):
         return blockwise(q, k, v, sight or everywhere(q, k), block=block)
     return whole(q, k, v, sight)
 

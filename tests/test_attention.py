@@ -202,14 +202,15 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square(remat: bool) -> 
 
 
 def test_long_sequences_go_in_blocks_and_short_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in which some is hidden, where blocks are skipped, from half the length on."""
     lengths: list[int] = []
     monkeypatch.setattr(attention, "blockwise", lambda q, k, v, sight, block: lengths.append(q.shape[1]) or q)
-    for s in (255, 256):
-        x = jax.ShapeDtypeStruct((1, s, 1, 8), jnp.float32)
-        jax.eval_shape(attend, x, x, x)
+    for s, ruled in ((255, True), (256, True), (511, False), (512, False)):
+        x, places = jax.ShapeDtypeStruct((1, s, 1, 8), jnp.float32), jnp.ones((1, s), jnp.int32)
+        jax.eval_shape(lambda x, sight: attend(x, x, x, sight), x, Sight(*[places] * 4) if ruled else None)
     one, keys = jax.ShapeDtypeStruct((1, 1, 1, 8), jnp.float32), jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
     jax.eval_shape(attend, one, keys, keys)
-    assert lengths == [256]
+    assert lengths == [256, 512]
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
