@@ -21,6 +21,7 @@ from models.contract import Batch, Cached, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, rms_norm, wide, zeros
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
+from models.recompute import keeps_arguments
 from models.sight import Sight
 from models.weight import Use, Weight
 
@@ -135,9 +136,10 @@ class _First(nnx.Module):
         self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5, Use("tokens"))
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
-        x = lookup(self.embed.get_value(), batch["tokens"], axes).astype(self.compute_dtype)
+        found, merged = (keeps_arguments(functools.partial(f, axes=axes)) for f in (lookup, merge))
+        x = found(self.embed.get_value(), batch["tokens"]).astype(self.compute_dtype)
         for name in self.encoders:
-            x = merge(x, rows[name], batch[f"{name}.index"], axes)
+            x = merged(x, rows[name], batch[f"{name}.index"])
         return {"x": x}
 
 

@@ -9,6 +9,7 @@ from jax import lax
 from models.attention import attend
 from models.axes import Axes
 from models.layers import add, dot, dots, mlp, normal, zeros
+from models.recompute import keeps_arguments
 from models.sight import Sight
 from models.weight import Use
 
@@ -53,4 +54,4 @@ class Mlp(nnx.Module):
 def own_tokens(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
     """This device's tokens of `x`, which has all of them along `dim`."""
     size = x.shape[dim] // axes.cp.size
-    return lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim)
+    return keeps_arguments(lambda x: lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim))(x)

@@ -16,6 +16,7 @@ from jax import lax
 
 from models.axes import Axes, vary_like
 from models.contract import Dims
+from models.recompute import keeps_arguments
 from models.weight import Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array]
@@ -115,8 +116,12 @@ def add(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x` over its root mean square along the last dim, times `scale`."""
+    return keeps_arguments(functools.partial(_rms_norm, eps))(x, scale)
+
+
+def _rms_norm(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
     y = x.astype(wide(x.dtype))
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
     return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
@@ -129,11 +134,15 @@ class LayerNorm(nnx.Module):
         self.bias = zeros((width,), (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(wide(x.dtype))
-        y = y - jnp.mean(y, -1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        y = y * jnp.broadcast_to(self.scale.get_value(), y.shape) + jnp.broadcast_to(self.bias.get_value(), y.shape)
-        return y.astype(x.dtype)
+        norm = keeps_arguments(functools.partial(_layer_norm, self.eps))
+        return norm(x, self.scale.get_value(), self.bias.get_value())
+
+
+def _layer_norm(eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    y = x.astype(wide(x.dtype))
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return (y * jnp.broadcast_to(scale, y.shape) + jnp.broadcast_to(bias, y.shape)).astype(x.dtype)
 
 
 @jax.custom_jvp
@@ -165,8 +174,13 @@ def mlp(
 ) -> jax.Array:
     """Two linear maps with an activation between; the hidden features are cut over tp, the result is whole."""
     biased = lambda y, bias: y if bias is None else add(y, bias.get_value())
-    hidden = activation(biased(dot(x, up.get_value()), up_bias))
-    return biased(axes.tp.psum(dot(hidden, down.get_value())), down_bias)
+    second = keeps_arguments(lambda hidden, w: dot(activation(hidden), w))
+    return biased(axes.tp.psum(second(biased(dot(x, up.get_value()), up_bias), down.get_value())), down_bias)
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`up` times the SiLU of `gate`."""
+    return jax.nn.silu(gate) * up
 
 
 class GatedMlp(nnx.Module):
@@ -179,8 +193,8 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         gate, up = dots(x, self.gate.get_value(), self.up.get_value())
-        hidden = jax.nn.silu(gate) * up
-        return axes.tp.psum(dot(hidden, self.down.get_value()))
+        down = keeps_arguments(lambda gate, up, w: dot(gated(gate, up), w))
+        return axes.tp.psum(down(gate, up, self.down.get_value()))
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], logical: Dims, std: float, use: Use | None = None) -> nnx.Param:

@@ -15,7 +15,8 @@ from flax import nnx
 from jax import lax
 
 from models.axes import Axes, vary_like
-from models.layers import check_counts, dot, normal, wide
+from models.layers import check_counts, dot, gated, normal, wide
+from models.recompute import keeps_arguments
 from models.weight import Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array, jax.Array]
@@ -77,8 +78,8 @@ class Mixture(nnx.Module):
         sizes = jnp.sum(jax.nn.one_hot(chosen.reshape(-1), self.config.count, dtype=jnp.int32), 0, dtype=jnp.int32)
         copies = jnp.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[1])).reshape(-1, tokens.shape[1])
         rows = permute(copies, order, inverse)
-        gate, up = grouped_dots(rows, sizes, *into)
-        y = permute(grouped_dot(jax.nn.silu(gate) * up, down, sizes), inverse, order).reshape(*chosen.shape, -1)
+        last = keeps_arguments(lambda gate, up, w, sizes: grouped_dot(gated(gate, up), w, sizes))
+        y = permute(last(*grouped_dots(rows, sizes, *into), down, sizes), inverse, order).reshape(*chosen.shape, -1)
         y = jnp.sum(y.astype(weights.dtype) * weights[..., None], 1).astype(x.dtype)
         return axes.tp.psum(y).reshape(x.shape)
 

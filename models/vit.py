@@ -21,6 +21,7 @@ from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, normal, zeros
 from models.nnx_parts import part
 from models.projector import Projector
+from models.recompute import keeps_arguments
 from models.weight import Use
 
 Carry = dict[str, jax.Array]
@@ -152,8 +153,13 @@ class _First(nnx.Module):
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
         config = self.config
-        patches = cut(batch[self.pixels].astype(self.compute_dtype), config.patch_size)
-        x = dot(own_tokens(patches, 1, axes), self.patch.get_value(), contract=3)
+
+        @keeps_arguments
+        def embed(pixels: jax.Array, w: jax.Array) -> jax.Array:
+            patches = cut(pixels.astype(self.compute_dtype), config.patch_size)
+            return dot(own_tokens(patches, 1, axes), w, contract=3)
+
+        x = embed(batch[self.pixels], self.patch.get_value())
         if config.has_class_token:
             token = jnp.broadcast_to(self.class_token.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([token, x], axis=1)
