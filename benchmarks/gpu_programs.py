@@ -53,15 +53,22 @@ CASES = {  # form of attention -> (packed, cp, BLOCKS of the GPU)
 }
 
 
+def described(topology: str) -> list[jax.Device]:
+    """H100 that are only described; `topology` is slices x hosts x devices. Exits where no compiler for them is."""
+    try:
+        return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology=topology).devices)
+    except Exception as failure:  # what jax raises without a plugin
+        raise SystemExit(f"no compiler for GPUs: {failure}; install the extra cuda12 or cuda13") from failure
+
+
 def compiled(size: str, seq_len: int, *, packed: bool, cp: int) -> Stage:
     """The language model as one stage on a described node of eight H100, forward and backward compiled."""
-    devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8").devices
     definition = DECODERS[size].module(jnp.bfloat16, packed=packed)
     row = {k: jax.ShapeDtypeStruct((1, seq_len), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
     row["weights"] = jax.ShapeDtypeStruct((1, seq_len), jnp.float32)
     spec = TrainSpec(
         graph=vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
-        devices=devices,
+        devices=described("1x1x8"),
         batch=row,
         groups=1,
         num_microbatches=1,
