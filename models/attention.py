@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from models.axes import vary_like
 from models.blockwise import blockwise
+from models.fused import fused, refusal, say
 from models.layers import wide
 from models.recompute import keeps_arguments
 from models.sight import Sight, everywhere
@@ -90,31 +91,42 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
     """Attention of `q` [b, q, h, d] over `k`, `v` [b, k, kv, d], h a multiple of kv, as [b, q, h, d].
 
     Without a `sight` every query sees every key. A query that sees nothing yields 0 (unless the sight is `ordered`,
-    see there). On GPUs in 16 bits cuDNN serves what it can: no sight, and an ordered one. Anything else is computed
-    whole while it is small, with memory that grows with q * k, and in blocks where it is large.
+    see there). On GPUs in 16 bits cuDNN serves what it can: no sight, and an ordered one; the kernels of
+    models/fused.py serve packed rows, windows and cp where they can. Anything else is computed whole while it is small,
+    with memory that grows with q * k, and in blocks where it is large.
     """
     if _cudnn_serves(q, sight):
         window = None if sight is None or sight.window is None else (sight.window - 1, 0)
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=sight is not None, local_window_size=window, implementation="cudnn"
         )
-    block, large = BLOCKS.get(_platform(), BLOCKS["gpu"])
+    device = _device()
+    if device.platform == "gpu" and sight is not None and sight.zigzag is not None:
+        reason = refusal(q, k, device.device_kind)
+        if reason is None:
+            return fused(q, k, v, sight)
+        say(reason)
+    block, large = BLOCKS.get(device.platform, BLOCKS["gpu"])
     if q.shape[1] * k.shape[1] >= (large if sight is not None and sight.causal else UNRULED * large):
         return blockwise(q, k, v, sight or everywhere(q, k), block=block)
     return whole(q, k, v, sight)
 
 
-def _platform() -> str:
-    """That of the devices the program is for: of the mesh, which need not be of this process, or of the process."""
+def prepared(sight: Sight) -> Sight:
+    """`sight`, whose `zigzag` is known, with what kernels want of it once per program, not in each layer."""
+    return sight if sight.ordered or _device().platform != "gpu" else sight.ranged()
+
+
+def _device() -> Any:
+    """One that the program is for: of the mesh, which need not be of this process, or of the process."""
     # One kernel is traced: a platform-dependent branch in the program would keep the residuals of all.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def _cudnn_serves(q: jax.Array, sight: Sight | None) -> bool:
     """Whether cuDNN can stand in: it is causal by order, and knows no segments."""
-    known = sight is None or (sight.ordered and sight.causal)
-    return known and _platform() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    known = (sight is None or (sight.ordered and sight.causal)) and _device().platform == "gpu"
+    return known and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from models.attention import RopeScaling, attend, rope_frequencies, rotate, rotation
+from models.attention import RopeScaling, attend, prepared, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
 from models.contract import Batch, Cached, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, rms_norm, wide, zeros
@@ -190,7 +190,9 @@ def _places(config: Decoder, dtype: Any, packed: bool, batch: Batch, axes: Axes)
     else:
         keys = axes.cp.gather(positions, dim=1), axes.cp.gather(segments, dim=1)
     ordered = not packed and not cached and axes.cp.size == 1
-    sight = Sight(positions, segments, *keys, window=config.sliding_window, ordered=ordered)
+    zigzag = None if cached else axes.cp.size
+    sight = Sight(positions, segments, *keys, window=config.sliding_window, ordered=ordered, zigzag=zigzag)
+    sight = sight if cached else prepared(sight)
     frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, dtype)
     # of the type in which the heads meet them: cast in a layer they would be kept by each of them
     found = jax.tree.map(axes.tp.vary, {"rotation": rotation(positions, frequencies), "sight": sight})

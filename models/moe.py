@@ -79,7 +79,8 @@ class Mixture(nnx.Module):
         copies = jnp.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[1])).reshape(-1, tokens.shape[1])
         rows = permute(copies, order, inverse)
         last = keeps_arguments(lambda gate, up, w, sizes: grouped_dot(gated(gate, up), w, sizes))
-        y = permute(last(*grouped_dots(rows, sizes, *into), down, sizes), inverse, order).reshape(*chosen.shape, -1)
+        gate, up = grouped_dots(rows, sizes, *into)
+        y = permute(last(gate, up, down, sizes), inverse, order).reshape(*chosen.shape, -1)
         y = jnp.sum(y.astype(weights.dtype) * weights[..., None], 1).astype(x.dtype)
         return axes.tp.psum(y).reshape(x.shape)
 

@@ -3,6 +3,7 @@ the sequence."""
 
 import functools
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -228,18 +229,28 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("packed", "cp", "dtype", "served"),
+    ("packed", "cp", "dtype", "refused", "served"),
     [
-        (False, 1, jnp.bfloat16, True),
-        (True, 1, jnp.bfloat16, False),
-        (False, 2, jnp.bfloat16, False),
-        (False, 1, jnp.float32, False),
+        (False, 1, jnp.bfloat16, None, "cuDNN"),
+        (True, 1, jnp.bfloat16, None, "fused"),
+        (False, 2, jnp.bfloat16, None, "fused"),
+        (True, 1, jnp.bfloat16, "not here", None),
+        (False, 1, jnp.float32, "not float32", None),
     ],
 )
-def test_on_a_gpu_cudnn_serves_rows_of_one_document_in_16_bits(
-    packed: bool, cp: int, dtype: Any, served: bool, monkeypatch: pytest.MonkeyPatch
+def test_on_a_gpu_cudnn_serves_rows_of_one_document_and_a_fused_kernel_the_others(
+    packed: bool, cp: int, dtype: Any, refused: str | None, served: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(attention, "_device", lambda: device)
+    monkeypatch.setattr(attention, "refusal", lambda q, k, kind: refused if kind == device.device_kind else "")
+    given, said = [], []
+    monkeypatch.setattr(
+        attention,
+        "fused",
+        lambda q, k, v, sight: given.append((sight.zigzag, sight.window, sight.ranges.end.shape)) or q,
+    )
+    monkeypatch.setattr(attention, "say", said.append)
     asked = stand_in(monkeypatch)
     config = Decoder(vocab_size=8, width=32, num_layers=1, num_heads=4, num_kv_heads=2, mlp_width=8, sliding_window=5)
     definition = config.module(dtype, packed=packed)
@@ -254,7 +265,8 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_in_16_bits(
     )  # fmt: skip
     params = jax.eval_shape(layer.init, jax.random.key(0))
     jax.eval_shape(run, params, carry, {"positions": tokens, "segment_ids": tokens})
-    assert asked == ([dict(is_causal=True, local_window_size=(4, 0))] if served else [])
+    assert asked == ([dict(is_causal=True, local_window_size=(4, 0))] if served == "cuDNN" else [])
+    assert given == ([(cp, 5, (2, 8 // cp))] if served == "fused" else []) and said == ([refused] if refused else [])
 
 
 @pytest.mark.parametrize(
