@@ -1,15 +1,17 @@
 """One pipeline stage: a range of a module's layers on one mesh, as compiled programs.
 
-    forward   (params, x, batch)                         -> (y, residuals)
-    backward  (params, x, batch, residuals, g, acc, first) -> (gx, acc, done)    acc is donated
-    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink adds ids
-    reduce    (acc)                                      -> (grads, squares)     once a step, of several data replicas
-    measure   (acc)                                      -> squares              once a step, of one: acc are its grads
-    update    (params, state, grads, scale, ok, rate)    -> (params, state)      the first two are donated
+    forward   (params, x, packed)                          -> (y, residuals, done)
+    backward  (params, x, packed, residuals, g, acc, first) -> (gx, acc, done)    acc is donated
+    evaluate  (params, x, packed)                          -> y                   nothing kept; the sink adds ids
+    reduce    (acc)                                        -> (grads, squares)    once a step, of several data replicas
+    measure   (acc)                                        -> squares             once a step, of one: acc are its grads
+    update    (params, state, grads, decision)             -> (params, state)     the first two are donated
 
 All but `update` are per-device programs, ONE `jax.shard_map` over all axes, of the model in `local.py`. Each data
 replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1). `squares`
-are the sums of squares of the gradients that are complete, by leaf.
+are the sums of squares of the gradients that are complete, by leaf. `packed` is what the stage reads of the microbatch
+(`packing.py`); `done` a number that is there when the program is through; `decision` is [scale, 1 if the step counts,
+rate].
 """
 
 import functools
@@ -22,7 +24,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import accumulators, optimizer
+from hetjax.core import accumulators, optimizer, packing
 from hetjax.core.graph import Module
 from hetjax.core.layout import DATA_AXES, StagePlan, sharding, spec
 from hetjax.core.local import Local
@@ -61,6 +63,9 @@ class Stage:
         self.x, self.x_wanted = dict(x), x_wanted
         reads = module.definition.reads
         self.batch = {k: _at(batch[k], sharding(plan.mesh, reads[k])) for k in self._find_reads(batch)}
+        zigzags = {k: reads[k].index("seq") for k in self.batch if plan.mesh.shape["cp"] > 1 and "seq" in reads[k]}
+        self.packings = packing.packings(self.batch, zigzags)
+        self.packed = [p.struct for p in self.packings]
         self.y = self._find_outputs()
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
@@ -110,20 +115,30 @@ class Stage:
 
     # -- the programs --------------------------------------------------------------------------------------------
 
-    def _forward(self, params: Params, x: Tree, batch: Tree) -> tuple[Tree, list[jax.Array]]:
+    def _forward(self, params: Params, x: Tree, packed: list[jax.Array]) -> tuple[Tree, list[jax.Array], jax.Array]:
+        batch = packing.unpack(self.packings, packed)
         if not self.has_backward:
-            return self._summed(self.local.outputs(params, x, batch)), []
+            return self._summed(self.local.outputs(params, x, batch)), [], _done()
         y, kept = self.local.forward(params, x, batch)
-        return self._summed(y), self._crossing.out(kept)
+        return self._summed(y), self._crossing.out(kept), _done()
 
     def _backward(
-        self, params: Params, x: Tree, batch: Tree, kept: list[jax.Array], g: Tree, acc: Tree, first: jax.Array
+        self,
+        params: Params,
+        x: Tree,
+        packed: list[jax.Array],
+        kept: list[jax.Array],
+        g: Tree,
+        acc: Tree,
+        first: jax.Array,
     ) -> tuple[Tree, Tree, jax.Array]:
+        batch = packing.unpack(self.packings, packed)
         g = {"loss": vary(g["loss"], DATA_AXES)} if self.ends_in_loss else g
         g_x, acc = self.local.backward(params, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, jnp.zeros((), jnp.int32)
+        return g_x, acc, _done()
 
-    def _evaluate(self, params: Params, x: Tree, batch: Tree) -> Tree:
+    def _evaluate(self, params: Params, x: Tree, packed: list[jax.Array]) -> Tree:
+        batch = packing.unpack(self.packings, packed)
         return self._summed((self.local.scores if self.ends_in_loss else self.local.outputs)(params, x, batch))
 
     def _reduce(self, acc: Tree) -> tuple[Tree, jax.Array]:
@@ -133,9 +148,8 @@ class Stage:
     def _measure(self, grads: Tree) -> jax.Array:
         return accumulators.squares(self.parameters.complete(grads), wide(self.parameters.dtype))
 
-    def _update(
-        self, params: Params, state: Tree, grads: Tree, scale: jax.Array, ok: jax.Array, rate: jax.Array
-    ) -> tuple[Params, Tree]:
+    def _update(self, params: Params, state: Tree, grads: Tree, decision: jax.Array) -> tuple[Params, Tree]:
+        scale, ok, rate = decision[0], decision[1] > 0, decision[2]
         mine = self.parameters
         owned = mine.owned(mine.split(params)[0])
         shards = jax.tree.map(lax.with_sharding_constraint, owned, shardings(mine.owned(mine.grads)))
@@ -154,9 +168,9 @@ class Stage:
     def thunks(self, *, evaluate: bool) -> dict[str, Callable[[], None]]:
         """Name -> function that compiles one program, callable afterwards as `programs[name]`."""
         mine = self.parameters
-        inputs, specs = (mine.params, self.x, self.batch), (mine.specs, spec_tree(self.x), spec_tree(self.batch))
+        inputs, specs = (mine.params, self.x, self.packed), (mine.specs, spec_tree(self.x), spec_tree(self.packed))
         kept_specs = self._crossing.specs if self.has_backward else []
-        forward = self._on_devices(self._forward, specs, (self.y_specs, kept_specs))
+        forward = self._on_devices(self._forward, specs, (self.y_specs, kept_specs, P()))
         args: tuple[Any, ...]
         found: dict[str, Callable[[], None]] = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
         if evaluate:
@@ -166,7 +180,7 @@ class Stage:
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
-            args = (*inputs, self.kept, self.y, mine.acc, self._scalar(jnp.bool_))
+            args = (*inputs, self.kept, self.y, mine.acc, self._whole((), jnp.bool_))
             backward = self._whole_backward((*specs, kept_specs, self.y_specs))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
@@ -177,8 +191,7 @@ class Stage:
             else:
                 measure = self._on_devices(self._measure, (acc_specs,), P())
                 found["measure"] = functools.partial(self._compile, "measure", measure, (mine.acc,))
-            scalars = (self._scalar(dtype) for dtype in (wide(mine.dtype), jnp.bool_, wide(mine.dtype)))
-            args = (mine.params, mine.state, mine.grads, *scalars)
+            args = (mine.params, mine.state, mine.grads, self._whole((3,), wide(mine.dtype)))
             out = shardings((mine.params, mine.state))
             found["update"] = functools.partial(self._compile, "update", self._update, args, donate=(0, 1), out=out)
         return found
@@ -199,8 +212,8 @@ class Stage:
 
         return alone
 
-    def _scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(self.plan.mesh, P()))
+    def _whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.plan.mesh, P()))
 
     def _compile(
         self, name: str, function: Callable[..., Tree], args: tuple, *, donate: tuple[int, ...] = (), out: Tree = None
@@ -221,6 +234,10 @@ class _Recording(dict):
     def __getitem__(self, key: str) -> jax.Array:
         self.read.add(key)
         return super().__getitem__(key)
+
+
+def _done() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
 
 
 def _at(a: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import stacks
-from hetjax.core.pipeline import StageKey
 from hetjax.core.stage import Stage
+from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
 from hetjax.run.names import flat, nested
 
