@@ -39,7 +39,7 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
 
 def _of_stage(stage: Stage, in_flight: int) -> DeviceMemory:
     mine = stage.parameters
-    per_microbatch = _bytes((stage.x, stage.batch, stage.kept))
+    per_microbatch = _bytes((stage.x, stage.packed, stage.kept))
     workspace = max(
         (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()),
         default=0,

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 
 from hetjax.core import optimizer
-from hetjax.core.finish import Finish, Outcome, Reduced
+from hetjax.core.finish import Outcome, Reduced
 from hetjax.core.layout import check_batch, picture
-from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.core.packing import Prepared, prepare
+from hetjax.core.pipeline import Pipeline
 from hetjax.core.stacks import LAYERS
 from hetjax.core.stage import Abstract
+from hetjax.core.tasks import HostTimes, StageKey
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -60,7 +62,7 @@ class Trainer:
             check_batch(module.name, module.layout, is_sink=is_sink, items=items, seq=seq, groups=spec.groups)
         self.pipeline = Pipeline(spec)
         optimizer.check(spec.optimizer, self._paths())
-        self.finish = Finish(self.pipeline)
+        self.finish = self.pipeline.finish
 
     def _paths(self) -> list[str]:
         stages = self.pipeline.stages.items()
@@ -107,7 +109,7 @@ class Trainer:
             states = dict(
                 zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)
             )
-        weights = self.finish.weights(params)
+        weights = self.pipeline.weights(params)
         return State(params, weights, states, self.pipeline.zeros(), self.spec.first_step)
 
     def begin(self, state: State) -> State:
@@ -119,6 +121,10 @@ class Trainer:
         """The rate with which step `step` of the run, counted from 1, is made."""
         return optimizer.learning_rate(self.spec.optimizer, step - 1 - self.spec.first_step)
 
+    def prepare(self, microbatch: Mapping[str, np.ndarray]) -> Prepared:
+        """`microbatch`, ready for this trainer's devices: what a data thread can do ahead, for `step` to find done."""
+        return prepare(microbatch, self.pipeline.packings)
+
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
         """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
         return self.update(state, self.gradients(state, microbatches))
@@ -129,16 +135,17 @@ class Trainer:
             raise ValueError(
                 f"step: got {len(microbatches)} microbatches, the run was built for {self.spec.num_microbatches}"
             )
-        count = float(sum(m["weights"].sum(dtype=np.float64) for m in microbatches))
-        done = self.pipeline.run(state.weights, microbatches, state.acc, count)
-        return StepGradients(self.finish.reduce(done.acc), done.losses, count, done.host)
+        prepared = [self.prepare(m) for m in microbatches]
+        count = sum(m.target_count for m in prepared)
+        reduced, losses, host = self.pipeline.gradients(state.weights, prepared, state.acc, count)
+        return StepGradients(reduced, losses, count, host)
 
     def update(self, state: State, done: StepGradients) -> tuple[State, Outcome]:
         """The state after the step whose gradients these are. `state` is consumed."""
-        params, states, weights, outcome = self.finish.apply(
+        params, weights, states, outcome = self.pipeline.update(
             state.params,
-            state.optimizer,
             state.weights,
+            state.optimizer,
             done.reduced,
             done.losses,
             count=done.target_count,

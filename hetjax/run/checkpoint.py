@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import stacks
-from hetjax.core.pipeline import StageKey
 from hetjax.core.stage import Stage
+from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
 from hetjax.run.names import flat, nested
 
@@ -211,7 +211,7 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
         where = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
         leaves = jax.jit(functools.partial(_join, _cuts(stage)), out_shardings=where)(rows)
         params[key], states[key] = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-    return State(params, trainer.finish.weights(params), states, trainer.pipeline.zeros(), step)
+    return State(params, trainer.pipeline.weights(params), states, trainer.pipeline.zeros(), step)
 
 
 def _entries(key: StageKey, stage: Stage) -> list[tuple[str, jax.ShapeDtypeStruct, int | None]]:
