@@ -25,7 +25,7 @@ pytest_plugins = ["one_trainer"]
 SGD = OptimizerConfig(name="sgd", learning_rate=0.1)
 SHAPE = tiny.Shape(samples=8, groups=2, slots=8, microbatches=2)
 VISION, LLM = ("vision", 0), ("llm", 0)
-MARGIN = 0.2  # of what a tiny model takes; of larger ones it was within 5%
+MARGIN = 0.2  # of what a tiny model takes; of larger ones it was within 1%
 
 
 def trainer_of(vision: str = "0", llm: str = "0", *, remat: Remat = Remat.AUTO) -> Trainer:

@@ -110,11 +110,9 @@ def _price(now: Choice, then: Choice) -> tuple[float, int]:
 
 
 def _workspace(stage: Stage, kept: int, whole: int) -> int:
-    """Of the forward what leaves it, and what a layer does not keep; of the backward a layer's inner results, or all
-    layers' if they are computed again without a loop to hold them back, and the gradients of the widest leaf and of a
-    chunk's logits."""
-    layers = len(stage.local.layers)
-    inner = whole if stage.module.unroll and kept < whole else whole // layers
+    """A layer's inner results, or all layers' if they are computed again without a loop to hold them back; and of the
+    forward what leaves it, of the backward as much again, the gradients of the widest leaf and of a chunk's logits."""
+    inner = whole if stage.module.unroll and kept < whole else whole // len(stage.local.layers)
     mine, definition = stage.parameters, stage.module.definition
     ends = [leaf for part, leaves in mine.trainable.items() if part != LAYERS for leaf in jax.tree.leaves(leaves)]
     widest, logits = max(map(memory.local_bytes, ends), default=0), 0
@@ -123,4 +121,4 @@ def _workspace(stage: Stage, kept: int, whole: int) -> int:
         targets = stage.batch["targets"]
         tokens = min(stage.local.chunk, memory.local_bytes(targets) // targets.dtype.itemsize)
         logits = 2 * tokens * memory.local_bytes(mine.params[part][leaf]) // definition.width
-    return max(kept + memory.local_bytes(stage.y) + (whole - kept) // layers, inner + widest + logits)
+    return inner + max(kept + memory.local_bytes(stage.y), inner + widest + logits)

@@ -1,7 +1,7 @@
 """A stage's model as one device runs it on its shards: what `stage.py` compiles into programs.
 
-Parameters are cast to varying over the data axes before they meet an activation, and VJPs are taken here, inside of
-the per-device program: so no data-parallel collective is inserted.
+Working weights are cast to varying over the data axes before they meet an activation, and VJPs are taken here, inside
+of the per-device program: so no data-parallel collective is inserted.
 
 A stage is its start (a module's first part), its layers in runs, and its end (a module's last part); each has a VJP of
 its own. A run's forward scan takes that of one layer and keeps what the layer's backward needs; the backward scans the
@@ -16,34 +16,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from hetjax.core import accumulators, loss, optimizer, residuals, stacks
+from hetjax.core import accumulators, loss, residuals, stacks
 from hetjax.core.graph import Module
-from hetjax.core.layout import AXES, DATA_AXES, StagePlan, spec
+from hetjax.core.layout import DATA_AXES, StagePlan, spec
 from hetjax.core.parameters import Parameters
 from hetjax.core.remat import Policy
 from hetjax.core.residuals import Kept
+from hetjax.core.settled import axes_of, settle
 from hetjax.core.stacks import LAYERS, Run
-from models.axes import vary, varying_axes
+from models.axes import vary
 from models.contract import Batch, Params
 
 Tree = Any
 
 
 class Given(NamedTuple):
-    """What a stage's programs are given, as its parts take it. Parameters vary over the data axes."""
+    """What a stage's programs are given, as its parts take it. Working weights vary over the data axes."""
 
-    trainable: Params
-    frozen: Params
+    weights: Params
     x: Tree
     batch: Batch
     seen: Batch  # by the layers
 
-    @property
-    def inputs(self) -> list[jax.Array]:
-        """What the VJPs of start and end may refer to."""
-        return jax.tree.leaves((self.trainable, self.frozen, self.x, self.batch))
+    def inputs(self, differentiated: Params) -> list[jax.Array]:
+        """What the VJPs of start and end may refer to, those with respect to `differentiated`."""
+        return jax.tree.leaves((self.weights, differentiated, self.x, self.batch))
 
 
 class Residuals(NamedTuple):
@@ -71,7 +69,8 @@ class Local:
         ends_in_loss: bool,
         policy: Policy | None,
     ) -> None:
-        self.module, self.plan, self.parameters = module, plan, parameters
+        self.module, self.plan, self.parameters, self.working = module, plan, parameters, parameters.working
+        self.trainable = parameters.trainable
         self.x_wanted, self.ends_in_loss, self.policy = x_wanted, ends_in_loss, policy
         self.chunk = loss.CHUNK.get(plan.mesh.devices.flat[0].platform, loss.CHUNK["gpu"])
         self.layers = module.definition.layers[plan.lo : plan.hi]
@@ -84,109 +83,123 @@ class Local:
 
     # -- the programs --------------------------------------------------------------------------------------------
 
-    def outputs(self, params: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
+    def outputs(self, weights: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
         """What leaves the stage; of one that ends in the loss, this device's part of its sum, and the likeliest next id
         at every position."""
-        last, carry = self.parameters.full_last(jax.tree.map(_vary, params)), self._carry(params, x, batch)
+        given = self._given(weights, x, batch)
+        first = self.working.given("first", given.weights.get("first", {}), {})
+        carry = self._start(first, x, batch)
+        for run in self.runs:
+            carry, _ = self._scan(run, given, carry, keeps=False)
+        last = self.working.given("last", self.parameters.full_last(given.weights), {})
         if not self.ends_in_loss:
             return self._end(last, carry, batch)
         y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
         total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
-        return {k: _settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        return {k: settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
 
-    def forward(self, params: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
+    def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
-        given = self._given(params, x, batch)
+        given = self._given(weights, x, batch)
         wanted = {k: v for k, v in x.items() if k in self.x_wanted}
 
         def start(w: Params, wanted: Tree) -> Tree:
-            return self._start(optimizer.merge(w, given.frozen.get("first", {})), {**x, **wanted}, batch)
+            first = self.working.given("first", given.weights.get("first", {}), w)
+            return self._start(first, {**x, **wanted}, batch)
 
         def end(w: Params, carry: Tree) -> dict[str, jax.Array]:
-            return self._end(optimizer.merge(w, self.parameters.full_last(given.frozen)), carry, batch)
+            return self._end(self.working.given("last", self.parameters.full_last(given.weights), w), carry, batch)
 
-        first = given.trainable.get("first", {})
+        first = self._first(given)
         moves = bool(first or wanted)
-        carry, of_start = _vjp(start, first, wanted, given.inputs) if moves else (start(first, wanted), None)
+        carry, of_start = _vjp(start, first, wanted, given.inputs(first)) if moves else (start(first, wanted), None)
         of_runs: list[list[Kept] | None] = []
         for run in self.runs:
-            moves = moves or any(self._rows(given.trainable, run, place) for place in range(len(run.period)))
+            moves = moves or any(self._rows(self.trainable, run, place) for place in range(len(run.period)))
             carry, kept = self._scan(run, given, carry, keeps=moves)
             of_runs.append(kept if moves else None)
         if self.ends_in_loss:
             return {}, Residuals(of_start, of_runs, carry)
-        y, of_end = _vjp(end, self.parameters.full_last(given.trainable), carry, given.inputs)
+        last = self._last(given)
+        y, of_end = _vjp(end, last, carry, given.inputs(last))
         return y, Residuals(of_start, of_runs, of_end)
 
     def backward(
-        self, params: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
+        self, weights: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
     ) -> tuple[Tree, Tree, jax.Array | None]:
         """(cotangents of the wanted inputs, accumulators with the gradients added, loss) from those of the outputs.
 
         `first`: whether this is the step's first microbatch (see `accumulators.py`). The loss is this device's part of
         the sum; its cotangent is given as "loss".
         """
-        given, acc, total = self._given(params, x, batch), dict(acc), None
+        given, acc, total = self._given(weights, x, batch), dict(acc), None
         if self.ends_in_loss:
             total, g_last, g, acc = self._loss_back(given, kept.end, g["loss"], acc, first)
         else:
-            g_last, g = residuals.put_together(kept.end, given.inputs)(g)
-        for part, new in zip(("last", "first"), self.parameters.parted_last(g_last), strict=True):
-            if new:
-                acc[part] = accumulators.add(acc[part], new, first)
+            g_last, g = residuals.put_together(kept.end, given.inputs(self._last(given)))(g)
+        if g_last:
+            acc["last"] = accumulators.add(acc["last"], g_last, first)
         for run, of_run in reversed(list(zip(self.runs, kept.runs, strict=True))):
             if of_run is not None:
                 g, acc = self._scan_back(run, given, of_run, g, acc, first)
         if kept.start is None:
             return {}, acc, total
-        g_first, g_x = residuals.put_together(kept.start, given.inputs)(g)
-        if g_first:
-            _, tied = self.parameters.parted_last(self.parameters.full_last(given.trainable))
-            again = {name: g_first.pop(name) for name in tied}  # joins what `last` has written
-            acc["first"] = accumulators.add(accumulators.add(acc["first"], g_first, first), again, False)
+        g_x, acc = self._start_back(given, kept.start, g, acc, first)
         return g_x, acc, total
 
     # -- their parts ---------------------------------------------------------------------------------------------
+
+    def _start_back(self, given: Given, kept: Kept, g: Tree, acc: Tree, first: jax.Array) -> tuple[Tree, Tree]:
+        """(cotangents of the wanted inputs, accumulators) from the cotangent of the carry in front of the layers."""
+        table, taps = self.module.definition.table, self._first(given)
+        if table in taps:  # its gradient is added to its tap, row by row, and the accumulator takes the tap's place
+            shared = self.ends_in_loss and ("first", table) == self.parameters.place_in_last(
+                self.module.definition.head
+            )
+            mine = acc["first"][table]  # of a tied one: what the head has written
+            taps = {**taps, table: (mine if shared else accumulators.cleared(mine, first))[0]}
+        g_first, g_x = residuals.put_together(kept, given.inputs(taps))(g)
+        done = {table: g_first.pop(table)[None]} if table in taps else {}
+        if g_first or done:
+            acc = {**acc, "first": {**accumulators.add(acc["first"], g_first, first), **done}}
+        return g_x, acc
 
     def _loss_back(
         self, given: Given, carry: Tree, seed: jax.Array, acc: Tree, first: jax.Array
     ) -> tuple[jax.Array, Params, Tree, Tree]:
         """(loss, gradients of the last part's trainable parameters but the head's, cotangent of the carry, accumulators
         with the head's gradient added), of the carry behind the layers."""
-        definition, batch, name = self.module.definition, given.batch, self.module.definition.head
-        w, fixed = (dict(self.parameters.full_last(params)) for params in (given.trainable, given.frozen))
-        trains = name in w
-        fixed[name] = weight = w.pop(name) if trains else fixed[name]
+        definition, name = self.module.definition, self.module.definition.head
+        weights, w = self.parameters.full_last(given.weights), self._last(given)
+        trains = w.pop(name, None) is not None
 
         def features(w: Params, carry: Tree) -> jax.Array:
-            x = definition.last.apply(optimizer.merge(w, fixed), carry, batch, self.plan.axes)["x"]
-            return _settle(x, _axes_of(spec(definition.output["x"])))
+            last = self.working.given("last", weights, w)
+            x = definition.last.apply(last, carry, given.batch, self.plan.axes)["x"]
+            return settle(x, axes_of(spec(definition.output["x"])))
 
         x, pull = jax.vjp(features, w, carry)
-        head = loss.Head(weight, definition.last.logical[name].index("vocab"))
+        head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
         part, leaf = self.parameters.place_in_last(name)
         mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
-        tokens = batch["targets"], batch["weights"]
+        tokens = given.batch["targets"], given.batch["weights"]
         total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seed, axes=self.plan.axes, chunk=self.chunk)
         if mine is not None:
             acc = {**acc, part: {**acc[part], leaf: mine[None]}}
         return total, *pull(g_x), acc
 
-    def _given(self, params: Params, x: Tree, batch: Batch) -> Given:
-        trainable, frozen = self.parameters.split(jax.tree.map(_vary, params))
-        return Given(trainable, frozen, x, batch, self._seen(batch))
+    def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
+        return Given(jax.tree.map(_vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))
 
-    def _seen(self, batch: Batch) -> Batch:
-        return self.module.definition.prepare(batch, self.plan.axes)
+    def _first(self, given: Given) -> Params:
+        """What of the first part is differentiated."""
+        return self.working.differentiated("first", given.weights.get("first", {}), self.trainable.get("first", {}))
 
-    def _carry(self, params: Params, x: Tree, batch: Batch) -> Tree:
-        """The carry behind the layers."""
-        given = Given(jax.tree.map(_vary, params), {}, x, batch, self._seen(batch))
-        carry = self._start(given.trainable.get("first", {}), x, batch)
-        for run in self.runs:
-            carry, _ = self._scan(run, given, carry, keeps=False)
-        return carry
+    def _last(self, given: Given) -> Params:
+        """What of the last part is differentiated."""
+        weights, trainable = (self.parameters.full_last(params) for params in (given.weights, self.trainable))
+        return self.working.differentiated("last", weights, trainable)
 
     def _start(self, w: Params, x: Tree, batch: Batch) -> Tree:
         """The carry in front of the layers."""
@@ -204,7 +217,7 @@ class Local:
         """What leaves a stage that does not end in the loss; `w` are the parameters of `last`."""
         last = self._remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes))
         y = last(w, carry) if self.plan.last else carry
-        return {k: _settle(v, _axes_of(spec(self.dims[k]))) for k, v in y.items()}
+        return {k: settle(v, axes_of(spec(self.dims[k]))) for k, v in y.items()}
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         """`function`, of whose inner results the backward keeps what the policy says."""
@@ -218,14 +231,15 @@ class Local:
     def _layer(
         self, run: Run, place: int, i: jax.Array | int, given: Given
     ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
-        """A layer as a function of (its trainable parameters, carry), these parameters, and what a VJP may refer to."""
-        w, fixed = (
-            stacks.take(params.get(LAYERS, {}), self._rows(params, run, place), i)
-            for params in (given.trainable, given.frozen)
-        )
+        """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to."""
         apply = run.period[place].apply
-        layer = lambda w, carry: apply(optimizer.merge(w, fixed), carry, given.seen, self.plan.axes)
-        return self._remat(layer), w, jax.tree.leaves((w, fixed, given.seen))
+        weights = stacks.take(given.weights.get(LAYERS, {}), self._rows(given.weights, run, place), i)
+        w = self.working.differentiated(LAYERS, weights, self._rows(self.trainable, run, place))
+
+        def layer(w: Params, carry: Tree) -> Tree:
+            return apply(self.working.given(LAYERS, weights, w), carry, given.seen, self.plan.axes)
+
+        return self._remat(layer), w, jax.tree.leaves((weights, w, given.seen))
 
     def _scan(self, run: Run, given: Given, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
         """The carry behind a run; by place of the period what the layers keep, or nothing."""
@@ -253,7 +267,7 @@ class Local:
             for place in reversed(range(len(run.period))):
                 _, _, inputs = self._layer(run, place, i, given)
                 g_w, g = residuals.put_together(kept[place], inputs)(g)
-                layers = accumulators.add_layer(layers, self._rows(given.trainable, run, place), i, g_w, first)
+                layers = accumulators.add_layer(layers, self._rows(self.trainable, run, place), i, g_w, first)
             return (g, layers), None
 
         behind = g, acc.get(LAYERS, {})
@@ -276,22 +290,3 @@ def _repetitions(run: Run) -> jax.Array:
 
 def _vary(x: jax.Array) -> jax.Array:
     return vary(x, DATA_AXES)
-
-
-def _settle(y: jax.Array, names: frozenset[str]) -> jax.Array:
-    """`y`, typed as varying over exactly the axes `names`.
-
-    Raises ValueError if the model left it different along another axis of size > 1, which would lose values.
-    """
-    y = vary(y, names)
-    extra = tuple(a for a in AXES if a in varying_axes(y) - names)
-    for axis in extra:
-        if lax.axis_size(axis) > 1:
-            raise ValueError(
-                f"a model output of shape {y.shape} differs along {axis}; it may differ along {sorted(names)}"
-            )
-    return lax.psum(y, extra) if extra else y
-
-
-def _axes_of(where: P) -> frozenset[str]:
-    return frozenset(a for part in where if part for a in ((part,) if isinstance(part, str) else part))

@@ -56,10 +56,10 @@ def held(stage: Stage, in_flight: int, kept: int, workspace: int) -> DeviceMemor
     """What a stage takes on each of its devices with residuals of `kept` bytes for a microbatch."""
     mine = stage.parameters
     return DeviceMemory(
-        local_bytes(mine.params),
+        local_bytes((mine.params, mine.copies, mine.lent_to_it)),
         local_bytes(mine.state),
         local_bytes(mine.acc) if mine.trains else 0,
-        max(in_flight, 1) * (local_bytes((stage.x, stage.batch)) + kept),
+        max(in_flight, 1) * (local_bytes((stage.x, stage.packed)) + kept),
         workspace,
     )
 
