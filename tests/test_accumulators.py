@@ -120,11 +120,10 @@ def test_unrolled_layers_are_in_no_loop_and_what_they_keep_is_not_stacked() -> N
     scanned, unrolled = (stage_of(SMALL, Remat.FULL, unroll=unroll) for unroll in (False, True))
     for stage in (scanned, unrolled):
         stage.thunks(evaluate=False)["forward"]()
-    carry = (1, 2, 16, 32)
-    stacked = (1, SMALL.num_layers, *carry[1:])
-    assert [a.shape for a in scanned.kept].count(stacked) == 1
+    stacked = [a.shape for a in scanned.kept if a.shape[:2] == (1, SMALL.num_layers)]
     shapes = [a.shape for a in unrolled.kept]
-    assert shapes.count(carry) == SMALL.num_layers + 1 and stacked not in shapes  # the last layer's result for the loss
+    assert stacked and not any(shape[:2] == (1, SMALL.num_layers) for shape in shapes)
+    assert all(shapes.count((1, *shape[2:])) >= SMALL.num_layers for shape in stacked)
     assert " while(" in scanned.programs["forward"].as_text()
     assert " while(" not in unrolled.programs["forward"].as_text()
 
