@@ -56,7 +56,7 @@ def main() -> int:
 def case(name: str, remat: str, rates: Rates) -> dict[str, Any]:
     """Compiles, predicts, checks and prints one case."""
     work = workload(name, remat, tiny=False)
-    trainer = work.trainer(Layout(), devices=described("1x1x1"))
+    trainer = work.trainer(Layout(), devices=described("1x1x1"), available={0: CAPACITY})
     ran, [used] = programs(trainer), memory.estimate(trainer).values()
     took, peak = seconds(ran, rates), flops.peak_flops(KIND) or 0.0
     mfu, causal = (f / took / peak for f in step_flops(work))

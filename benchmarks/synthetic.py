@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetjax.core import budget, memory
 from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
@@ -37,9 +38,16 @@ class Workload:
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", clip_norm=1.0)
 
     def trainer(
-        self, llm: Layout, vision: Layout | None = None, *, devices: list[jax.Device] | None = None, **options: Any
+        self,
+        llm: Layout,
+        vision: Layout | None = None,
+        *,
+        devices: list[jax.Device] | None = None,
+        available: Mapping[int, int] | None = None,
+        **options: Any,
     ) -> Trainer:
-        """A compiled trainer under these layouts. `devices`: None for those of the process."""
+        """A compiled trainer under these layouts. `devices`: None for those of the process. `available`: bytes of each,
+        for remat "auto"; None for what they say."""
         encoders = ()
         if self.vision is not None:
             encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
@@ -56,6 +64,9 @@ class Workload:
             **options,
         )
         trainer = Trainer(spec)
+        if self.remat is Remat.AUTO:
+            chosen = budget.settle(trainer, memory.available(jax.devices()) if available is None else available)
+            print("remat: " + ", ".join(f"{name}/{index} {keep}" for (name, index), keep in chosen.items()), flush=True)
         trainer.compile()
         return trainer
 
