@@ -89,7 +89,9 @@ def test_arrays_cut_alike_are_one() -> None:
 
 
 def test_types_that_jax_would_change_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'text\.float64' is float64; set jax_enable_x64, or make it a type of 32 bits"):
+    with pytest.raises(
+        ValueError, match=r"'text\.float64' is float64; set jax_enable_x64, or make it a type of 32 bits"
+    ):
         packed_for(mesh_of(Layout()), {"text.float64": np.zeros((4, 24))})
 
 
