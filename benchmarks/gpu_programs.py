@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_programs.py [--size 1b|3b|8b] [--seq_len 4096 32768]
 
-Needs the extra `cuda12` or `cuda13`, whose plugin compiles for a GPU that is only described. Nothing runs: figures are
+Needs the extra `cuda12` or `cuda13`, whose plugin compiles for a GPU that is only described, and for the kernels of
+models/fused.py the extra `fused`. Nothing runs: figures are
 of `memory_analysis`, of one row on one device (tp 2, rematerialised layers). "whole" is attention with all its weights
 in memory, which the language model's would be without the others.
 """
@@ -45,23 +46,32 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 NEVER = 1 << 62
-CASES = {  # form of attention -> (packed, cp, BLOCKS of the GPU)
-    "cuDNN": (False, 1, attention.BLOCKS["gpu"]),
-    "blocks, packed": (True, 1, attention.BLOCKS["gpu"]),
-    "blocks, cp 2": (False, 2, attention.BLOCKS["gpu"]),
-    "whole, packed": (True, 1, (512, NEVER)),
+CASES = {  # name -> (packed, cp, whether the kernels of models/fused.py may serve, BLOCKS of the GPU)
+    "one document": (False, 1, True, attention.BLOCKS["gpu"]),
+    "packed": (True, 1, True, attention.BLOCKS["gpu"]),
+    "cp 2": (False, 2, True, attention.BLOCKS["gpu"]),
+    "packed, cp 2": (True, 2, True, attention.BLOCKS["gpu"]),
+    "packed, blocks": (True, 1, False, attention.BLOCKS["gpu"]),
+    "packed, whole": (True, 1, False, (512, NEVER)),
 }
+
+
+def described(topology: str) -> list[jax.Device]:
+    """H100 that are only described; `topology` is slices x hosts x devices. Exits where no compiler for them is."""
+    try:
+        return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology=topology).devices)
+    except Exception as failure:  # what jax raises without a plugin
+        raise SystemExit(f"no compiler for GPUs: {failure}; install the extra cuda12 or cuda13") from failure
 
 
 def compiled(size: str, seq_len: int, *, packed: bool, cp: int) -> Stage:
     """The language model as one stage on a described node of eight H100, forward and backward compiled."""
-    devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8").devices
     definition = DECODERS[size].module(jnp.bfloat16, packed=packed)
     row = {k: jax.ShapeDtypeStruct((1, seq_len), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
     row["weights"] = jax.ShapeDtypeStruct((1, seq_len), jnp.float32)
     spec = TrainSpec(
         graph=vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
-        devices=devices,
+        devices=described("1x1x8"),
         batch=row,
         groups=1,
         num_microbatches=1,
@@ -76,7 +86,7 @@ def compiled(size: str, seq_len: int, *, packed: bool, cp: int) -> Stage:
 
 def kernels(text: str) -> Mapping[str, int]:
     """How often a program calls each library kernel of attention, and how many loops and branches it has."""
-    calls = Counter(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
+    calls = Counter(re.findall(r'custom_call_target="(__cudnn\$fmha\w+|mosaic_gpu\w*)"', text))
     calls |= {name: len(re.findall(rf"\) {name}\(|\] {name}\(", text)) for name in ("while", "conditional")}
     return {name: n for name, n in calls.items() if n}
 
@@ -90,8 +100,9 @@ def main() -> None:
     print(f"{flags.size}; workspace in MiB per device")
     print(f"{'tokens':>6}  {'attention':<16} {'forward':>9} {'backward':>9}  kernels of the backward")
     for seq_len in flags.seq_len:
-        for name, (packed, cp, blocks) in CASES.items():
-            with mock.patch.dict(attention.BLOCKS, gpu=blocks):
+        for name, (packed, cp, may, blocks) in CASES.items():
+            refusal = attention.refusal if may else lambda *_: "they were not to serve"
+            with mock.patch.dict(attention.BLOCKS, gpu=blocks), mock.patch.object(attention, "refusal", refusal):
                 stage = compiled(flags.size, seq_len, packed=packed, cp=cp)
             memory = [stage.memory[p].temp_size_in_bytes / 2**20 for p in ("forward", "backward")]
             found = ", ".join(f"{n} {k}" for k, n in kernels(stage.programs["backward"].as_text()).items())

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import predict
 from dearest import Kernels, read_trace
 from synthetic import Timed, Workload, median_seconds
 
@@ -84,6 +85,7 @@ def main() -> None:
     )
     if found["mfu"] is not None:
         print("MFU, attention in full: {mfu:.1%}; its causal half: {mfu_causal:.1%}".format(**found))
+        print("predicted by roofline.py's rates: {predicted_seconds:.3f} s".format(**found))
     print("device busy {busy:.1%} of the traced step".format(**found))
     for kernel in found["kernels"]:
         print("  {share:6.1%} {milliseconds:9.2f} ms {calls:6d} x  {name}".format(**kernel))
@@ -92,26 +94,24 @@ def main() -> None:
 def measure(case: str, remat: str, repeats: int, *, tiny: bool) -> dict[str, Any]:
     """All figures of one case."""
     work = workload(case, remat, tiny=tiny)
-    run = Timed(work.trainer(Layout()), work.step())
+    trainer = work.trainer(Layout())
+    predicted = predict.seconds(predict.programs(trainer), predict.rates(jax.devices()[0].device_kind))
+    run = Timed(trainer, work.step())
     seconds = median_seconds({"step": run}, repeats=repeats)["step"]
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             run()
         kernels = read_trace(Path(directory))
     device = jax.devices()[0]
-    tokens = work.samples * work.seq_len * work.num_microbatches
-    per_token = flops.training(flops.decoder_forward(work.llm, work.seq_len))
-    total, causal = per_token.total_non_causal * tokens, per_token.total * tokens
-    if work.vision is not None:
-        encoder = flops.training(flops.vit_forward(work.vision)).total * work.pictures * work.num_microbatches
-        total, causal = total + encoder, causal + encoder
+    total, causal = step_flops(work)
     peak = flops.peak_flops(device.device_kind)
     return {
         "case": case,
         "remat": remat,
         "device": device.device_kind,
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "predicted_seconds": predicted,
+        "tokens_per_second": work.samples * work.seq_len * work.num_microbatches / seconds,
         "flops": total,
         "flops_causal": causal,
         "mfu": None if peak is None else total / seconds / peak,
@@ -119,6 +119,15 @@ def measure(case: str, remat: str, repeats: int, *, tiny: bool) -> dict[str, Any
         "peak_gib": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
         **_summary(kernels),
     }
+
+
+def step_flops(work: Workload) -> tuple[float, float]:
+    """FLOPs of a step with attention in full, and with its causal half."""
+    tokens = work.samples * work.seq_len * work.num_microbatches
+    step = flops.training(flops.decoder_forward(work.llm, work.seq_len)) * tokens
+    if work.vision is not None:
+        step += flops.training(flops.vit_forward(work.vision)) * (work.pictures * work.num_microbatches)
+    return step.total_non_causal, step.total
 
 
 def _summary(kernels: Kernels, most: int = 10) -> dict[str, Any]:

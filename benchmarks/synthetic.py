@@ -35,8 +35,10 @@ class Workload:
     remat: Remat = Remat.NONE
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", clip_norm=1.0)
 
-    def trainer(self, llm: Layout, vision: Layout | None = None, **options: Any) -> Trainer:
-        """A compiled trainer under these layouts."""
+    def trainer(
+        self, llm: Layout, vision: Layout | None = None, *, devices: list[jax.Device] | None = None, **options: Any
+    ) -> Trainer:
+        """A compiled trainer under these layouts. `devices`: None for those of the process."""
         encoders = ()
         if self.vision is not None:
             encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
@@ -45,7 +47,7 @@ class Workload:
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         spec = TrainSpec(
             graph=graph,
-            devices=jax.devices(),
+            devices=devices or jax.devices(),
             batch=abstract,
             groups=self.samples,
             num_microbatches=self.num_microbatches,

@@ -22,6 +22,10 @@ class Sight:
 
     `ordered` promises more: queries and keys are the same tokens, and each row is one document in order with padding
     behind it. A kernel may then go by the order alone; padding sees something too, and yields finite values.
+
+    `zigzag` promises less: documents stand one behind another in a row, padding behind them, and the keys are those of
+    whole rows in the zig-zag order of that many devices. 1 is in order; where there are as many queries, they are then
+    the same tokens. What a query sees is then a range of the keys in order, and `ranges` has the ends, if asked for.
     """
 
     positions: jax.Array  # [b, q]
@@ -31,6 +35,8 @@ class Sight:
     causal: bool = dataclasses.field(default=True, metadata=STATIC)
     window: int | None = dataclasses.field(default=None, metadata=STATIC)
     ordered: bool = dataclasses.field(default=False, metadata=STATIC)
+    zigzag: int | None = dataclasses.field(default=None, metadata=STATIC)
+    ranges: "Ranges | None" = None
 
     def mask(self) -> jax.Array:
         """Whether a query sees a key, [b, q, k]."""
@@ -39,6 +45,15 @@ class Sight:
         if self.causal:
             seen &= behind >= 0
         return seen if self.window is None else seen & (behind < self.window)
+
+    def ranged(self) -> "Sight":
+        """The same with `ranges`; needs `zigzag`."""
+        assert self.zigzag is not None
+        positions, segments = (in_order(x, self.zigzag) for x in (self.key_positions, self.key_segments))
+        mask = dataclasses.replace(self, key_positions=positions, key_segments=segments).mask()
+        number, count = jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape[-1]
+        first, end = jnp.where(mask, number, count).min(-1), jnp.where(mask, number + 1, 0).max(-1)
+        return dataclasses.replace(self, ranges=Ranges(first, end))
 
     def overlaps(self) -> jax.Array:
         """False where no query can see any key; True where one may, going by the ends of their ranges alone."""
@@ -49,6 +64,22 @@ class Sight:
         if self.window is not None:
             may &= q.first - k.last < self.window
         return may.any()
+
+
+class Ranges(NamedTuple):
+    """The keys that each query sees: from `first` on, before `end`, [b, q]; where it sees none, `end` is 0 and `first`
+    is behind all keys."""
+
+    first: jax.Array
+    end: jax.Array
+
+
+def in_order(x: jax.Array, devices: int) -> jax.Array:
+    """Keys [b, k, ...] gathered in the zig-zag order of cp: device r brings chunks r and 2 devices - 1 - r."""
+    if devices == 1:
+        return x
+    chunks = x.reshape(x.shape[0], devices, 2, -1, *x.shape[2:])
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], 1).reshape(x.shape)
 
 
 class _Ends(NamedTuple):

@@ -46,6 +46,7 @@ class Finish:
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring, self.ties = wiring, wiring.ties
+        self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
         self.home = SingleDeviceSharding(wiring.stages[wiring.last].plan.mesh.devices.flat[0])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
@@ -59,14 +60,15 @@ class Finish:
         found: list[tuple[str, Callable[[], object]]] = [("decide", self._compile_decide)]
         for tie in self.ties:
             for direction in (tie.gradient, tie.value):
-                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()]
+                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()] if direction else []
+        for tie in self.trained_ties:
             found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
         return found
 
     def _paths(self) -> list[tuple[str, list[str]]]:
         """(module, paths of the gradients) for each array of `Reduced.squares`."""
         complete = {key: stage.parameters.complete(stage.parameters.grads) for key, stage in self.stages.items()}
-        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.ties]
+        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.trained_ties]
         leaves = jax.tree_util.tree_leaves_with_path
         return [
             (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in complete.items()
@@ -82,7 +84,7 @@ class Finish:
         self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
     def _compile_decide(self) -> None:
-        spec, loss = self.wiring.spec, self.wiring.stages[self.wiring.last].y["loss"]
+        spec, loss = self.wiring.spec, self.wiring.stages[self.wiring.last].ends["loss"]
 
         def decide(squares: list, losses: list, scalars: jax.Array) -> tuple[jax.Array, ...]:
             count, rate = scalars[0].astype(loss.dtype), scalars[1].astype(self.dtype)
@@ -99,7 +101,7 @@ class Finish:
 
     def scalars(self, count: float, rate: float) -> np.ndarray:
         """The step's target tokens and its learning rate, as `decide` takes them."""
-        loss = self.wiring.stages[self.wiring.last].y["loss"]
+        loss = self.wiring.stages[self.wiring.last].ends["loss"]
         return np.array([max(count, 1.0), rate], jnp.promote_types(self.dtype, loss.dtype))
 
     def not_finite(self, outcome: Outcome) -> list[str]:

@@ -45,7 +45,7 @@ def _of_stage(stage: Stage, in_flight: int) -> DeviceMemory:
         default=0,
     )
     return DeviceMemory(
-        _bytes(mine.params),
+        _bytes((mine.params, mine.copies, mine.lent_to_it)),
         _bytes(mine.state),
         _bytes(mine.acc) if mine.trains else 0,
         max(in_flight, 1) * per_microbatch,

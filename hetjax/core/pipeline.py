@@ -17,13 +17,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax.core import optimizer
 from hetjax.core.finish import Finish, Outcome, Reduced
 from hetjax.core.layout import zigzag
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.schedule import build_schedule
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task
 from hetjax.core.train_spec import TrainSpec
-from hetjax.core.wiring import Link, Wiring
+from hetjax.core.wiring import Link, Tie, Wiring
 
 IN_FLIGHT = 8
 Tree = Any
@@ -42,7 +43,7 @@ class Pipeline(Wiring):
             spec.num_microbatches,
             kind=spec.schedule,
             encoder_window=spec.encoder_window,
-            ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties)),
+            ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
         )
         self._waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in self.stages}
 
@@ -62,19 +63,20 @@ class Pipeline(Wiring):
         return {key: stage.parameters.zeros() for key, stage in self.stages.items() if stage.parameters.trains}
 
     def gradients(
-        self, params: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
+        self, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
     ) -> tuple[Reduced, list[jax.Array], HostTimes]:
         """Gradients of (sum of token losses) / `count`, the loss sum of each microbatch, and where time went.
 
         `acc` is consumed. Returns before the devices are done.
         """
-        step = _Gradients(self, params, microbatches, dict(acc), count)
+        step = _Gradients(self, weights, microbatches, dict(acc), count)
         host = self._walk(self.schedule.gradients, step.doing)
         return step.reduced(), [step.losses[i] for i in range(len(microbatches))], host
 
     def update(
         self,
         params: Trees,
+        weights: Trees,
         states: Trees,
         reduced: Reduced,
         losses: list[jax.Array],
@@ -82,21 +84,28 @@ class Pipeline(Wiring):
         count: float,
         learning_rate: float,
         host: HostTimes,
-    ) -> tuple[Trees, Trees, Outcome]:
-        """New (params, optimizer states) and the outcome. The first two arguments are consumed.
+    ) -> tuple[Trees, Trees, Trees, Outcome]:
+        """New (params, working weights, optimizer states) and the outcome. The first three arguments are consumed.
 
         `losses` are the microbatches' loss sums, `count` the step's target tokens.
         """
-        step = _Update(self.finish, dict(params), dict(states), reduced, losses, count, learning_rate)
+        step = _Update(self.finish, dict(params), dict(weights), dict(states), reduced, losses, count, learning_rate)
         self._walk(self.schedule.update, step.doing)
-        return step.params, step.states, Outcome(*step.decided, host)
+        return step.params, step.weights, step.states, Outcome(*step.decided, host)
 
-    def evaluate(self, params: Mapping[StageKey, Tree], microbatch: Microbatch) -> tuple[jax.Array, np.ndarray]:
+    def weights(self, params: Trees) -> Trees:
+        """The working weights of these parameters."""
+        found = {key: stage.weights(params[key]) for key, stage in self.stages.items()}
+        for tie in self.ties:
+            _lend(tie, found)
+        return found
+
+    def evaluate(self, weights: Mapping[StageKey, Tree], microbatch: Microbatch) -> tuple[jax.Array, np.ndarray]:
         """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position)."""
         prepared = prepare(microbatch, self.packings)
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
         for key, stage in self.stages.items():  # producers come before their consumers
-            y = stage.programs["evaluate"](params[key], inputs.pop(key, {}), self.place(key, prepared))
+            y = stage.programs["evaluate"](weights[key], inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
                 moved = link.boundary.forward(y)
                 inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
@@ -130,10 +139,10 @@ class _Gradients:
     """What is alive between the tasks that lead to a step's gradients."""
 
     def __init__(
-        self, pipeline: Pipeline, params: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
+        self, pipeline: Pipeline, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
     ) -> None:
-        self.pipeline, self.params, self.microbatches, self.acc = pipeline, params, microbatches, acc
-        loss = pipeline.stages[pipeline.last].y["loss"]
+        self.pipeline, self.weights, self.microbatches, self.acc = pipeline, weights, microbatches, acc
+        loss = pipeline.stages[pipeline.last].ends["loss"]
         self.seed = jax.device_put(np.asarray(1.0 / max(count, 1.0), loss.dtype), loss.sharding)
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
@@ -163,11 +172,10 @@ class _Gradients:
         stage = self.pipeline.stages[key]
         x = self.inputs.pop((key, i), {})
         packed = self.pipeline.place(key, self.microbatches[i])
-        y, kept, done = stage.programs["forward"](self.params[key], x, packed)
+        y, kept, done = stage.programs["forward"](self.weights[key], x, packed)
         if stage.has_backward:
             self.kept[key, i] = (x, packed, kept)
         if key == self.pipeline.last:
-            self.losses[i] = y["loss"]
             self.cotangents[key, i] = {"loss": self.seed}
         for link in self.pipeline.links[key]:
             self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
@@ -176,7 +184,7 @@ class _Gradients:
     def _backward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
         g_x, acc, done = self.pipeline.stages[key].programs["backward"](
-            self.params[key],
+            self.weights[key],
             *self.kept.pop((key, i)),
             self.cotangents.pop((key, i)),
             self.acc.get(key, {}),
@@ -184,6 +192,8 @@ class _Gradients:
         )
         if key in self.acc:
             self.acc[key] = acc
+        if key == self.pipeline.last:
+            self.losses[i] = done
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
@@ -211,7 +221,7 @@ class _Gradients:
         """The gradients of a copy's tied leaves, added to the owner's."""
         finish = self.pipeline.finish
         for tie in finish.ties:
-            if (tie.copy, tie.owner) == (task.stage, task.to):
+            if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
                 leaf = tie.gradient.forward({"x": _get(self.grads[tie.copy], tie.copy_path)})["x"]
                 total, squares = finish.add[tie.owner](_get(self.grads[tie.owner], tie.owner_path), leaf)
                 self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
@@ -225,13 +235,15 @@ class _Update:
         self,
         finish: Finish,
         params: Trees,
+        weights: Trees,
         states: Trees,
         reduced: Reduced,
         losses: list[jax.Array],
         count: float,
         learning_rate: float,
     ) -> None:
-        self.finish, self.params, self.states, self.reduced, self.losses = finish, params, states, reduced, losses
+        self.finish, self.reduced, self.losses = finish, reduced, losses
+        self.params, self.weights, self.states = params, weights, states
         self.scalars = finish.scalars(count, learning_rate)
         self.decisions: dict[StageKey, jax.Array] = {}
         self.decided: tuple[jax.Array, jax.Array, dict[str, list[jax.Array]], jax.Array]
@@ -253,16 +265,23 @@ class _Update:
 
     def _update(self, task: Task) -> None:
         key = task.stage
-        self.params[key], self.states[key] = self.finish.stages[key].programs["update"](
-            self.params[key], self.states[key], self.reduced.grads[key], self.decisions[key]
-        )
+        stage, old = self.finish.stages[key], self.weights[key]
+        given = self.params[key], self.states[key], stage.parameters.moving_of(old)
+        done = stage.programs["update"](*given, self.reduced.grads[key], self.decisions[key])
+        self.params[key], self.states[key], moved = done
+        self.weights[key] = stage.parameters.working.assemble(self.params[key], optimizer.merge(moved, old))
 
     def _tie(self, task: Task) -> None:
         """The new values of an owner's tied leaves, to the copy."""
         for tie in self.finish.ties:
             if (tie.owner, tie.copy) == (task.stage, task.to):
-                value = tie.value.forward({"x": _get(self.params[tie.owner], tie.owner_path)})["x"]
-                self.params[tie.copy] = _set(self.params[tie.copy], tie.copy_path, value)
+                _lend(tie, self.weights)
+
+
+def _lend(tie: Tie, weights: Trees) -> None:
+    """The owner's working weight to the copy."""
+    value = tie.value.forward({"x": _get(weights[tie.owner], tie.owner_path)})["x"]
+    weights[tie.copy] = _set(weights[tie.copy], tie.copy_path, value)
 
 
 def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
@@ -270,4 +289,4 @@ def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
 
 
 def _set(tree: Mapping, path: tuple[str, str], leaf: jax.Array) -> dict:
-    return {**tree, path[0]: {**tree[path[0]], path[1]: leaf}}
+    return {**tree, path[0]: {**tree.get(path[0], {}), path[1]: leaf}}

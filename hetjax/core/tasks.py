@@ -121,7 +121,7 @@ class Needs:
                 return [*self.finished(key), *self.finished(to)]
             return [Task(Kind.UPDATE, key), Task(Kind.UPDATE, to)]
         if kind is Kind.DECIDE:
-            losses = [Task(Kind.FORWARD, key, n) for n in range(self._num)]
+            losses = [Task(Kind.BACKWARD, key, n) for n in range(self._num)]
             there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
             return [*losses, *(t for n in self.nodes for t in self.finished(n)), *there]
         return [self.decide]  # an update

@@ -31,8 +31,8 @@ class Tie(NamedTuple):
     copy: StageKey
     owner_path: tuple[str, str]
     copy_path: tuple[str, str]
-    gradient: Boundary  # copy -> owner
-    value: Boundary  # owner -> copy
+    gradient: Boundary | None  # copy -> owner; None: it is frozen
+    value: Boundary  # owner -> copy, of the working weight
 
 
 class Wiring:
@@ -86,16 +86,15 @@ class Wiring:
         return links
 
     def _ties_of(self, key: StageKey) -> list[Tie]:
-        """Those of the trainable leaves that a stage borrows."""
+        """Those of the leaves that a stage borrows."""
         found = []
         mine, owner_key = self.stages[key].parameters, (key[0], 0)
+        owner = self.stages[owner_key].parameters
         for part, leaf in sorted(mine.borrowed):
-            if leaf not in mine.trainable.get(part, {}):
-                continue
-            owner, source = self.stages[owner_key].parameters, mine.tied[leaf]
-            grad, weight = mine.grads[part][leaf], mine.params[part][leaf]
-            gradient = Boundary({"x": grad}, {"x": owner.grads["first"][source].sharding})
-            value = Boundary({"x": owner.params["first"][source]}, {"x": weight.sharding})
+            source, gradient = mine.tied[leaf], None
+            if leaf in mine.trainable.get(part, {}):
+                gradient = Boundary({"x": mine.grads[part][leaf]}, {"x": owner.grads["first"][source].sharding})
+            value = Boundary({"x": owner.weights["first"][source]}, {"x": mine.weights[part][leaf].sharding})
             found.append(Tie(owner_key, key, ("first", source), (part, leaf), gradient, value))
         return found
 

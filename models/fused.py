@@ -1,0 +1,187 @@
+"""Attention on Hopper GPUs for packed rows, windows and cp: the kernels of tokamax, told which keys each query sees.
+
+Where documents stand one behind another, what a query sees is a range of the row's keys. The kernels take its ends,
+[b, q] numbers, in place of a mask. They need no workspace, give the same bits again, and skip blocks of keys in the
+forward; the backward skips what is behind a query where queries and keys are the same tokens.
+
+They are private to tokamax 0.0.17, so that version alone is taken; its public operation has neither ranges nor a rule
+for `jax.shard_map`, which comes from a primitive here.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.axes import vary, varying_axes
+from models.sight import Ranges, Sight, in_order
+
+LOG = logging.getLogger(__name__)
+VERSION = "0.0.17"
+KERNELS = [f"tokamax._src.ops.attention.pallas_mosaic_gpu_{part}_sm90" for part in ("kernel", "vjp_kernel")]
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+FEATURES, TILE = (64, 128), 128  # of a head; tokens of a kernel's tile
+
+
+def refusal(q: jax.Array, k: jax.Array, device_kind: str) -> str | None:
+    """Why the kernels cannot serve where ranges are known; None where they can."""
+    if not HOPPER.search(device_kind):
+        return f"its kernels are for Hopper GPUs, not {device_kind}"
+    if q.dtype.itemsize != 2:
+        return f"its kernels are for 16 bits, not {q.dtype}"
+    if q.shape[-1] not in FEATURES:
+        return f"heads have {q.shape[-1]} features, not {' or '.join(map(str, FEATURES))}"
+    if q.shape[1] % TILE or k.shape[1] % TILE:
+        return f"{q.shape[1]} queries over {k.shape[1]} keys are not both multiples of {TILE}"
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    """What of tokamax is not here."""
+    try:
+        found = importlib.metadata.version("tokamax")
+        if found != VERSION:
+            return f"tokamax {VERSION} is needed (the extra `fused`), not {found}"
+        for name in KERNELS:
+            importlib.import_module(name)
+    except ImportError as failure:
+        return f"tokamax {VERSION} is needed (the extra `fused`, Python 3.12): {failure}"
+    return None
+
+
+@functools.cache
+def say(reason: str) -> None:
+    """Logs once that attention goes without the kernels."""
+    LOG.warning("attention goes in blocks of plain XLA, several times slower than a fused kernel: %s", reason)
+
+
+def fused(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
+    """Attention of `q` [b, q, h, d] over `k`, `v` [b, k, kv, d], as [b, q, h, d]; a query that sees nothing yields 0.
+
+    The sight has `ranges`, and there is no `refusal`.
+    """
+    names = frozenset[str]().union(*map(varying_axes, jax.tree.leaves((q, k, v, sight))))
+    # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
+    q, k, v, sight = jax.tree.map(lambda x: vary(x, names), (q, k, v, sight))
+    assert sight.zigzag is not None and sight.ranges is not None
+    k, v = (in_order(x, sight.zigzag) for x in (k, v))
+    # Where queries are the keys, both are in order, and the kernels are told so in place of where a range ends.
+    same = sight.causal and sight.zigzag == 1 and q.shape[1] == k.shape[1]
+    return _attention(same, q, k, v, sight.ranges)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(same: bool, q: jax.Array, k: jax.Array, v: jax.Array, seen: Ranges) -> jax.Array:
+    return _forward(same, q, k, v, seen)[0]
+
+
+def _forward(same: bool, q: jax.Array, k: jax.Array, v: jax.Array, seen: Ranges) -> tuple[jax.Array, Any]:
+    y, top, total = FORWARD.bind(q, k, v, *seen, same=same)
+    return y, (q, k, v, seen, y, top, total)
+
+
+def _backward(same: bool, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, seen, y, top, total = kept
+    return *BACKWARD.bind(q, k, v, *seen, y, top, total, g, same=same), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _run_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, end: jax.Array, *, same: bool
+) -> Sequence[jax.Array]:
+    kernel = importlib.import_module(KERNELS[0])
+
+    row = functools.partial(
+        kernel.flash_attention_kernel,
+        bias=None,
+        mask=None,
+        is_causal=same,
+        logits_soft_cap=None,
+        logits_scale=q.shape[-1] ** -0.5,
+        out_dtype=q.dtype,
+        normalize_output=True,
+        return_residuals=True,
+        use_stable_softmax=True,
+        rescale_threshold=1.0,
+        config=kernel.Config(block_q=64, block_kv=128, num_stages=2),
+    )
+    call = lambda q, k, v, first, end: row(q, k, v, k_start=first[None], k_end=None if same else end[None])
+    y, (top, total) = jax.vmap(call)(q, k, v, first, end)
+    return y, top, total
+
+
+def _run_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    end: jax.Array,
+    y: jax.Array,
+    top: jax.Array,
+    total: jax.Array,
+    g: jax.Array,
+    *,
+    same: bool,
+) -> Sequence[jax.Array]:
+    kernel = importlib.import_module(KERNELS[1])
+
+    row = functools.partial(
+        kernel.flash_attention_vjp_kernel,
+        bias=None,
+        mask=None,
+        logits_scale=q.shape[-1] ** -0.5,
+        logits_soft_cap=None,
+        is_causal=same,
+        ds_dtype=None,
+        config=kernel.Config(block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64, num_stages=2),
+    )
+    call = lambda q, k, v, first, end, y, top, total, g: row(
+        q, k, v, (top, total), y, g, k_start=first[None], k_end=None if same else end[None]
+    )[:3]
+    return jax.vmap(call)(q, k, v, first, end, y, top, total, g)
+
+
+def _primitive(name: str, run: Any, results: Any) -> Any:
+    """`run` as one primitive: a Pallas kernel of Mosaic takes no array that varies over a mesh, its lowering does."""
+    primitive = jax.extend.core.Primitive(name)
+    primitive.multiple_results = True
+
+    def abstract(*given: Any, same: bool) -> list[Any]:
+        mesh, varying = given[0].sharding.mesh, given[0].manual_axis_type
+        whole = lambda shape: NamedSharding(mesh, P(*[None] * len(shape)))
+        return [
+            jax.core.ShapedArray(shape, dtype, sharding=whole(shape), manual_axis_type=varying)
+            for shape, dtype in results(*given)
+        ]
+
+    def lower(context: Any, *given: Any, same: bool) -> Any:
+        bare = lambda arrays: [jax.core.ShapedArray(a.shape, a.dtype) for a in arrays]
+        context = context.replace(avals_in=bare(context.avals_in), avals_out=bare(context.avals_out))
+        with jax.enable_x64(False):  # in which the kernels are written
+            return mlir.lower_fun(functools.partial(run, same=same), multiple_results=True)(context, *given)
+
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+def _forward_results(q: Any, *others: Any) -> list[tuple[tuple[int, ...], Any]]:
+    b, s, h, _ = q.shape
+    return [(q.shape, q.dtype), *[((b, h, s), jnp.float32)] * 2]
+
+
+FORWARD = _primitive("fused_attention", _run_forward, _forward_results)
+BACKWARD = _primitive("fused_attention_vjp", _run_backward, lambda *given: [(x.shape, x.dtype) for x in given[:3]])
