@@ -126,3 +126,39 @@ def test_flops_of_a_compiled_program_are_known(layers: int) -> None:
     moved = sum(c.times * c.bytes for c in found)
     assert moved >= 4 * layers * (32 * 32 + 2 * 64 * 32)  # weights once, activations in and out
     assert moved <= 4 * (layers * 8 + 2) * 64 * 32
+
+
+MOSAIC = 'custom_call_target="mosaic_gpu_v2"'
+CUDNN = """custom_call_target="__cudnn$fmhaSoftmax", backend_config={"mask_type": "%s"}"""
+
+
+@pytest.mark.parametrize(
+    ("results", "operands", "attributes", "products"),
+    [
+        ("bf16[2,64,8,16]", "%q, %k, %k", CUDNN % "CAUSAL", 2 / 2),
+        ("bf16[2,64,8,16]", "%q, %k, %k", CUDNN % "NO_MASK", 2),
+        (
+            "(bf16[2,64,8,16], f32[2,8,64], f32[2,8,64])",
+            "%q, %k, %k, %i, %i, %i",
+            MOSAIC,
+            1,
+        ),
+        ("bf16[2,64,8,16]", "%q, %k, %k, %i, %i", MOSAIC, 3),
+        ("(bf16[2,32,4,16], bf16[2,32,4,16])", "%q, %k, %k, %i, %i", MOSAIC, 4),
+    ],
+)
+def test_attention_kernels_count_the_products_that_the_mask_leaves(
+    results: str, operands: str, attributes: str, products: float
+) -> None:
+    program = hlo.parse(f"""\
+HloModule attention, entry_computation_layout={{}}
+
+ENTRY %main (q: bf16[2,64,8,16], k: bf16[2,32,4,16], i: s32[2,1,64]) -> bf16[2,64,8,16] {{
+  %q = bf16[2,64,8,16]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,32,4,16]{{3,2,1,0}} parameter(1)
+  %i = s32[2,1,64]{{2,1,0}} parameter(2)
+  ROOT %y = {results} custom-call({operands}), {attributes}
+}}
+""")
+    [found] = cost.costs(program)
+    assert found.kind == "attention" and found.flops == products * 2 * 2 * 64 * 8 * 16 * 32
