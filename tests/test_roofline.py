@@ -93,7 +93,14 @@ def test_a_loop_of_unknown_length_goes_as_far_as_its_slices() -> None:
 
 def test_gradients_in_place_move_sixteen_bytes_and_fill_nothing() -> None:
     found = traffic(hlo.parse(BACKWARD))
-    assert (found.parameters, found.bytes_per_parameter, found.fills, found.seconds) == (4 * LAYER, 16, [], [])
+    assert (found.bytes_per_parameter, found.dearest, found.fills, found.seconds) == (16, "acc 16.0", [], [])
+
+
+def test_an_accumulator_that_is_emptied_by_a_flag_is_no_second_one() -> None:
+    text = BACKWARD.replace("  %init = ", "  %emptied = f32[4,8,16]{2,1,0} multiply(%acc, %acc)\n  %init = ")
+    found = traffic(hlo.parse(text.replace("tuple(%zero, %acc,", "tuple(%zero, %emptied,")))
+    assert (found.fills, found.seconds) == ([], [])
+    assert found.bytes_per_parameter == 16 + 4 + 8  # the product reads it twice
 
 
 def test_a_second_stack_filled_with_zeros_and_added_later_is_seen() -> None:
@@ -102,7 +109,7 @@ def test_a_second_stack_filled_with_zeros_and_added_later_is_seen() -> None:
         "  %sum = f32[4,8,16]{2,1,0} add(%acc, %done)\n  ROOT %out = (f32[4,8,16]{2,1,0}) tuple(%sum)",
     )
     found = traffic(hlo.parse(text))
-    assert found.fills == ["f32[4,8,16] by zeros"] and found.seconds == ["f32[4,8,16] of loop"]
+    assert found.fills == ["f32[4, 8, 16] by zeros"] and found.seconds == ["f32[4, 8, 16] of loop"]
     assert found.bytes_per_parameter == 16 + 4 + 12
 
 
