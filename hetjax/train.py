@@ -52,7 +52,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
     _draw(trainers[0])
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(ending.signalled())
-        loader = stack.enter_context(experiment.train_loader(run))
+        loader = stack.enter_context(experiment.train_loader(run, trainers[0].prepare))
         held_out = experiment.held_out_loader(run)
         if held_out is not None:
             evaluate.check(loader, stack.enter_context(held_out))

@@ -1,6 +1,7 @@
 """Attention: rotary positions, and the one place that picks a kernel. Who may look at whom is models/sight.py."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,15 +12,18 @@ from models.axes import vary_like
 from models.blockwise import blockwise
 from models.fused import fused, refusal, say
 from models.layers import wide
+from models.recompute import keeps_arguments
 from models.sight import Sight, everywhere
 
 KINDS = ("llama3", "linear")
-# Platform -> tokens in a block, and the product of queries and keys from which on attention goes in blocks. On 2 CPU
-# cores, float32, 8 heads of 64, forward and backward of 4 rows of 256 / 512 / 1024 tokens took 91 / 237 / 1949 ms
-# whole, 39 / 128 / 440 ms in blocks of 128 and 61 / 196 / 503 ms in blocks of 256 (benchmarks/attention.py); shorter
-# rows do not pay for the programs' longer compilation. On an H200 a row of 8,192 tokens in 8 documents took 18.0, 9.0
-# and 6.9 ms, and 0.2, 0.4 and 1.0 GiB, in blocks of 512, 1024 and 2048 (bfloat16, 16 heads of 128).
-BLOCKS = {"cpu": (128, 512 * 512), "gpu": (1024, 2048 * 2048)}
+# Platform -> tokens in a block, and the product of queries and keys from which on causal attention goes in blocks;
+# where every key is seen no block is skipped, and they pay from UNRULED times that product on. On a CPU core, float32,
+# 8 heads of 64, 4 of keys, forward and backward of a row of 128 / 256 / 512 tokens took 1.5 / 6.7 / 27 ms of its time
+# whole, 1.7 / 5.6 / 17 ms in blocks of 64 and 2.0 / 7.0 / 18 ms in blocks of 128. On an H200 a row of 8,192 tokens in 8
+# documents took 18.0, 9.0 and 6.9 ms, and 0.2, 0.4 and 1.0 GiB, in blocks of 512, 1024 and 2048 (bfloat16, 16 heads of
+# 128).
+BLOCKS = {"cpu": (64, 256 * 256), "gpu": (1024, 2048 * 2048)}
+UNRULED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,7 @@ def rotation(positions: jax.Array, frequencies: jax.Array) -> Rotation:
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
+@keeps_arguments
 def rotate(x: jax.Array, turn: Rotation) -> jax.Array:
     """`x` [b, s, h, k] with feature pairs (i, i + k/2) turned."""
     cos, sin = turn
@@ -102,7 +107,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
             return fused(q, k, v, sight)
         say(reason)
     block, large = BLOCKS.get(device.platform, BLOCKS["gpu"])
-    if q.shape[1] * k.shape[1] >= large:
+    if q.shape[1] * k.shape[1] >= (large if sight is not None and sight.causal else UNRULED * large):
         return blockwise(q, k, v, sight or everywhere(q, k), block=block)
     return whole(q, k, v, sight)
 
@@ -125,33 +130,45 @@ def _cudnn_serves(q: jax.Array, sight: Sight | None) -> bool:
 
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None) -> jax.Array:
-    """`attend` with all weights [b, h, q, k] in memory at once."""
+    """`attend` with all weights in memory at once."""
     b, s, h, d = q.shape
-    grouped = q.reshape(b, s, k.shape[2], h // k.shape[2], d)
-    logits = jnp.einsum("bqngd,bknd->bngqk", grouped, k, preferred_element_type=wide(q.dtype)) * d**-0.5
-    weights = jax.nn.softmax(logits, -1) if sight is None else _seen(logits, sight.mask()[:, None, None])
-    return jnp.einsum("bngqk,bknd->bqngd", weights.astype(v.dtype), v).reshape(b, s, h, d)
+    kv = k.shape[2]
+    # Each product is one of matrices as they lie in memory: queries that share keys behind each other, heads in front.
+    q = q.reshape(b, s, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, d)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    logits = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=wide(q.dtype))
+    mask = None if sight is None else vary_like(sight.mask(), logits)
+    weights = _softmax(d**-0.5, v.dtype, logits if mask is None else vary_like(logits, mask), mask)
+    y = jnp.einsum("bnqk,bnkd->bnqd", weights, v)
+    return y.reshape(b, kv, -1, s, d).transpose(0, 3, 1, 2, 4).reshape(b, s, h, d)
 
 
-def _seen(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """The softmax over the keys that `mask` shows, 0 for the others."""
-    return _masked_softmax(vary_like(logits, mask), mask)
-
-
-@jax.custom_vjp
-def _masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _softmax(scale: float, dtype: Any, logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The softmax of `scale` times `logits` [b, kv, h / kv * q, k] over the keys that `mask` [b, q, k] shows, 0 for
+    the others, as `dtype`."""
+    logits = logits * scale
+    if mask is None:
+        return jax.nn.softmax(logits, -1).astype(dtype)
+    each = logits.reshape(*logits.shape[:2], -1, *mask.shape[1:])
+    mask = mask[:, None, None]
     # finite, not -inf: the softmax of a query without any key is no NaN, and the outer where makes it 0
-    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), -1), 0)
+    each = jnp.where(mask, jax.nn.softmax(jnp.where(mask, each, jnp.finfo(each.dtype).min), -1), 0)
+    return each.reshape(logits.shape).astype(dtype)
 
 
-def _masked_softmax_forward(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    weights = _masked_softmax(logits, mask)
+def _softmax_forward(
+    scale: float, dtype: Any, logits: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    weights = _softmax(scale, dtype, logits, mask)
     return weights, weights
 
 
-def _masked_softmax_backward(weights: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-    """Needs no mask, which autodiff would keep as large as the weights: what is hidden has weight 0."""
-    return weights * (g - jnp.sum(weights * g, -1, keepdims=True)), None
+def _softmax_backward(scale: float, dtype: Any, weights: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    """Given the weights that the values meet, which are kept for these already, and no mask, which would be as large:
+    what is hidden has weight 0."""
+    weights, g = weights.astype(wide(dtype)), g.astype(wide(dtype))
+    return scale * weights * (g - jnp.sum(weights * g, -1, keepdims=True)), None
 
 
-_masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
+_softmax.defvjp(_softmax_forward, _softmax_backward)

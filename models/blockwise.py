@@ -2,12 +2,17 @@
 
 The forward passes over the keys with a softmax that is corrected as their blocks go by (Rabe and Staats,
 arXiv:2112.05682). The backward is given each query's output and log-sum-exp, and computes the weights of a block again
-(Dao et al., arXiv:2205.14135, appendix B). Pairs of blocks in which no query can see a key are skipped.
+(Dao et al., arXiv:2205.14135, appendix B). A block of queries meets those blocks of keys alone of which it may see
+something.
+
+Heads come before tokens, and those that share keys lie behind each other, so that each product is one of matrices
+[queries, d] and [keys, d] as they lie in memory.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +20,10 @@ from jax import lax
 
 from models.axes import vary, varying_axes
 from models.layers import wide
+from models.recompute import keeps_arguments
 from models.sight import Sight
+
+State = TypeVar("State")
 
 
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, *, block: int) -> jax.Array:
@@ -26,15 +34,22 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, *, block: 
     names = frozenset[str]().union(*map(varying_axes, jax.tree.leaves((q, k, v, sight))))
     # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
     q, k, v, sight = jax.tree.map(lambda x: vary(x, names), (q, k, v, sight))
-    b, s, h, d = q.shape
-    grouped = q.reshape(b, s, k.shape[2], h // k.shape[2], d)
-    return _attention(block, grouped, k, v, sight).reshape(q.shape)
+    cut = keeps_arguments(functools.partial(_heads, kv=k.shape[2], block=block))
+    return _attention(_Sizes(block, *q.shape[1:3]), cut(q), cut(k), cut(v), sight)
+
+
+class _Sizes(NamedTuple):
+    """What the shapes of blocks do not tell."""
+
+    block: int
+    queries: int
+    heads: int
 
 
 class _Queries(NamedTuple):
-    """Blocks of queries, a leading dim where there are many."""
+    """Blocks of queries, a leading dim where there are many. Heads of the same keys lie behind each other."""
 
-    q: jax.Array  # [b, q, kv, h / kv, d]
+    q: jax.Array  # [b, kv, h / kv * q, d]
     positions: jax.Array  # [b, q]
     segments: jax.Array  # [b, q]
 
@@ -42,8 +57,8 @@ class _Queries(NamedTuple):
 class _Keys(NamedTuple):
     """Blocks of keys, a leading dim where there are many."""
 
-    k: jax.Array  # [b, k, kv, d]
-    v: jax.Array  # [b, k, kv, d]
+    k: jax.Array  # [b, kv, k, d]
+    v: jax.Array  # [b, kv, k, d]
     positions: jax.Array  # [b, k]
     segments: jax.Array  # [b, k]
 
@@ -51,14 +66,15 @@ class _Keys(NamedTuple):
 class _Running(NamedTuple):
     """The softmax of a block of queries, after some of the keys."""
 
-    top: jax.Array  # largest logit, [b, kv, h / kv, q]
+    top: jax.Array  # largest logit, [b, kv, h / kv * q, 1]
     total: jax.Array  # of the weights exp(logit - top)
-    y: jax.Array  # sum of the values by these weights, [b, kv, h / kv, q, d]
+    y: jax.Array  # sum of the values by these weights, [b, kv, h / kv * q, d]
 
 
-class _Sums(NamedTuple):
-    """Gradients of keys and values, in blocks, after some of the queries."""
+class _Gradients(NamedTuple):
+    """Sums over some pairs of blocks: of one block of queries, of all blocks of keys."""
 
+    q: jax.Array
     k: jax.Array
     v: jax.Array
 
@@ -66,90 +82,101 @@ class _Sums(NamedTuple):
 class _Kept(NamedTuple):
     """What the backward is given."""
 
-    q: jax.Array
+    q: jax.Array  # in blocks, as k and v
     k: jax.Array
     v: jax.Array
     sight: Sight
-    y: jax.Array
-    lse: jax.Array  # log-sum-exp of each query's logits, [b, kv, h / kv, q]
+    y: jax.Array  # [b, q, h, d]
+    lse: jax.Array  # log-sum-exp of each query's logits, in blocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
-    return _forward(block, q, k, v, sight)[0]
+def _attention(sizes: _Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
+    return _forward(sizes, q, k, v, sight)[0]
 
 
-def _forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[jax.Array, _Kept]:
-    given = q, k, v, sight  # not what is tied: the sight is the same in all layers, and kept once
-    # A scan over layers hoists what depends on `sight` alone, which is the masks of all pairs of blocks; tied to the
-    # queries they are made where they are used.
-    q, sight = lax.optimization_barrier((q, sight))
-    queries, keys = _cut(block, q, k, v, sight)
+def _forward(sizes: _Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[jax.Array, _Kept]:
+    queries, keys = _cut(sizes, q, k, v, sight)
+    lowest = jnp.finfo(wide(q.dtype)).min
 
     def over_keys(query: _Queries) -> tuple[jax.Array, jax.Array]:
-        def step(running: _Running, key: _Keys) -> tuple[_Running, None]:
-            def absorb(running: _Running) -> _Running:
-                logits, mask = _logits(query, key, sight)
-                top = jnp.maximum(running.top, jnp.where(mask, logits, lowest).max(-1))
-                weights = jnp.where(mask, jnp.exp(logits - top[..., None]), 0)
-                shrink = jnp.exp(running.top - top)
-                y = _product("bngqk,bknd->bngqd", weights.astype(v.dtype), key.v)
-                return _Running(top, running.total * shrink + weights.sum(-1), running.y * shrink[..., None] + y)
+        def absorb(j: jax.Array, running: _Running) -> _Running:
+            key = _at(keys, j)
+            logits = _logits(query, key, sight)
+            top = jnp.maximum(running.top, logits.max(-1, keepdims=True))
+            weights, shrink = jnp.exp(logits - top), jnp.exp(running.top - top)
+            y = _product("bnqk,bnkd->bnqd", weights.astype(v.dtype), key.v)
+            return _Running(top, running.total * shrink + weights.sum(-1, keepdims=True), running.y * shrink + y)
 
-            return lax.cond(_pair(query, key, sight).overlaps(), absorb, lambda same: same, running), None
-
-        y = jnp.zeros_like(query.q, wide(q.dtype)).transpose(0, 2, 3, 1, 4)
-        lowest = jnp.finfo(y.dtype).min
-        running, _ = lax.scan(step, _Running(jnp.full_like(y[..., 0], lowest), y[..., 0], y), keys)
-        seen = running.total > 0
-        total = jnp.where(seen, running.total, 1)
-        y = (running.y / total[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype)
-        return y, jnp.where(seen, running.top + jnp.log(total), 0)
+        y = jnp.zeros_like(query.q, wide(q.dtype))
+        start = _Running(jnp.full_like(y[..., :1], lowest), y[..., :1], y)
+        top, total, y = _partners(query, keys, sight).each(absorb, start)
+        seen = total > 0
+        total = jnp.where(seen, total, 1)
+        return (y / total).astype(q.dtype), jnp.where(seen, top + jnp.log(total), 0)
 
     y, lse = lax.map(over_keys, queries)
-    y = _join(y, q.shape[1])
-    return y, _Kept(*given, y, lse)
+    y = _tokens(y, sizes)
+    return y, _Kept(q, k, v, sight, y, lse)
 
 
-def _backward(block: int, kept: _Kept, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(sizes: _Sizes, kept: _Kept, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, sight, y, lse = kept
-    queries, keys = _cut(block, q, k, v, sight)
-    shift = (g.astype(wide(g.dtype)) * y).sum(-1).transpose(0, 2, 3, 1)  # of each query, off its weights' gradients
+    queries, keys = _cut(sizes, q, k, v, sight)
+    shift = (g.astype(wide(g.dtype)) * y).sum(-1, keepdims=True)  # of each query, off its weights' gradients
+    g, shift = (_heads(x, k.shape[2], sizes.block) for x in (g, shift))
 
-    def over_keys(sums: _Sums, given: tuple[_Queries, jax.Array, jax.Array, jax.Array]) -> tuple[_Sums, jax.Array]:
+    def over_keys(
+        sums: tuple[jax.Array, jax.Array], given: tuple[_Queries, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         query, g, shift, lse = given
 
-        def step(g_q: jax.Array, given: tuple[_Keys, _Sums]) -> tuple[jax.Array, _Sums]:
-            key, sums = given
+        def add(j: jax.Array, sums: _Gradients) -> _Gradients:
+            key = _at(keys, j)
+            weights = jnp.exp(_logits(query, key, sight) - lse)
+            g_weights = _product("bnqd,bnkd->bnqk", g, key.v)
+            g_logits = (weights * (g_weights - shift) * _scale(q)).astype(q.dtype)
+            return _Gradients(
+                sums.q + _product("bnqk,bnkd->bnqd", g_logits, key.k),
+                _add_at(sums.k, j, _product("bnqk,bnqd->bnkd", g_logits, query.q)),
+                _add_at(sums.v, j, _product("bnqk,bnqd->bnkd", weights.astype(g.dtype), g)),
+            )
 
-            def add(g_q: jax.Array, sums: _Sums) -> tuple[jax.Array, _Sums]:
-                logits, mask = _logits(query, key, sight)
-                weights = jnp.where(mask, jnp.exp(logits - lse[..., None]), 0)
-                g_weights = _product("bqngd,bknd->bngqk", g, key.v)
-                g_logits = (weights * (g_weights - shift[..., None]) * _scale(q)).astype(q.dtype)
-                g_k = _product("bngqk,bqngd->bknd", g_logits, query.q)
-                g_v = _product("bngqk,bqngd->bknd", weights.astype(g.dtype), g)
-                return g_q + _product("bngqk,bknd->bqngd", g_logits, key.k), _Sums(sums.k + g_k, sums.v + g_v)
+        zero = jnp.zeros_like(query.q, wide(q.dtype))
+        g_q, g_k, g_v = _partners(query, keys, sight).each(add, _Gradients(zero, *sums))
+        return (g_k, g_v), g_q.astype(q.dtype)
 
-            return lax.cond(_pair(query, key, sight).overlaps(), add, lambda *same: same, g_q, sums)
-
-        g_q, sums = lax.scan(step, jnp.zeros_like(query.q, wide(q.dtype)), (keys, sums))
-        return sums, g_q.astype(q.dtype)
-
-    zeros = _Sums(jnp.zeros_like(keys.k, wide(k.dtype)), jnp.zeros_like(keys.v, wide(v.dtype)))
-    given = queries, _blocks(g, 1, block), _blocks(shift, 3, block), lse
-    sums, g_q = lax.scan(over_keys, zeros, given)
-    g_k, g_v = (_join(x, k.shape[1]).astype(k.dtype) for x in sums)
-    return _join(g_q, q.shape[1]), g_k, g_v, None
+    zeros = jnp.zeros_like(k, wide(k.dtype)), jnp.zeros_like(v, wide(v.dtype))
+    (g_k, g_v), g_q = lax.scan(over_keys, zeros, (queries, g, shift, lse))
+    return g_q, g_k.astype(k.dtype), g_v.astype(v.dtype), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _logits(query: _Queries, key: _Keys, sight: Sight) -> tuple[jax.Array, jax.Array]:
-    """Logits [b, kv, h / kv, q, k], and which of them count."""
-    logits = _product("bqngd,bknd->bngqk", query.q, key.k) * _scale(query.q)
-    return logits, _pair(query, key, sight).mask()[:, None, None]
+class _Partners(NamedTuple):
+    """The blocks of keys of which a block of queries may see something."""
+
+    order: jax.Array  # all blocks of keys, those first
+    number: jax.Array  # of those
+
+    def each(self, function: Callable[[jax.Array, State], State], state: State) -> State:
+        """`function(number of a block of keys, state)` over all of them in turn."""
+        return lax.fori_loop(0, self.number, lambda i, state: function(self.order[i], state), state)
+
+
+def _partners(query: _Queries, keys: _Keys, sight: Sight) -> _Partners:
+    """Those of one block of queries."""
+    seen = jax.vmap(lambda key: _pair(query, key, sight).overlaps())(keys)
+    return _Partners(jnp.argsort(~seen, stable=True).astype(jnp.int32), seen.sum(dtype=jnp.int32))
+
+
+def _logits(query: _Queries, key: _Keys, sight: Sight) -> jax.Array:
+    """Logits [b, kv, h / kv * q, k], -inf where the key is not seen."""
+    logits = _product("bnqd,bnkd->bnqk", query.q, key.k) * _scale(query.q)
+    mask = _pair(query, key, sight).mask()
+    each = logits.reshape(*logits.shape[:2], -1, *mask.shape[1:])
+    return jnp.where(mask[:, None, None], each, -jnp.inf).reshape(logits.shape)
 
 
 def _pair(query: _Queries, key: _Keys, sight: Sight) -> Sight:
@@ -171,21 +198,37 @@ def _scale(q: jax.Array) -> float:
     return q.shape[-1] ** -0.5
 
 
-def _cut(block: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[_Queries, _Keys]:
+def _at(blocks: _Keys, j: jax.Array) -> _Keys:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), blocks)
+
+
+def _add_at(sums: jax.Array, j: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(sums, lax.dynamic_index_in_dim(sums, j, keepdims=False) + x, j, 0)
+
+
+def _cut(sizes: _Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[_Queries, _Keys]:
     """All blocks; what sticks out of the last ones is padding, which neither sees nor is seen."""
-    queries = _Queries(q, sight.positions, sight.segments)
-    keys = _Keys(k, v, sight.key_positions, sight.key_segments)
-    return jax.tree.map(lambda x: _blocks(x, 1, block), (queries, keys))
+    cut = lambda x: _blocks(x, sizes.block)
+    queries = _Queries(q, cut(sight.positions), cut(sight.segments))
+    return queries, _Keys(k, v, cut(sight.key_positions), cut(sight.key_segments))
 
 
-def _blocks(x: jax.Array, dim: int, block: int) -> jax.Array:
-    """`x` with `dim`, filled up with zeros, in blocks along a new first dim."""
-    size = min(block, x.shape[dim])
-    x = jnp.pad(x, [(0, -x.shape[dim] % size if i == dim else 0) for i in range(x.ndim)])
-    return jnp.moveaxis(x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :]), dim, 0)
+def _blocks(x: jax.Array, block: int) -> jax.Array:
+    """`x` [b, s, ...], filled up with zeros, as blocks [n, b, block, ...]."""
+    size = min(block, x.shape[1])
+    x = jnp.pad(x, [(0, -x.shape[1] % size if dim == 1 else 0) for dim in range(x.ndim)])
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _join(blocks: jax.Array, length: int) -> jax.Array:
-    """Blocks [n, b, block, ...] as the first `length` tokens [b, length, ...]."""
-    whole = jnp.moveaxis(blocks, 0, 1)
-    return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
+def _heads(x: jax.Array, kv: int, block: int) -> jax.Array:
+    """`x` [b, s, h, d] as blocks [n, b, kv, h / kv * block, d]."""
+    x = _blocks(x, block)
+    n, b, size, h, d = x.shape
+    return x.reshape(n, b, size, kv, h // kv, d).transpose(0, 1, 3, 4, 2, 5).reshape(n, b, kv, -1, d)
+
+
+def _tokens(blocks: jax.Array, sizes: _Sizes) -> jax.Array:
+    """The inverse of `_heads`, for queries: blocks [n, b, kv, h / kv * block, d] as [b, s, h, d]."""
+    n, b, kv, _, d = blocks.shape
+    x = blocks.reshape(n, b, kv, sizes.heads // kv, -1, d).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(b, -1, sizes.heads, d)[:, : sizes.queries]

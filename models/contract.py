@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from models.axes import Axes
+from models.weight import Use
 
 Batch = Mapping[str, Any]
 Params = dict[str, Any]  # nested dicts of arrays
@@ -25,11 +26,13 @@ class Part:
       each of layers: x is the carry, returns the carry, and batch is what the module's `prepare` made of it;
       last:  x is the carry, returns the module's output.
     `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
+    `uses` has the paths of those that only ever enter products; `apply` may be given a `Weight` there.
     """
 
     init: Callable[[Any], Params]
     apply: Callable[..., Any]
     logical: Params
+    uses: Mapping[tuple[str, ...], Use] = dataclasses.field(default_factory=dict)
 
 
 class Cached(NamedTuple):
@@ -59,6 +62,10 @@ class ModuleDef:
     output: logical dims of what `last` returns, by key.
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
+    head: of a language model, the leaf of `last` that makes logits of the output "x", which `last` only hands on. Its
+        dims are the features and "vocab", in either order.
+    table: the leaf of `first` that is only ever looked up in. `first` may be given a `Weight` there, and then adds the
+        gradient's rows to its tap: the cotangent of that tap is the sum.
     tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
     cache: what a layer keeps of each token while text is generated. A carry with "cache" asks a layer for it: {} where
         the batch's tokens are the first, and the layer returns theirs; else {key: [batch, slots, *sizes]}, in which
@@ -66,6 +73,7 @@ class ModuleDef:
         and "cache.segment_ids", [batch, slots]. Empty: the module cannot generate.
     rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
     config: what the module was made of; hetjax/core/flops.py knows by it what the module computes.
+    compute_dtype: precision in which weights enter products; None: their own.
     """
 
     first: Part
@@ -75,9 +83,12 @@ class ModuleDef:
     carry: Mapping[str, Dims]
     output: Mapping[str, Dims]
     config: Any
+    compute_dtype: Any = None
     prepare: Callable[[Batch, Axes], Batch] = _same
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
+    head: str = ""
+    table: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
     rows: int = 0

@@ -18,10 +18,12 @@ from jax import lax
 from models.attention import RopeScaling, attend, prepared, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
 from models.contract import Batch, Cached, ModuleDef, Part
-from models.layers import GatedMlp, add, check_counts, dot, normal, ones, rms_norm, wide, zeros
+from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, rms_norm, wide, zeros
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
+from models.recompute import keeps_arguments
 from models.sight import Sight
+from models.weight import Use, Weight
 
 Carry = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -107,6 +109,7 @@ class Decoder:
             carry={"x": (*TOKEN_DIMS, None)},
             output={"x": (*TOKEN_DIMS, None), "head": (None, "vocab")},
             config=self,
+            compute_dtype=jnp.dtype(compute_dtype),
             divisible={
                 "tp": {
                     "heads": self.num_heads,
@@ -116,6 +119,8 @@ class Decoder:
                 }
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp"}),
+            head="head",
+            table="embed",
             tied={"head": "embed"} if self.tied else {},
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
             width=self.width,
@@ -128,21 +133,40 @@ class Decoder:
 class _First(nnx.Module):
     def __init__(self, config: Decoder, compute_dtype: jnp.dtype, encoders: tuple[str, ...], *, rngs: nnx.Rngs) -> None:
         self.compute_dtype, self.encoders = compute_dtype, encoders
-        self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5)
+        self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5, Use("tokens"))
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
-        x = lookup(self.embed.get_value(), batch["tokens"], axes).astype(self.compute_dtype)
+        found, merged = (keeps_arguments(functools.partial(f, axes=axes)) for f in (lookup, merge))
+        x = found(self.embed.get_value(), batch["tokens"]).astype(self.compute_dtype)
         for name in self.encoders:
-            x = merge(x, rows[name], batch[f"{name}.index"], axes)
+            x = merged(x, rows[name], batch[f"{name}.index"])
         return {"x": x}
 
 
-def lookup(table: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
+def lookup(table: jax.Array | Weight, tokens: jax.Array, axes: Axes) -> jax.Array:
     """Rows of `table`, whose vocabulary is cut over tp; an id outside of it yields zeros."""
-    local = tokens - axes.tp.index() * table.shape[0]
-    mine = (local >= 0) & (local < table.shape[0])
-    found = vary_like(table, local).at[jnp.where(mine, local, 0)].get(mode="promise_in_bounds")
+    rows, tap = (table.value, table.tap) if isinstance(table, Weight) else (table, None)
+    local = tokens - axes.tp.index() * rows.shape[0]
+    mine = (local >= 0) & (local < rows.shape[0])
+    at, rows = jnp.where(mine, local, 0), vary_like(rows, local)
+    found = _take(rows, at) if tap is None else _take_tapped(rows, vary_like(tap, local), at)
     return axes.tp.psum(jnp.where(mine[..., None], found, 0))
+
+
+def _take(table: jax.Array, at: jax.Array) -> jax.Array:
+    return table.at[at].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _take_tapped(table: jax.Array, tap: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows of `table`. Their gradients are added to `tap`: an accumulator in its place needs no array of its size."""
+    return _take(table, at)
+
+
+_take_tapped.defvjp(
+    lambda table, tap, at: (_take(table, at), (tap, at)),
+    lambda kept, g: (None, kept[0].at[kept[1]].add(g.astype(kept[0].dtype), mode="promise_in_bounds"), None),
+)
 
 
 def merge(x: jax.Array, rows: jax.Array, index: jax.Array, axes: Axes) -> jax.Array:
@@ -200,10 +224,10 @@ class _Attention(nnx.Module):
     def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
         self.config = config
         d, h, kv, k = config.width, config.num_heads, config.num_kv_heads, config.head_features
-        self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5)
-        self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
-        self.v = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5)
-        self.o = normal(rngs, (h, k, d), ("heads", None, None), (h * k) ** -0.5)
+        self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5, Use("x"))
+        self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5, Use("x"))
+        self.v = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5, Use("x"))
+        self.o = normal(rngs, (h, k, d), ("heads", None, None), (h * k) ** -0.5, Use("y"))
         if config.attention_bias:
             self.q_bias = zeros((h, k), ("heads", None))
             self.k_bias = zeros((kv, k), ("kv_heads", None))
@@ -214,8 +238,7 @@ class _Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config = self.config
-        x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
-        q, k, v = (dot(x, w.get_value()) for w in (self.q, self.k, self.v))
+        q, k, v = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)))
         if config.attention_bias:
             q, k, v = (add(y, b.get_value()) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if config.qk_norm:
@@ -226,7 +249,8 @@ class _Attention(nnx.Module):
             k, v = (lax.dynamic_update_slice_in_dim(cache[n], a, batch["slot"], 1) for n, a in (("k", k), ("v", v)))
         else:
             k, v = axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1)
-        y = axes.tp.psum(dot(attend(q, k, v, batch["sight"]), self.o.get_value(), contract=2))
+        y = attend(q, k, v, batch["sight"])
+        y = axes.tp.psum(dot(y, self.o.get_value(), contract=2))
         return y, None if cache is None else {"k": k, "v": v}
 
 
@@ -236,7 +260,7 @@ class _Last(nnx.Module):
         self.eps, self.tied = config.norm_eps, config.tied
         self.norm = ones((d,), (None,))
         shape, dims = ((vocab, d), ("vocab", None)) if config.tied else ((d, vocab), (None, "vocab"))
-        self.head = normal(rngs, shape, dims, d**-0.5)
+        self.head = normal(rngs, shape, dims, d**-0.5, Use("x"))
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         head = self.head.get_value()

@@ -7,9 +7,11 @@ from flax import nnx
 from jax import lax
 
 from models.attention import attend
-from models.axes import Axes, vary_like
-from models.layers import add, dot, mlp, normal, zeros
+from models.axes import Axes
+from models.layers import add, dot, dots, mlp, normal, zeros
+from models.recompute import keeps_arguments
 from models.sight import Sight
+from models.weight import Use
 
 
 class Attention(nnx.Module):
@@ -17,17 +19,18 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, num_heads: int, *, key_bias: bool = True, rngs: nnx.Rngs) -> None:
         d, h, k = width, num_heads, width // num_heads
-        self.q, self.k, self.v = (normal(rngs, (d, h, k), (None, "heads", None), d**-0.5) for _ in range(3))
+        into = lambda: normal(rngs, (d, h, k), (None, "heads", None), d**-0.5, Use("x"))
+        self.q, self.k, self.v = into(), into(), into()
         self.q_bias, self.v_bias = (zeros((h, k), ("heads", None)) for _ in range(2))
         self.k_bias = zeros((h, k), ("heads", None)) if key_bias else None
-        self.o = normal(rngs, (h, k, d), ("heads", None, None), d**-0.5)
+        self.o = normal(rngs, (h, k, d), ("heads", None, None), d**-0.5, Use("y"))
         self.o_bias = zeros((d,), (None,))
 
     def __call__(self, x: jax.Array, axes: Axes, sight: Sight | None = None) -> jax.Array:
         """`sight` tells which keys, of all, each query of this device sees; None: every one."""
-        x = vary_like(x, self.q.get_value())  # here: one all-reduce of the gradient over tp, not three
-        pairs = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
-        q, k, v = (dot(x, w.get_value()) if b is None else add(dot(x, w.get_value()), b.get_value()) for w, b in pairs)
+        together = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)))
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        q, k, v = (y if b is None else add(y, b.get_value()) for y, b in zip(together, biases, strict=True))
         y = attend(q, axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1), sight)
         return add(axes.tp.psum(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
 
@@ -39,9 +42,9 @@ class Mlp(nnx.Module):
         self, width: int, hidden: int, activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs
     ) -> None:
         self.activation = activation
-        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
+        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5, Use("x"))
         self.up_bias = zeros((hidden,), ("mlp",))
-        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5)
+        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5, Use("hidden"))
         self.down_bias = zeros((width,), (None,))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
@@ -51,4 +54,4 @@ class Mlp(nnx.Module):
 def own_tokens(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
     """This device's tokens of `x`, which has all of them along `dim`."""
     size = x.shape[dim] // axes.cp.size
-    return lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim)
+    return keeps_arguments(lambda x: lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim))(x)

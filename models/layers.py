@@ -4,9 +4,10 @@ Activations are in the compute dtype; parameters stay in theirs (float32) until 
 over tokens are computed in at least float32, so that parameters' gradients never pass through a narrower type.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jax import lax
 
 from models.axes import Axes, vary_like
 from models.contract import Dims
+from models.recompute import keeps_arguments
+from models.weight import Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array]
 MOST_LAYERS = 10_000  # of a module: their numbers in a checkpoint's names have four digits
@@ -25,37 +28,77 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, dtype: Any = None) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array | Weight, *, contract: int = 1, dtype: Any = None) -> jax.Array:
     """`x` times `w` over the last `contract` dims of `x` and the first of `w`, as `dtype` (None: that of `x`).
 
-    Both enter in the precision of `x`. The gradient of `w` leaves in the precision of `w`: autodiff would round each
-    microbatch's to that of `x` before it is accumulated.
+    Both enter in the precision of `x`. The gradient of `w` leaves in the precision of `w`, or of its tap: autodiff
+    would round each microbatch's to that of `x` before it is accumulated.
     """
-    # Cast out here, both vary over the same axes inside; the transposes of the casts sum the gradients where needed.
-    return _dot(contract, jnp.dtype(dtype or x.dtype), vary_like(x, w), vary_like(w, x))
+    (y,) = dots(x, w, contract=contract, dtype=dtype)
+    return y
 
 
-def _product(contract: int, dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.tensordot(x, w.astype(x.dtype), contract, preferred_element_type=dtype)
+def dots(x: jax.Array, *weights: jax.Array | Weight, contract: int = 1, dtype: Any = None) -> list[jax.Array]:
+    """`dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
+    found = []
+    joint = products(weights)
+    for value, *_ in joint:
+        x = vary_like(x, value)  # before the first: one all-reduce of the gradient over tp
+    for value, taps, shapes, places in joint:
+        # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
+        like = functools.partial(vary_like, other=x)
+        how = How(contract, jnp.dtype(dtype or x.dtype), shapes, taps[0].dtype if taps else None)
+        y = _dot(how, x, like(value), tuple(map(like, taps)))
+        trailing = [shape[contract:] for shape in shapes]
+        parts = split(y, [math.prod(dims) for dims in trailing])
+        rows = x.shape[: x.ndim - contract]
+        found.append((places, [a.reshape(*rows, *dims) for a, dims in zip(parts, trailing, strict=True)]))
+    return in_order(found)
 
 
-def _dot_forward(contract: int, dtype: Any, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Kept]:
+class How(NamedTuple):
+    """A product of `dots`: dims that it sums over, precision of the result, shapes of the weights in its array, and
+    the precision of their gradients, None where none is wanted."""
+
+    contract: int
+    dtype: Any
+    shapes: tuple[tuple[int, ...], ...]
+    gradient: Any
+
+
+def _product(how: How, x: jax.Array, w: jax.Array, taps: Any) -> jax.Array:
+    w = _matrix(w, how.contract).astype(x.dtype)
+    return jnp.dot(_rows(x, how.contract), w, preferred_element_type=how.dtype)
+
+
+def _dot_forward(how: How, x: jax.Array, w: jax.Array, taps: Any) -> tuple[jax.Array, Kept]:
     # not through `_dot`: a checkpoint policy that keeps products would not see this one
-    return _product(contract, dtype, x, w), (x, w)
+    return _product(how, x, w, taps), (x, w)
 
 
-def _dot_backward(contract: int, dtype: Any, kept: Kept, g: jax.Array) -> Kept:
+def _dot_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...]]:
     x, w = kept
+    rows, matrix = _rows(x, how.contract), _matrix(w, how.contract).astype(x.dtype)
     g = g.astype(x.dtype)
-    rows = tuple(range(x.ndim - contract))
-    columns = tuple(range(len(rows), g.ndim)), tuple(range(contract, w.ndim))
-    g_x = jnp.tensordot(g, w.astype(x.dtype), columns)
-    precise = wide(jnp.promote_types(x.dtype, w.dtype))
-    g_w = jnp.tensordot(x, g, (rows, rows), preferred_element_type=precise)
-    return g_x, g_w.astype(w.dtype)
+    g_x = lax.dot_general(g, matrix, (((1,), (1,)), ((), ()))).reshape(x.shape)
+    if how.gradient is None:
+        return g_x, None, ()
+    precise = wide(jnp.promote_types(x.dtype, how.gradient))
+    g_w = lax.dot_general(rows, g, (((0,), (0,)), ((), ())), preferred_element_type=precise).astype(how.gradient)
+    parts = split(g_w, [math.prod(shape[how.contract :]) for shape in how.shapes])
+    return g_x, None, tuple(part.reshape(shape) for part, shape in zip(parts, how.shapes, strict=True))
 
 
-_dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
+def _rows(x: jax.Array, contract: int) -> jax.Array:
+    """`x` as [tokens, features]: with more dims a weight's gradient would be a product of transposed copies."""
+    return x.reshape(-1, math.prod(x.shape[x.ndim - contract :]))
+
+
+def _matrix(w: jax.Array, contract: int) -> jax.Array:
+    return w.reshape(math.prod(w.shape[:contract]), -1)
+
+
+_dot = jax.custom_vjp(_product, nondiff_argnums=(0,))
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
@@ -73,8 +116,12 @@ def add(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x` over its root mean square along the last dim, times `scale`."""
+    return keeps_arguments(functools.partial(_rms_norm, eps))(x, scale)
+
+
+def _rms_norm(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
     y = x.astype(wide(x.dtype))
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
     return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
@@ -87,11 +134,15 @@ class LayerNorm(nnx.Module):
         self.bias = zeros((width,), (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(wide(x.dtype))
-        y = y - jnp.mean(y, -1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        y = y * jnp.broadcast_to(self.scale.get_value(), y.shape) + jnp.broadcast_to(self.bias.get_value(), y.shape)
-        return y.astype(x.dtype)
+        norm = keeps_arguments(functools.partial(_layer_norm, self.eps))
+        return norm(x, self.scale.get_value(), self.bias.get_value())
+
+
+def _layer_norm(eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    y = x.astype(wide(x.dtype))
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return (y * jnp.broadcast_to(scale, y.shape) + jnp.broadcast_to(bias, y.shape)).astype(x.dtype)
 
 
 @jax.custom_jvp
@@ -123,27 +174,32 @@ def mlp(
 ) -> jax.Array:
     """Two linear maps with an activation between; the hidden features are cut over tp, the result is whole."""
     biased = lambda y, bias: y if bias is None else add(y, bias.get_value())
-    hidden = activation(biased(dot(x, up.get_value()), up_bias))
-    return biased(axes.tp.psum(dot(hidden, down.get_value())), down_bias)
+    second = keeps_arguments(lambda hidden, w: dot(activation(hidden), w))
+    return biased(axes.tp.psum(second(biased(dot(x, up.get_value()), up_bias), down.get_value())), down_bias)
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`up` times the SiLU of `gate`."""
+    return jax.nn.silu(gate) * up
 
 
 class GatedMlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs) -> None:
-        self.gate = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
-        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5)
-        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5)
+        self.gate = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5, Use("x"))
+        self.up = normal(rngs, (width, hidden), (None, "mlp"), width**-0.5, Use("x"))
+        self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5, Use("hidden"))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        x = vary_like(x, self.gate.get_value())  # here: one all-reduce of the gradient over tp, not two
-        hidden = jax.nn.silu(dot(x, self.gate.get_value())) * dot(x, self.up.get_value())
-        return axes.tp.psum(dot(hidden, self.down.get_value()))
+        gate, up = dots(x, self.gate.get_value(), self.up.get_value())
+        down = keeps_arguments(lambda gate, up, w: dot(gated(gate, up), w))
+        return axes.tp.psum(down(gate, up, self.down.get_value()))
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], logical: Dims, std: float) -> nnx.Param:
-    """A float32 parameter of independent Gaussians; `logical` names its dims."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical=logical)
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], logical: Dims, std: float, use: Use | None = None) -> nnx.Param:
+    """A float32 parameter of independent Gaussians; `logical` names its dims, `use` says that `dot` alone meets it."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical=logical, use=use)
 
 
 def zeros(shape: tuple[int, ...], logical: Dims) -> nnx.Param:

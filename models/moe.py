@@ -6,6 +6,7 @@ sorted by expert, and a grouped matrix product takes each expert's rows, however
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ from flax import nnx
 from jax import lax
 
 from models.axes import Axes, vary_like
-from models.layers import check_counts, dot, normal, wide
+from models.layers import check_counts, dot, gated, normal, wide
+from models.recompute import keeps_arguments
+from models.weight import Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array, jax.Array]
+How = tuple[tuple[int, ...], Any]  # columns of each weight, and the precision of their gradients (None: none is wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +63,24 @@ class Mixture(nnx.Module):
         self.config = config
         e, d, f = config.count, width, config.width
         self.router = normal(rngs, (d, e), (None, None), d**-0.5)
-        self.gate = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5)
-        self.up = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5)
-        self.down = normal(rngs, (e, f, d), ("experts", "mlp", None), f**-0.5)
+        self.gate = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5, Use("rows", lead=2))
+        self.up = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5, Use("rows", lead=2))
+        self.down = normal(rngs, (e, f, d), ("experts", "mlp", None), f**-0.5, Use("hidden"))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = route(tokens, self.router.get_value(), self.config)
-        gate, up, down = (w.get_value() for w in (self.gate, self.up, self.down))
-        tokens = vary_like(tokens, gate)  # here: one all-reduce of the gradient over tp, of tokens and not of copies
+        into, down = (self.gate.get_value(), self.up.get_value()), self.down.get_value()
+        for value, *_ in products(into):
+            tokens = vary_like(tokens, value)  # here: one all-reduce of the gradient over tp, of tokens, not of copies
         order = jnp.argsort(chosen.reshape(-1)).astype(jnp.int32)
         inverse = jnp.argsort(order).astype(jnp.int32)
         sizes = jnp.sum(jax.nn.one_hot(chosen.reshape(-1), self.config.count, dtype=jnp.int32), 0, dtype=jnp.int32)
         copies = jnp.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[1])).reshape(-1, tokens.shape[1])
         rows = permute(copies, order, inverse)
-        hidden = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
-        y = permute(grouped_dot(hidden, down, sizes), inverse, order).reshape(*chosen.shape, -1)
+        last = keeps_arguments(lambda gate, up, w, sizes: grouped_dot(gated(gate, up), w, sizes))
+        gate, up = grouped_dots(rows, sizes, *into)
+        y = permute(last(gate, up, down, sizes), inverse, order).reshape(*chosen.shape, -1)
         y = jnp.sum(y.astype(weights.dtype) * weights[..., None], 1).astype(x.dtype)
         return axes.tp.psum(y).reshape(x.shape)
 
@@ -98,31 +104,48 @@ permute.defvjp(
 )
 
 
-def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Array:
     """`x` [n, a] times `w` [g, a, b], the first `sizes[0]` rows with `w[0]`, the next `sizes[1]` with `w[1]`, ...
 
-    `sizes` [g] add up to n. Precision is that of `models.layers.dot`: the gradient of `w` leaves in that of `w`.
+    `sizes` [g] add up to n. Precision is that of `models.layers.dot`.
     """
-    return _grouped_dot(vary_like(x, w), vary_like(w, x), sizes)
+    (y,) = grouped_dots(x, sizes, w)
+    return y
 
 
-def _product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_dots(x: jax.Array, sizes: jax.Array, *weights: jax.Array | Weight) -> list[jax.Array]:
+    """`grouped_dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
+    found = []
+    for value, taps, shapes, places in products(weights):
+        x = vary_like(x, value)
+        like = functools.partial(vary_like, other=x)
+        widths = tuple(shape[-1] for shape in shapes)
+        y = _grouped_dot((widths, taps[0].dtype if taps else None), x, like(value), tuple(map(like, taps)), sizes)
+        found.append((places, split(y, widths)))
+    return in_order(found)
+
+
+def _product(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot(x, w.astype(x.dtype), sizes, preferred_element_type=x.dtype)
 
 
-def _grouped_forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Kept]:
+def _grouped_forward(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> tuple[jax.Array, Kept]:
     # not through `_grouped_dot`: a checkpoint policy that keeps products would not see this one
-    return _product(x, w, sizes), (x, w, sizes)
+    return _product(how, x, w, taps, sizes), (x, w, sizes)
 
 
-def _grouped_backward(kept: Kept, g: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+def _grouped_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...], None]:
     x, w, sizes = kept
+    widths, gradient = how
     g = g.astype(x.dtype)
+    g_x = _product(how, g, w.swapaxes(1, 2), (), sizes)
+    if gradient is None:
+        return g_x, None, (), None
     per_group = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    precise = wide(jnp.promote_types(x.dtype, w.dtype))
-    g_w = lax.ragged_dot_general(x, g, sizes, per_group, preferred_element_type=precise)
-    return _product(g, w.swapaxes(1, 2), sizes), g_w.astype(w.dtype), None
+    precise = wide(jnp.promote_types(x.dtype, gradient))
+    g_w = lax.ragged_dot_general(x, g, sizes, per_group, preferred_element_type=precise).astype(gradient)
+    return g_x, None, tuple(split(g_w, widths)), None
 
 
-_grouped_dot = jax.custom_vjp(_product)
+_grouped_dot = jax.custom_vjp(_product, nondiff_argnums=(0,))
 _grouped_dot.defvjp(_grouped_forward, _grouped_backward)

@@ -13,8 +13,8 @@ from models.contract import Batch, Params, Part
 def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
     """The part whose code is the NNX module that `make` builds.
 
-    Every parameter is an `nnx.Param(value, logical=dims)` and is named by its path of attributes. The module is called
-    as `module(x, batch, axes)`.
+    Every parameter is an `nnx.Param(value, logical=dims)`, with `use=` where products alone meet it, and is named by
+    its path of attributes. The module is called as `module(x, batch, axes)`.
     """
     build = lambda key: make(nnx.Rngs(params=key))
     definition, shapes = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
@@ -27,7 +27,8 @@ def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
         values = [(path, v.replace(_at(params, path))) for path, v in variables.items()]
         return nnx.merge(definition, nnx.from_flat_state(values))(x, batch, axes)
 
-    return Part(init, apply, _nested({path: v.get_metadata("logical") for path, v in variables.items()}))
+    told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}
+    return Part(init, apply, _nested(told("logical")), {path: use for path, use in told("use").items() if use})
 
 
 def _nested(flat: Mapping[tuple[str, ...], Any]) -> Params:

@@ -21,6 +21,8 @@ from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, normal, zeros
 from models.nnx_parts import part
 from models.projector import Projector
+from models.recompute import keeps_arguments
+from models.weight import Use
 
 Carry = dict[str, jax.Array]
 VARIANTS, SELECTS = ("siglip", "clip"), ("full", "default")
@@ -129,6 +131,7 @@ class ViT:
             carry=dict.fromkeys(("x", *beside), CARRY_DIMS),
             output={"x": CARRY_DIMS},
             config=self,
+            compute_dtype=jnp.dtype(compute_dtype),
             divisible=divisible | cuts,
             axes=frozenset({"dp", "pp", "copies", "tp", *cuts}),
             rows=self.rows,
@@ -140,7 +143,7 @@ class _First(nnx.Module):
     def __init__(self, config: ViT, compute_dtype: jnp.dtype, pixels: str, *, rngs: nnx.Rngs) -> None:
         self.config, self.compute_dtype, self.pixels = config, compute_dtype, pixels
         p, d = config.patch_size, config.width
-        self.patch = normal(rngs, (p, p, 3, d), (None, None, None, None), (3 * p * p) ** -0.5)
+        self.patch = normal(rngs, (p, p, 3, d), (None, None, None, None), (3 * p * p) ** -0.5, Use("patches"))
         self.position = normal(rngs, (config.num_tokens, d), (None, None), 0.02)
         if config.has_class_token:
             self.class_token = normal(rngs, (d,), (None,), 0.02)
@@ -150,8 +153,13 @@ class _First(nnx.Module):
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
         config = self.config
-        patches = cut(batch[self.pixels].astype(self.compute_dtype), config.patch_size)
-        x = dot(own_tokens(patches, 1, axes), self.patch.get_value(), contract=3)
+
+        @keeps_arguments
+        def embed(pixels: jax.Array, w: jax.Array) -> jax.Array:
+            patches = cut(pixels.astype(self.compute_dtype), config.patch_size)
+            return dot(own_tokens(patches, 1, axes), w, contract=3)
+
+        x = embed(batch[self.pixels], self.patch.get_value())
         if config.has_class_token:
             token = jnp.broadcast_to(self.class_token.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([token, x], axis=1)

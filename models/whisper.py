@@ -21,7 +21,9 @@ from models.encoder_layer import Attention, Mlp, own_tokens
 from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal, zeros
 from models.nnx_parts import part
 from models.projector import Linear, Projector
+from models.recompute import keeps_arguments
 from models.sight import Sight
+from models.weight import Use
 
 Carry = dict[str, jax.Array]
 VARIANTS, PROJECTORS = ("whisper", "qwen2_audio"), ("linear", "mlp")
@@ -119,6 +121,7 @@ class Whisper:
             carry={"x": CARRY_DIMS},
             output={"x": CARRY_DIMS},
             config=self,
+            compute_dtype=jnp.dtype(compute_dtype),
             divisible={"tp": cut, "cp": {"rows": self.rows}},
             axes=frozenset({"dp", "pp", "copies", "tp", "cp"}),
             rows=self.rows,
@@ -142,21 +145,29 @@ class _First(nnx.Module):
     def __init__(self, config: Whisper, compute_dtype: jnp.dtype, name: str, *, rngs: nnx.Rngs) -> None:
         self.config, self.compute_dtype, self.name = config, compute_dtype, name
         m, d = config.num_mels, config.width
-        self.conv1 = normal(rngs, (3, m, d), (None, None, None), (3 * m) ** -0.5)
+        self.conv1 = normal(rngs, (3, m, d), (None, None, None), (3 * m) ** -0.5, Use("mel"))
         self.conv1_bias = zeros((d,), (None,))
-        self.conv2 = normal(rngs, (3, d, d), (None, None, None), (3 * d) ** -0.5)
+        self.conv2 = normal(rngs, (3, d, d), (None, None, None), (3 * d) ** -0.5, Use("conv1"))
         self.conv2_bias = zeros((d,), (None,))
         self.position = nnx.Param(jnp.asarray(sinusoids(config.num_positions, d)), logical=(None, None))
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
         config = self.config
-        mel = batch[f"{self.name}.mel"].astype(self.compute_dtype)
-        mel = jnp.pad(mel, ((0, 0), (1, config.context + 1 - config.frames), (0, 0)))  # no zeros behind a cut
-        x = dot(_triples(mel, config.context, 1), self.conv1.get_value(), contract=2)
-        x = exact_gelu(add(x, self.conv1_bias.get_value()))
-        x = dot(_triples(jnp.pad(x, ((0, 0), (1, 0), (0, 0))), config.positions, 2), self.conv2.get_value(), contract=2)
-        x = exact_gelu(add(x, self.conv2_bias.get_value()))
-        x = add(x, self.position.get_value()[: config.positions])
+
+        @keeps_arguments
+        def first(mel: jax.Array, w: jax.Array) -> jax.Array:
+            behind = config.context + 1 - config.frames  # no zeros behind a cut
+            mel = jnp.pad(mel.astype(self.compute_dtype), ((0, 0), (1, behind), (0, 0)))
+            return dot(_triples(mel, config.context, 1), w, contract=2)
+
+        @keeps_arguments
+        def second(x: jax.Array, w: jax.Array) -> jax.Array:
+            x = jnp.pad(exact_gelu(x), ((0, 0), (1, 0), (0, 0)))
+            return dot(_triples(x, config.positions, 2), w, contract=2)
+
+        x = add(first(batch[f"{self.name}.mel"], self.conv1.get_value()), self.conv1_bias.get_value())
+        x = add(second(x, self.conv2.get_value()), self.conv2_bias.get_value())
+        x = add(keeps_arguments(exact_gelu)(x), self.position.get_value()[: config.positions])
         return {"x": own_tokens(x, 1, axes)}  # the convolutions ran whole on every device of cp
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hetjax.core import accumulators
+from hetjax.core import accumulators, loss
 from hetjax.core.graph import Module, Remat, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
@@ -27,7 +27,7 @@ SCHEDULES: list[dict[str, Any]] = [
     dict(schedule="gpipe", encoder_window=2),
     dict(schedule="gpipe"),
 ]
-SMALL = Decoder(vocab_size=32, width=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=48)
+SMALL = Decoder(vocab_size=32, width=40, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=48)
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -77,14 +77,14 @@ def test_a_layers_rows_alone_change_and_stale_values_do_no_harm() -> None:
     np.testing.assert_array_equal(twice["b"]["c"], acc["b"]["c"])
 
 
-def stage_of(model: Decoder, remat: Remat, *, samples: int = 2) -> Any:
+def stage_of(model: Decoder, remat: Remat, *, samples: int = 2, optimizer: OptimizerConfig = SGD) -> Any:
     """The one stage of a decoder alone, on one device; nothing is compiled."""
     names = ("tokens", "positions", "segment_ids", "targets")
     batch = {name: jax.ShapeDtypeStruct((samples, 16), jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct((samples, 16), jnp.float32)
     graph = vlm((), Module("llm", model.module(jnp.float32), Layout(), remat))
     sizes = dict(groups=1, num_microbatches=1)
-    trainer = Trainer(TrainSpec(graph=graph, devices=jax.devices(), batch=batch, optimizer=SGD, **sizes))
+    trainer = Trainer(TrainSpec(graph=graph, devices=jax.devices(), batch=batch, optimizer=optimizer, **sizes))
     return trainer.pipeline.stages["llm", 0]
 
 
@@ -106,11 +106,31 @@ def test_a_layer_keeps_no_weight_nor_what_depends_on_the_batch_alone(remat: Rema
     stage.thunks(evaluate=False)
     kept = [a for a in stage.kept if a.shape[:2] == (1, SMALL.num_layers)]
     shapes = {a.shape[2:] for a in kept}
-    weights = {a.shape[1:] for a in jax.tree.leaves(stage.parameters.params["layers"])}
+    weights = {a.shape[1:] for a in jax.tree.leaves(stage.parameters.weights["layers"])}
     assert not shapes & weights and (2, 16, 1, SMALL.head_features // 2) not in shapes
     assert all(a.dtype == jnp.float32 for a in kept), "no positions, segments and masks"
-    assert sum(a.shape[2:] == (2, 2, 2, 16, 16) for a in kept) == (remat is Remat.NONE), "weights of attention, once"
-    assert remat is Remat.NONE or shapes == {(2, 16, 32)}
+    assert sum(a.shape[2:] == (2, 2, 32, 16) for a in kept) == (remat is Remat.NONE), "weights of attention, once"
+    assert remat is Remat.NONE or shapes == {(2, 16, SMALL.width)}
+
+
+def test_the_loss_takes_one_product_of_the_heads_size_and_the_logits_of_a_chunk(monkeypatch: Any) -> None:
+    """By these the backward's workspace grows with the vocabulary; the forward has nothing of the vocabulary's size."""
+    chunk, few, many = 4, 2**10, 2**12
+    monkeypatch.setitem(loss.CHUNK, "cpu", chunk)
+    frozen = dataclasses.replace(SGD, frozen=("llm/first/embed",))  # whose gradient would be as large
+
+    def compiled(vocab_size: int) -> Any:
+        stage = stage_of(dataclasses.replace(SMALL, vocab_size=vocab_size), Remat.FULL, optimizer=frozen)
+        for name, compile in stage.thunks(evaluate=False).items():
+            if name != "update":
+                compile()
+        return stage
+
+    small, large = compiled(few), compiled(many)
+    assert not large.y and small.memory["forward"].temp_size_in_bytes == large.memory["forward"].temp_size_in_bytes
+    logits, head = 4 * chunk * (many - few), 4 * SMALL.width * (many - few)
+    grown = large.memory["backward"].temp_size_in_bytes - small.memory["backward"].temp_size_in_bytes
+    assert grown < head + 3 * logits < 2 * head
 
 
 def test_carries_that_have_no_gradient_are_refused() -> None:

@@ -1,4 +1,5 @@
-"""Attention in blocks equals attention as a whole, in values and gradients, and its memory grows with the sequence."""
+"""Attention equals its definition, in blocks and as a whole, in values and gradients; in blocks its memory grows with
+the sequence."""
 
 import functools
 import itertools
@@ -10,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_loss import full
 from test_models import DECODER, random_params, run
 
-from hetjax.core.loss import token_sum
 from hetjax.data import DataConfig
 from hetjax.run import experiment
 from models import attention
 from models.attention import attend, whole
-from models.axes import ONE_DEVICE, Axes, Axis
+from models.axes import Axes, Axis
 from models.blockwise import blockwise
 from models.decoder import Decoder
 from models.sight import Sight, everywhere
@@ -82,6 +83,25 @@ def test_blocks_have_the_values_and_gradients_of_the_whole(seed: int, x64: None)
     assert (np.asarray(found[0])[empty] == 0).all() and (np.asarray(found[1])[empty] == 0).all()
 
 
+def defined(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None) -> jax.Array:
+    """Attention by its definition, for autodiff."""
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    mask = True if sight is None else sight.mask()[:, None]
+    weights = jnp.where(mask, jnp.exp(logits), 0)
+    total = weights.sum(-1, keepdims=True)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights / jnp.where(total > 0, total, 1), v)
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_the_whole_has_the_values_and_gradients_of_the_definition(rule: bool, x64: None) -> None:
+    rng = np.random.default_rng(1)
+    given = arrays(rng, 11, 11, kv=2)
+    places = packed(rng, 2, 11)
+    sight = Sight(*places, *places, window=4) if rule else None
+    close(*(jax.jit(functools.partial(outputs, lambda *x, f=f: f(*x, sight)))(*given) for f in (whole, defined)))
+
+
 def test_blocks_without_a_rule_are_attention_of_all_on_all(x64: None) -> None:
     q, k, v, g = arrays(np.random.default_rng(0), 13, 22)
     mine = outputs(lambda *x: blockwise(*x, everywhere(q, k), block=5), q, k, v, g)
@@ -120,9 +140,10 @@ def test_in_bfloat16_blocks_are_as_close_to_the_truth_as_the_whole() -> None:
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_on_a_mesh_gradients_are_those_of_one_device(remat: bool, x64: None) -> None:
+@pytest.mark.parametrize("form", [whole, functools.partial(blockwise, block=5)])
+def test_on_a_mesh_gradients_are_those_of_one_device(form: Any, remat: bool, x64: None) -> None:
     """Rows over dp, tokens over cp in zig-zag, heads over tp; keys and values are gathered over cp."""
-    s, block = 24, 5
+    s = 24
     rng = np.random.default_rng(0)
     q, k, v, g = arrays(rng, s, s, h=8, kv=2)
     positions, segments = packed(rng, 2, s)
@@ -133,7 +154,7 @@ def test_on_a_mesh_gradients_are_those_of_one_device(remat: bool, x64: None) -> 
     def program(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, *places: jax.Array) -> Arrays:
         def function(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             keys = [cp.gather(a, 1) for a in (k, v, *places)]
-            return blockwise(q, keys[0], keys[1], Sight(*places, *keys[2:]), block=block)
+            return form(q, keys[0], keys[1], Sight(*places, *keys[2:]))
 
         return outputs(jax.checkpoint(function) if remat else function, q, k, v, g)
 
@@ -182,14 +203,15 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square(remat: bool) -> 
 
 
 def test_long_sequences_go_in_blocks_and_short_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in which some is hidden, where blocks are skipped, from half the length on."""
     lengths: list[int] = []
     monkeypatch.setattr(attention, "blockwise", lambda q, k, v, sight, block: lengths.append(q.shape[1]) or q)
-    for s in (511, 512):
-        x = jax.ShapeDtypeStruct((1, s, 1, 8), jnp.float32)
-        jax.eval_shape(attend, x, x, x)
+    for s, ruled in ((255, True), (256, True), (511, False), (512, False)):
+        x, places = jax.ShapeDtypeStruct((1, s, 1, 8), jnp.float32), jnp.ones((1, s), jnp.int32)
+        jax.eval_shape(lambda x, sight: attend(x, x, x, sight), x, Sight(*[places] * 4) if ruled else None)
     one, keys = jax.ShapeDtypeStruct((1, 1, 1, 8), jnp.float32), jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
     jax.eval_shape(attend, one, keys, keys)
-    assert lengths == [512]
+    assert lengths == [256, 512]
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -291,7 +313,7 @@ def test_a_kernel_that_knows_no_segments_trains_unpacked_rows_the_same(
 
         def total(params: Any) -> jax.Array:
             y = run(definition, params, {}, batch)
-            return token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=ONE_DEVICE)
+            return full(y["x"], y["head"], batch["targets"], batch["weights"])
 
         return jax.jit(jax.value_and_grad(total))(params)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from test_models import DECODER, LLAMA3, VIT, WHISPER, close, documents, random_params, rows_of, run
 
 from hetjax.core import loss
@@ -43,15 +44,17 @@ CONFIGS = {
 }
 
 
-def scored(definition: ModuleDef, axes: Axes, params: Tree, x: Tree, batch: Tree) -> Tree:
-    """The module's rows and, of a language model, this device's part of the loss."""
-    y = run(definition, params, x, batch, axes)
+def scored(definition: ModuleDef, axes: Axes, params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
+    """(outputs, gradients of params, gradients of x) from the outputs' cotangents; of a language model the outputs are
+    its rows and this device's part of the loss, which is no part of the head's."""
+    y, pull = jax.vjp(lambda params, x: run(definition, params, x, batch, axes), params, x)
+    g = {k: vary_like(a, y[k]) for k, a in g.items()}
     if "head" not in y:
-        return y
-    return {
-        "x": y["x"],
-        "loss": loss.token_sum(y["x"], y["head"], batch["targets"], batch["weights"], axes=axes, chunk=3),
-    }
+        return y, *pull(g)
+    tokens, seed = (batch["targets"], batch["weights"]), jnp.ones(())
+    head, empty = loss.Head(y["head"], 1), 0 * y["head"]
+    total, g_x, g_head = loss.add_gradients(y["x"], head, *tokens, empty, seed=seed, axes=axes, chunk=3)
+    return {"x": y["x"], "loss": total}, *pull({"x": g["x"] + g_x, "head": g_head})
 
 
 def example(config: Decoder | ViT | Whisper) -> tuple[ModuleDef, Tree, Tree]:
@@ -79,34 +82,30 @@ def judged(name: str) -> Tree:
     """(definition, params, x, batch, cotangents) and, of one device, (outputs, gradients of params, gradients of x)."""
     definition, x, batch = example(CONFIGS[name])
     params = random_params(definition)
-    shapes = jax.eval_shape(functools.partial(scored, definition, ONE_DEVICE), params, x, batch)
+    shapes = jax.eval_shape(functools.partial(run, definition), params, x, batch)
     rng = np.random.default_rng(1)
-    g = {k: rng.normal(size=a.shape) if a.shape else np.ones(()) for k, a in shapes.items()}
-
-    def program(params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
-        y, pull = jax.vjp(lambda params, x: scored(definition, ONE_DEVICE, params, x, batch), params, x)
-        return y, *pull(g)
-
-    return (definition, params, x, batch, g), jax.jit(program)(params, x, batch, g)
+    g = {k: rng.normal(size=a.shape) for k, a in shapes.items() if k != "head"}
+    return (definition, params, x, batch, g), jax.jit(functools.partial(scored, definition, ONE_DEVICE))(
+        params, x, batch, g
+    )
 
 
 def on_mesh(definition: ModuleDef, layout: Layout, params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
     """Outputs and gradients as a stage computes them: per device, of parameters cast to varying over the replicas."""
     plan = plan_stages("model", definition, layout, jax.devices())[0]
-    dims = {k: definition.output[k] if k != "loss" else () for k in g}
-    y_specs = {k: spec(d) for k, d in dims.items()}
+    g_specs = {k: spec(definition.output[k]) for k in g}
+    y_specs = g_specs | ({"loss": P()} if "tokens" in batch else {})
     x_specs = {k: spec(("items", None, None)) for k in x}
     batch_specs = {k: spec(definition.reads[k]) for k in batch}
 
     def program(params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
         params = jax.tree.map(lambda p: vary(p, DATA_AXES), params)
-        y, pull = jax.vjp(lambda params, x: scored(definition, plan.axes, params, x, batch), params, x)
-        g_params, g_x = pull({k: vary_like(a, y[k]) for k, a in g.items()})
+        y, g_params, g_x = scored(definition, plan.axes, params, x, batch, g)
         y = {k: lax.psum(a, DATA_AXES) if k == "loss" else a for k, a in y.items()}
         return y, jax.tree.map(lambda a: lax.psum(a, DATA_AXES), g_params), g_x
 
     specs = param_specs(definition, plan)
-    ins, outs = (specs, x_specs, batch_specs, y_specs), (y_specs, specs, x_specs)
+    ins, outs = (specs, x_specs, batch_specs, g_specs), (y_specs, specs, x_specs)
     return jax.jit(jax.shard_map(program, mesh=plan.mesh, in_specs=ins, out_specs=outs))(params, x, batch, g)
 
 

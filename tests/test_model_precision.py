@@ -103,7 +103,7 @@ def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> Non
 
 
 def test_a_checkpoint_policy_sees_the_products() -> None:
-    """One that keeps them keeps the hidden features [b, s, 24]; one that keeps nothing does not."""
+    """One that keeps them keeps the hidden features [tokens, 24]; one that keeps nothing does not."""
     batch = rows_of(documents(5))
 
     def kept(policy: Any, config: Decoder = DECODER) -> list[tuple[int, ...]]:
@@ -115,7 +115,7 @@ def test_a_checkpoint_policy_sees_the_products() -> None:
             a.shape for a in jax.tree.leaves(jax.vjp(run_layer, params, {"x": jnp.ones((1, SEQ, DECODER.width))})[1])
         ]
 
-    hidden = (1, SEQ, DECODER.mlp_width)
+    hidden = (SEQ, DECODER.mlp_width)
     assert kept(POLICIES[Remat.DOTS]).count(hidden) == 2
     assert hidden not in kept(POLICIES[Remat.FULL])
     assert EXPERTS.experts is not None

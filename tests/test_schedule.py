@@ -1,17 +1,19 @@
-"""A schedule is complete, ordered by need, bounded, and free of circular waits, for hundreds of random graphs."""
+"""A schedule is one list: complete, ordered by need and bounded, for hundreds of random graphs."""
 
 import random
 
 import pytest
 
-from hetjax.core.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
+from hetjax.core.schedule import Schedule, build_schedule
+from hetjax.core.tasks import Kind, Needs, StageNode, Task
 
 
 def chain(module: str, devices: list[list[int]], upstream: tuple = (), *, backward: bool = True) -> list[StageNode]:
     nodes = []
     for index, ids in enumerate(devices):
         before = upstream if index == 0 else ((module, index - 1),)
-        nodes.append(StageNode(module, index, frozenset(ids), backward, before))
+        end = None if not backward else Kind.REDUCE if len(ids) > 1 else Kind.MEASURE
+        nodes.append(StageNode(module, index, frozenset(ids), backward, before, end))
     return nodes
 
 
@@ -39,49 +41,64 @@ def random_nodes(rng: random.Random) -> list[StageNode]:
     return [*nodes, *chain("llm", llm, tuple(ends))]
 
 
-def positions(schedule: Schedule) -> dict[Task, int]:
-    return {task: i for i, task in enumerate(schedule.order)}
+def computed(schedule: Schedule) -> list[Task]:
+    return [t for t in schedule.order if t.kind in (Kind.FORWARD, Kind.BACKWARD)]
+
+
+def text(tasks: list[Task]) -> str:
+    return " ".join(f"{t.stage[0][0]}{t.kind.value}{t.microbatch}" for t in tasks)
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_random_schedules_are_complete_ordered_bounded_and_without_deadlock(seed: int) -> None:
+def test_random_schedules_are_complete_ordered_and_bounded(seed: int) -> None:
     rng = random.Random(seed)
     nodes, num = random_nodes(rng), rng.choice([1, 2, 4, 7])
     kind, window = rng.choice(["1f1b", "gpipe"]), rng.choice([None, 1, num])
-    schedule = build_schedule(nodes, num, kind=kind, encoder_window=window)
-    expected = {Task(*n.key, i, k) for n in nodes for i in range(num) for k in Kind if k is Kind.FORWARD or n.backward}
-    assert len(schedule.order) == len(expected) and set(schedule.order) == expected
-    at = positions(schedule)
+    llm = [n for n in nodes if n.module == "llm"]
+    ties = [(llm[-1].key, llm[0].key)] if len(llm) > 1 else []
+    schedule = build_schedule(nodes, num, kind=kind, encoder_window=window, ties=ties)
+    assert len(schedule.order) == len(set(schedule.order)) and set(schedule.order) == all_tasks(nodes, num, ties)
+    at, needs = {task: i for i, task in enumerate(schedule.order)}, Needs(nodes, num, ties)
     for task in schedule.order:
-        assert all(at[need] < at[task] for need in dependencies(task, nodes))
-    assert sum(map(len, schedule.groups)) == len(expected) and {t for g in schedule.groups for t in g} == expected
-    for group in schedule.groups:
-        assert [at[t] for t in group] == sorted(at[t] for t in group)
-    run_in_groups(schedule, nodes)
+        assert all(at[need] < at[task] for need in needs.of(task)), task
+    assert schedule.update[0].kind is Kind.DECIDE
     for node in nodes:  # gradients are added in this order, so they are the same to the bit under every schedule
-        backward = [t.microbatch for t in schedule.order if t.key == node.key and t.kind is Kind.BACKWARD]
+        backward = [t.microbatch for t in schedule.order if t.stage == node.key and t.kind is Kind.BACKWARD]
         assert backward == sorted(backward)
     if kind == "1f1b":
-        llm = [n for n in nodes if n.module == "llm"]
         for node in llm:
             assert schedule.max_in_flight[node.key] <= len(llm) - node.stage
 
 
-def run_in_groups(schedule: Schedule, nodes: list[StageNode]) -> None:
-    """Executes the groups as independent queues, as the host loop does: it must always find a ready head."""
-    done: set[Task] = set()
-    heads = [list(group) for group in schedule.groups]
-    while any(heads):
-        ready = [q for q in heads if q and all(t in done for t in dependencies(q[0], nodes))]
-        assert ready
-        for queue in ready:
-            done.add(queue.pop(0))
+def all_tasks(nodes: list[StageNode], num: int, ties: list) -> set[Task]:
+    """Those of a step, written down apart from `Needs`."""
+    by_key = {n.key: n for n in nodes}
+    found = {Task(Kind.DECIDE, nodes[-1].key)}
+    found |= {Task(Kind.TIE, a, to=b) for pair in ties for a, b in (pair, pair[::-1])}
+    for node in nodes:
+        found |= {Task(kind, node.key) for kind in (node.end, Kind.UPDATE) if kind and node.end}
+        for i in range(num):
+            found.add(Task(Kind.FORWARD, node.key, i))
+            found |= {Task(Kind.BOUNDARY, source, i, node.key) for source in node.upstream}
+            if node.backward:
+                found.add(Task(Kind.BACKWARD, node.key, i))
+                found |= {Task(Kind.BOUNDARY, node.key, i, key) for key in node.upstream if by_key[key].backward}
+    return found
+
+
+def test_a_boundary_stands_where_its_producer_ends() -> None:
+    """Neither in front of what the receiver does meanwhile, nor behind the sender's next task."""
+    schedule = build_schedule(chain("llm", [[0], [1]]), 2)
+    names = [f"{t.kind.value}{t.stage[1]}.{t.microbatch}" for t in schedule.gradients]
+    first = ["F0.0", "boundary0.0", "F1.0", "F0.1", "boundary0.1", "B1.0", "boundary1.0", "F1.1", "B0.0", "B1.1"]
+    assert names[: len(first)] == first
+    assert names[len(first) :] == ["boundary1.1", "measure1.-1", "B0.1", "measure0.-1"]
 
 
 def test_1f1b_alternates_after_a_warmup_of_the_longest_path() -> None:
     nodes = vlm(vision=[[0], [1]], llm=[[2], [3]])
     schedule = build_schedule(nodes, 6)
-    of = lambda key: "".join(t.kind.value for t in schedule.order if t.key == key)
+    of = lambda key: "".join(t.kind.value for t in computed(schedule) if t.stage == key)
     assert of(("llm", 1)) == "FB" * 6
     assert of(("llm", 0)) == "FF" + "BF" * 4 + "BB"
     assert of(("vision", 0)) == "FFFF" + "BF" * 2 + "BBBB"
@@ -91,37 +108,34 @@ def test_1f1b_alternates_after_a_warmup_of_the_longest_path() -> None:
 def test_gpipe_runs_every_forward_before_the_first_backward() -> None:
     schedule = build_schedule(vlm(vision=[[0]], llm=[[2], [3]]), 3, kind="gpipe")
     for key in (("vision", 0), ("llm", 0), ("llm", 1)):
-        assert "".join(t.kind.value for t in schedule.order if t.key == key) == "FFFBBB"
+        assert "".join(t.kind.value for t in computed(schedule) if t.stage == key) == "FFFBBB"
 
 
 def test_colocated_encoder_runs_three_phases_per_window() -> None:
     nodes = vlm(vision=[[0, 1]], llm=[[0, 1]])
-    text = lambda window: " ".join(
-        f"{t.module[0]}{t.kind.value}{t.microbatch}" for t in build_schedule(nodes, 4, encoder_window=window).order
-    )
-    assert text(None) == "vF0 vF1 vF2 vF3 lF0 lB0 lF1 lB1 lF2 lB2 lF3 lB3 vB0 vB1 vB2 vB3"
-    assert text(2) == "vF0 vF1 lF0 lB0 lF1 lB1 vB0 vB1 vF2 vF3 lF2 lB2 lF3 lB3 vB2 vB3"
-    assert text(1) == "vF0 lF0 lB0 vB0 vF1 lF1 lB1 vB1 vF2 lF2 lB2 vB2 vF3 lF3 lB3 vB3"
+    text_of = lambda window: text(computed(build_schedule(nodes, 4, encoder_window=window)))
+    assert text_of(None) == "vF0 vF1 vF2 vF3 lF0 lB0 lF1 lB1 lF2 lB2 lF3 lB3 vB0 vB1 vB2 vB3"
+    assert text_of(2) == "vF0 vF1 lF0 lB0 lF1 lB1 vB0 vB1 vF2 vF3 lF2 lB2 lF3 lB3 vB2 vB3"
+    assert text_of(1) == "vF0 lF0 lB0 vB0 vF1 lF1 lB1 vB1 vF2 lF2 lB2 vB2 vF3 lF3 lB3 vB3"
 
 
 def test_frozen_encoder_has_no_backward_and_does_not_run_ahead_without_bound() -> None:
     nodes = vlm(vision=[[0]], llm=[[1]], vision_trains=False)
     order = build_schedule(nodes, 20).order
-    assert not [t for t in order if t.module == "vision" and t.kind is Kind.BACKWARD]
+    assert {t.kind for t in order if "vision" in t.stage} == {Kind.FORWARD, Kind.BOUNDARY}
     at = {t: i for i, t in enumerate(order)}
     for i in range(18):
-        assert at[Task("vision", 0, i + 2, Kind.FORWARD)] > at[Task("llm", 0, i, Kind.FORWARD)]
+        assert at[Task(Kind.FORWARD, ("vision", 0), i + 2)] > at[Task(Kind.FORWARD, ("llm", 0), i)]
 
 
 def test_two_encoders_both_precede_the_llm() -> None:
     vision, audio = chain("vision", [[0]]), chain("audio", [[1]])
     nodes = [*vision, *audio, *chain("llm", [[2]], (("vision", 0), ("audio", 0)))]
-    needs = dependencies(Task("llm", 0, 0, Kind.FORWARD), nodes)
-    assert needs == [Task("vision", 0, 0, Kind.FORWARD), Task("audio", 0, 0, Kind.FORWARD)]
-    assert dependencies(Task("audio", 0, 1, Kind.BACKWARD), nodes) == [
-        Task("audio", 0, 1, Kind.FORWARD),
-        Task("llm", 0, 1, Kind.BACKWARD),
-    ]
+    of = Needs(nodes, 2).of
+    llm, first = ("llm", 0), [Task(Kind.BOUNDARY, (name, 0), 0, ("llm", 0)) for name in ("vision", "audio")]
+    assert of(Task(Kind.FORWARD, llm, 0)) == first
+    back = Task(Kind.BOUNDARY, llm, 1, ("audio", 0))
+    assert of(Task(Kind.BACKWARD, ("audio", 0), 1)) == [Task(Kind.FORWARD, ("audio", 0), 1), back]
 
 
 @pytest.mark.parametrize(

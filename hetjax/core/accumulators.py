@@ -18,6 +18,11 @@ from models.layers import wide
 Tree = Any
 
 
+def cleared(acc: jax.Array, first: jax.Array) -> jax.Array:
+    """`acc`, or zeros if `first`: to add to it in several steps."""
+    return jnp.where(first, 0, acc)
+
+
 def add(acc: Tree, new: Tree, first: jax.Array | bool) -> Tree:
     """`acc` with `new` added, or in its place if `first`."""
     return {**acc, **jax.tree.map(lambda a, g: _sum(a, g[None], first), {name: acc[name] for name in new}, new)}

@@ -1,4 +1,4 @@
-"""The end of a step: one reduction per gradient, one norm over all modules, one decision, one update per stage.
+"""A step's end: one reduction per gradient, one norm over all modules, one decision, one update per stage.
 
 Each gradient's sum of squares comes from the pass that reduces it; that of a tied leaf from the addition that completes
 it. A sum that is not finite tells of a gradient that is not. These sums and the decision travel between meshes as
@@ -7,7 +7,7 @@ parameters, optimizer state and its counts stay as they were, in every module.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,8 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
-from hetjax.core.boundary import Boundary
-from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
-from hetjax.core.stage import Stage
+from hetjax.core.tasks import HostTimes, StageKey
+from hetjax.core.wiring import Tie, Wiring
 
 Tree = Any
 
@@ -34,17 +33,6 @@ class Outcome(NamedTuple):
     host: HostTimes  # of the pass over the schedule
 
 
-class Tie(NamedTuple):
-    """A leaf held by two stages: the owner's, and a copy in the module's last stage."""
-
-    owner: StageKey
-    copy: StageKey
-    owner_path: tuple[str, str]
-    copy_path: tuple[str, str]
-    gradient: Boundary  # copy -> owner
-    value: Boundary  # owner -> copy
-
-
 class Reduced(NamedTuple):
     """The step's gradients, sharded over the data replicas."""
 
@@ -54,54 +42,33 @@ class Reduced(NamedTuple):
 
 
 class Finish:
-    """Programs of the step's end for all stages of a pipeline."""
+    """What a pipeline runs behind its microbatches, beside the programs of its stages; `pipeline.py` dispatches it."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
-        self.stages = {k: s for k, s in pipeline.stages.items() if s.parameters.trains}
-        self.ties = [tie for key, stage in self.stages.items() for tie in self._ties(key, stage)]
-        self.home = pipeline.stages[pipeline.last].plan.mesh.devices.flat[0]
+    def __init__(self, wiring: Wiring) -> None:
+        self.wiring, self.ties = wiring, wiring.ties
+        self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
+        self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
+        self.home = SingleDeviceSharding(wiring.stages[wiring.last].plan.mesh.devices.flat[0])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
-        self._add: dict[StageKey, Any] = {}
-        self._decide: Any = None
-
-    def _ties(self, key: StageKey, stage: Stage) -> list[Tie]:
-        found = []
-        mine = stage.parameters
-        for part, leaf in sorted(mine.borrowed):
-            owner_key = (key[0], 0)
-            if leaf not in mine.trainable.get(part, {}):
-                continue
-            owner, source = self.stages[owner_key], mine.tied[leaf]
-            grad, weight = mine.grads[part][leaf], mine.params[part][leaf]
-            to = owner.parameters.grads["first"][source].sharding
-            back = owner.parameters.params["first"][source]
-            found.append(
-                Tie(
-                    owner_key,
-                    key,
-                    ("first", source),
-                    (part, leaf),
-                    Boundary({"x": grad}, {"x": to}),
-                    Boundary({"x": back}, {"x": weight.sharding}),
-                )
-            )
-        return found
+        self.everywhere = [NamedSharding(stage.plan.mesh, P()) for stage in self.stages.values()]
+        self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
+        self.decide: Any = None  # (squares, losses, [count, rate]) -> (loss, norm, ok, decision)
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
         found: list[tuple[str, Callable[[], object]]] = [("decide", self._compile_decide)]
         for tie in self.ties:
             for direction in (tie.gradient, tie.value):
-                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()]
+                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()] if direction else []
+        for tie in self.trained_ties:
             found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
         return found
 
     def _paths(self) -> list[tuple[str, list[str]]]:
         """(module, paths of the gradients) for each array of `Reduced.squares`."""
         complete = {key: stage.parameters.complete(stage.parameters.grads) for key, stage in self.stages.items()}
-        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.ties]
+        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.trained_ties]
         leaves = jax.tree_util.tree_leaves_with_path
         return [
             (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in complete.items()
@@ -114,77 +81,28 @@ class Finish:
 
         leaf = self.stages[tie.owner].parameters.grads["first"][tie.owner_path[1]]
         out = leaf.sharding, NamedSharding(self.stages[tie.owner].plan.mesh, P())
-        self._add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
+        self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
     def _compile_decide(self) -> None:
-        clip = self.pipeline.spec.optimizer.clip_norm
+        spec, loss = self.wiring.spec, self.wiring.stages[self.wiring.last].ends["loss"]
 
-        def decide(squares: list, losses: list, count: jax.Array) -> tuple[jax.Array, ...]:
-            loss = jnp.stack(losses).sum() / count
+        def decide(squares: list, losses: list, scalars: jax.Array) -> tuple[jax.Array, ...]:
+            count, rate = scalars[0].astype(loss.dtype), scalars[1].astype(self.dtype)
+            total = jnp.stack(losses).sum() / count
             norm = jnp.sqrt(jnp.concatenate(squares).sum())
-            scale = optimizer.clip_scale(norm, clip)
-            return loss, norm, scale, jnp.isfinite(norm) & jnp.isfinite(loss)
+            ok = jnp.isfinite(norm) & jnp.isfinite(total)
+            scale = optimizer.clip_scale(norm, spec.optimizer.clip_norm)
+            return total, norm, ok, jnp.stack([scale, ok.astype(self.dtype), rate])
 
-        scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=SingleDeviceSharding(self.home))
-        loss = self.pipeline.stages[self.pipeline.last].y["loss"].dtype
-        losses = [scalar(loss)] * self.pipeline.spec.num_microbatches
-        squares = [
-            jax.ShapeDtypeStruct((len(paths),), self.dtype, sharding=SingleDeviceSharding(self.home))
-            for _, paths in self.paths
-        ]
-        args = (squares, losses, scalar(loss))
-        self._decide = jax.jit(decide).lower(*args).compile()
+        at_home = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=self.home)
+        squares = [at_home((len(paths),), self.dtype) for _, paths in self.paths]
+        args = (squares, [at_home((), loss.dtype)] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype))
+        self.decide = jax.jit(decide).lower(*args).compile()
 
-    def reduce(self, acc: dict[StageKey, Tree]) -> Reduced:
-        """The gradients of the step. `acc` is consumed."""
-        grads, squares = dict(acc), []
-        for key, stage in self.stages.items():
-            if stage.parameters.num_replicas > 1:
-                grads[key], of_stage = stage.programs["reduce"](acc[key])
-            else:
-                of_stage = stage.programs["measure"](acc[key])
-            squares.append(of_stage)
-        for tie in self.ties:
-            leaf = tie.gradient.forward({"x": _get(grads[tie.copy], tie.copy_path)})["x"]
-            total, square = self._add[tie.owner](_get(grads[tie.owner], tie.owner_path), leaf)
-            grads[tie.owner] = _set(grads[tie.owner], tie.owner_path, total)
-            squares.append(square)
-        alone = {key: grads[key] for key, stage in self.stages.items() if stage.parameters.num_replicas == 1}
-        return Reduced(grads, {**acc, **alone}, squares)
-
-    def apply(
-        self,
-        params: dict[StageKey, Tree],
-        states: dict[StageKey, Tree],
-        reduced: Reduced,
-        losses: list[jax.Array],
-        *,
-        count: float,
-        learning_rate: float,
-        host: HostTimes,
-    ) -> tuple[dict[StageKey, Tree], dict[StageKey, Tree], Outcome]:
-        """New (params, optimizer states) and the outcome. The first two arguments are consumed.
-
-        `losses` are the microbatches' loss sums, `count` the step's target tokens.
-        """
-        local = [x.addressable_shards[0].data for x in (*reduced.squares, *losses)]
-        local = jax.device_put([*local, np.asarray(max(count, 1.0), losses[0].dtype)], SingleDeviceSharding(self.home))
-        n = len(reduced.squares)
-        loss, norm, scale, ok = self._decide(local[:n], local[n:-1], local[-1])
-        module_squares: dict[str, list[jax.Array]] = {}
-        for (name, _), squares in zip(self.paths, local[:n], strict=True):
-            module_squares.setdefault(name, []).append(squares)
-        params, states = dict(params), dict(states)
-        for key, stage in self.stages.items():
-            everywhere = NamedSharding(stage.plan.mesh, P())
-            rate = jax.device_put(np.asarray(learning_rate, self.dtype), everywhere)
-            scalars = [_broadcast(v, everywhere) for v in (scale, ok)]
-            grads = reduced.grads[key]
-            params[key], states[key] = stage.programs["update"](params[key], states[key], grads, *scalars, rate)
-        for tie in self.ties:
-            value = tie.value.forward({"x": _get(params[tie.owner], tie.owner_path)})["x"]
-            params[tie.copy] = _set(params[tie.copy], tie.copy_path, value)
-        return params, states, Outcome(loss, norm, module_squares, ok, host)
+    def scalars(self, count: float, rate: float) -> np.ndarray:
+        """The step's target tokens and its learning rate, as `decide` takes them."""
+        loss = self.wiring.stages[self.wiring.last].ends["loss"]
+        return np.array([max(count, 1.0), rate], jnp.promote_types(self.dtype, loss.dtype))
 
     def not_finite(self, outcome: Outcome) -> list[str]:
         """The paths of the gradients of a step that were not finite; waits for the devices."""
@@ -194,19 +112,3 @@ class Finish:
             finite = np.isfinite(next(squares[name]))
             found += [path for path, good in zip(paths, finite, strict=True) if not good]
         return found
-
-
-def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
-    return tree[path[0]][path[1]]
-
-
-def _set(tree: Mapping, path: tuple[str, str], leaf: jax.Array) -> dict:
-    return {**tree, path[0]: {**tree[path[0]], path[1]: leaf}}
-
-
-def _broadcast(scalar: jax.Array, everywhere: NamedSharding) -> jax.Array:
-    """A one-device scalar on every device of a mesh: one put per device, straight from the source."""
-    copies = jax.device_put(
-        [scalar] * everywhere.mesh.size, [SingleDeviceSharding(d) for d in everywhere.mesh.devices.flat]
-    )
-    return jax.make_array_from_single_device_arrays((), everywhere, copies)

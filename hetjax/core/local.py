@@ -1,12 +1,13 @@
 """A stage's model as one device runs it on its shards: what `stage.py` compiles into programs.
 
-Parameters are cast to varying over the data axes before they meet an activation, and VJPs are taken here, inside of
-the per-device program: so no data-parallel collective is inserted.
+Working weights are cast to varying over the data axes before they meet an activation, and VJPs are taken here, inside
+of the per-device program: so no data-parallel collective is inserted.
 
 A stage is its start (a module's first part), its layers in runs, and its end (a module's last part); each has a VJP of
 its own. A run's forward scan takes that of one layer and keeps what the layer's backward needs; the backward scans the
 layers from the last to the first and adds each one's gradients to its rows of the accumulators. The gradients of all
-layers never exist together.
+layers never exist together. Where the end makes the loss, the forward stops before it: the backward, which has the
+accumulators, computes loss and gradients in one pass.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import accumulators, loss, optimizer, residuals, stacks
+from hetjax.core import accumulators, loss, residuals, stacks
 from hetjax.core.graph import Module, Remat
 from hetjax.core.layout import AXES, DATA_AXES, StagePlan, spec
 from hetjax.core.parameters import Parameters
@@ -32,18 +33,16 @@ POLICIES = {Remat.DOTS: is_product, Remat.FULL: jax.checkpoint_policies.nothing_
 
 
 class Given(NamedTuple):
-    """What a stage's programs are given, as its parts take it. Parameters vary over the data axes."""
+    """What a stage's programs are given, as its parts take it. Working weights vary over the data axes."""
 
-    trainable: Params
-    frozen: Params
+    weights: Params
     x: Tree
     batch: Batch
     seen: Batch  # by the layers
 
-    @property
-    def inputs(self) -> list[jax.Array]:
-        """What the VJPs of start and end may refer to."""
-        return jax.tree.leaves((self.trainable, self.frozen, self.x, self.batch))
+    def inputs(self, differentiated: Params) -> list[jax.Array]:
+        """What the VJPs of start and end may refer to, those with respect to `differentiated`."""
+        return jax.tree.leaves((self.weights, differentiated, self.x, self.batch))
 
 
 class Residuals(NamedTuple):
@@ -51,7 +50,7 @@ class Residuals(NamedTuple):
 
     start: Kept | None
     runs: list[list[Kept] | None]  # of each run, by place of its period; arrays have a dim over its repetitions
-    end: Kept
+    end: Kept | Tree  # where the stage ends in the loss: the carry behind the layers
 
 
 class Local:
@@ -63,92 +62,137 @@ class Local:
     def __init__(
         self, module: Module, plan: StagePlan, parameters: Parameters, *, x_wanted: frozenset[str], ends_in_loss: bool
     ) -> None:
-        self.module, self.plan, self.parameters = module, plan, parameters
+        self.module, self.plan, self.parameters, self.working = module, plan, parameters, parameters.working
+        self.trainable = parameters.trainable
         self.x_wanted, self.ends_in_loss = x_wanted, ends_in_loss
+        self.chunk = loss.CHUNK.get(plan.mesh.devices.flat[0].platform, loss.CHUNK["gpu"])
         self.layers = module.definition.layers[plan.lo : plan.hi]
         self.runs = stacks.runs(self.layers)
 
     @property
     def dims(self) -> Mapping[str, tuple[str | None, ...]]:
-        """Logical dims of what leaves the stage, but for a loss."""
+        """Logical dims of what leaves a stage that does not end in the loss."""
         return self.module.definition.output if self.plan.last else self.module.definition.carry
 
     # -- the programs --------------------------------------------------------------------------------------------
 
-    def outputs(self, params: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """What leaves the stage; the loss as this device's part of the sum."""
-        last = self.parameters.full_last(jax.tree.map(_vary, params))
-        return self._end(last, self._carry(params, x, batch), batch)
-
-    def scores(self, params: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """The loss as in `outputs`, of the stage that ends in it, and the likeliest next id at every position."""
-        last = self.parameters.full_last(jax.tree.map(_vary, params))
-        total, ids = self._loss(loss.token_scores, last, self._carry(params, x, batch), batch)
+    def outputs(self, weights: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """What leaves the stage; of one that ends in the loss, this device's part of its sum, and the likeliest next id
+        at every position."""
+        given = self._given(weights, x, batch)
+        first = self.working.given("first", given.weights.get("first", {}), {})
+        carry = self._start(first, x, batch)
+        for run in self.runs:
+            carry, _ = self._scan(run, given, carry, keeps=False)
+        last = self.working.given("last", self.parameters.full_last(given.weights), {})
+        if not self.ends_in_loss:
+            return self._end(last, carry, batch)
+        y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
+        tokens = y["x"], y["head"], batch["targets"], batch["weights"]
+        total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
         return {k: _settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
 
-    def forward(self, params: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
-        """`outputs`, and what `backward` needs beside the same arguments."""
-        given = self._given(params, x, batch)
+    def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
+        """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
+        given = self._given(weights, x, batch)
         wanted = {k: v for k, v in x.items() if k in self.x_wanted}
 
         def start(w: Params, wanted: Tree) -> Tree:
-            return self._start(optimizer.merge(w, given.frozen.get("first", {})), {**x, **wanted}, batch)
+            first = self.working.given("first", given.weights.get("first", {}), w)
+            return self._start(first, {**x, **wanted}, batch)
 
         def end(w: Params, carry: Tree) -> dict[str, jax.Array]:
-            return self._end(optimizer.merge(w, self.parameters.full_last(given.frozen)), carry, batch)
+            return self._end(self.working.given("last", self.parameters.full_last(given.weights), w), carry, batch)
 
-        first = given.trainable.get("first", {})
+        first = self._first(given)
         moves = bool(first or wanted)
-        carry, of_start = _vjp(start, first, wanted, given.inputs) if moves else (start(first, wanted), None)
+        carry, of_start = _vjp(start, first, wanted, given.inputs(first)) if moves else (start(first, wanted), None)
         of_runs: list[list[Kept] | None] = []
         for run in self.runs:
-            moves = moves or any(self._rows(given.trainable, run, place) for place in range(len(run.period)))
+            moves = moves or any(self._rows(self.trainable, run, place) for place in range(len(run.period)))
             carry, kept = self._scan(run, given, carry, keeps=moves)
             of_runs.append(kept if moves else None)
-        y, of_end = _vjp(end, self.parameters.full_last(given.trainable), carry, given.inputs)
+        if self.ends_in_loss:
+            return {}, Residuals(of_start, of_runs, carry)
+        last = self._last(given)
+        y, of_end = _vjp(end, last, carry, given.inputs(last))
         return y, Residuals(of_start, of_runs, of_end)
 
     def backward(
-        self, params: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
-    ) -> tuple[Tree, Tree]:
-        """(cotangents of the wanted inputs, accumulators with the gradients added) from those of the outputs.
+        self, weights: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
+    ) -> tuple[Tree, Tree, jax.Array | None]:
+        """(cotangents of the wanted inputs, accumulators with the gradients added, loss) from those of the outputs.
 
-        `first`: whether this is the step's first microbatch (see `accumulators.py`).
+        `first`: whether this is the step's first microbatch (see `accumulators.py`). The loss is this device's part of
+        the sum; its cotangent is given as "loss".
         """
-        given = self._given(params, x, batch)
-        g_last, g = residuals.put_together(kept.end, given.inputs)(g)
-        own, tied = self.parameters.parted_last(g_last)
-        acc = dict(acc)
-        for part, new in (("last", own), ("first", tied)):
-            if new:
-                acc[part] = accumulators.add(acc[part], new, first)
+        given, acc, total = self._given(weights, x, batch), dict(acc), None
+        if self.ends_in_loss:
+            total, g_last, g, acc = self._loss_back(given, kept.end, g["loss"], acc, first)
+        else:
+            g_last, g = residuals.put_together(kept.end, given.inputs(self._last(given)))(g)
+        if g_last:
+            acc["last"] = accumulators.add(acc["last"], g_last, first)
         for run, of_run in reversed(list(zip(self.runs, kept.runs, strict=True))):
             if of_run is not None:
                 g, acc = self._scan_back(run, given, of_run, g, acc, first)
         if kept.start is None:
-            return {}, acc
-        g_first, g_x = residuals.put_together(kept.start, given.inputs)(g)
-        if g_first:
-            again = {name: g_first.pop(name) for name in tied}  # joins what `last` has written
-            acc["first"] = accumulators.add(accumulators.add(acc["first"], g_first, first), again, False)
-        return g_x, acc
+            return {}, acc, total
+        g_x, acc = self._start_back(given, kept.start, g, acc, first)
+        return g_x, acc, total
 
     # -- their parts ---------------------------------------------------------------------------------------------
 
-    def _given(self, params: Params, x: Tree, batch: Batch) -> Given:
-        trainable, frozen = self.parameters.split(jax.tree.map(_vary, params))
-        return Given(trainable, frozen, x, batch, self._seen(batch))
+    def _start_back(self, given: Given, kept: Kept, g: Tree, acc: Tree, first: jax.Array) -> tuple[Tree, Tree]:
+        """(cotangents of the wanted inputs, accumulators) from the cotangent of the carry in front of the layers."""
+        table, taps = self.module.definition.table, self._first(given)
+        if table in taps:  # its gradient is added to its tap, row by row, and the accumulator takes the tap's place
+            shared = self.ends_in_loss and ("first", table) == self.parameters.place_in_last(
+                self.module.definition.head
+            )
+            mine = acc["first"][table]  # of a tied one: what the head has written
+            taps = {**taps, table: (mine if shared else accumulators.cleared(mine, first))[0]}
+        g_first, g_x = residuals.put_together(kept, given.inputs(taps))(g)
+        done = {table: g_first.pop(table)[None]} if table in taps else {}
+        if g_first or done:
+            acc = {**acc, "first": {**accumulators.add(acc["first"], g_first, first), **done}}
+        return g_x, acc
 
-    def _seen(self, batch: Batch) -> Batch:
-        return self.module.definition.prepare(batch, self.plan.axes)
+    def _loss_back(
+        self, given: Given, carry: Tree, seed: jax.Array, acc: Tree, first: jax.Array
+    ) -> tuple[jax.Array, Params, Tree, Tree]:
+        """(loss, gradients of the last part's trainable parameters but the head's, cotangent of the carry, accumulators
+        with the head's gradient added), of the carry behind the layers."""
+        definition, name = self.module.definition, self.module.definition.head
+        weights, w = self.parameters.full_last(given.weights), self._last(given)
+        trains = w.pop(name, None) is not None
 
-    def _carry(self, params: Params, x: Tree, batch: Batch) -> Tree:
-        """The carry behind the layers."""
-        given = Given(jax.tree.map(_vary, params), {}, x, batch, self._seen(batch))
-        carry = self._start(given.trainable.get("first", {}), x, batch)
-        for run in self.runs:
-            carry, _ = self._scan(run, given, carry, keeps=False)
-        return carry
+        def features(w: Params, carry: Tree) -> jax.Array:
+            last = self.working.given("last", weights, w)
+            x = definition.last.apply(last, carry, given.batch, self.plan.axes)["x"]
+            return _settle(x, _axes_of(spec(definition.output["x"])))
+
+        x, pull = jax.vjp(features, w, carry)
+        head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
+        part, leaf = self.parameters.place_in_last(name)
+        mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
+        tokens = given.batch["targets"], given.batch["weights"]
+        total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seed, axes=self.plan.axes, chunk=self.chunk)
+        if mine is not None:
+            acc = {**acc, part: {**acc[part], leaf: mine[None]}}
+        return total, *pull(g_x), acc
+
+    def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
+        return Given(jax.tree.map(_vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))
+
+    def _first(self, given: Given) -> Params:
+        """What of the first part is differentiated."""
+        return self.working.differentiated("first", given.weights.get("first", {}), self.trainable.get("first", {}))
+
+    def _last(self, given: Given) -> Params:
+        """What of the last part is differentiated."""
+        weights, trainable = (self.parameters.full_last(params) for params in (given.weights, self.trainable))
+        return self.working.differentiated("last", weights, trainable)
 
     def _start(self, w: Params, x: Tree, batch: Batch) -> Tree:
         """The carry in front of the layers."""
@@ -163,20 +207,10 @@ class Local:
         return carry
 
     def _end(self, w: Params, carry: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """What leaves the stage; `w` are the parameters of `last`."""
-
-        def last(w: Params, carry: Tree) -> dict[str, jax.Array]:
-            if self.ends_in_loss:
-                return {"loss": self._loss(loss.token_sum, w, carry, batch)}
-            return self.module.definition.last.apply(w, carry, batch, self.plan.axes)
-
-        y = self._remat(last)(w, carry) if self.plan.last else carry
-        wanted = {k: frozenset(DATA_AXES) if self.ends_in_loss else _axes_of(spec(self.dims[k])) for k in y}
-        return {k: _settle(v, wanted[k]) for k, v in y.items()}
-
-    def _loss(self, function: Callable[..., Any], w: Params, carry: Tree, batch: Batch) -> Any:
-        y = self.module.definition.last.apply(w, carry, batch, self.plan.axes)
-        return function(y["x"], y["head"], batch["targets"], batch["weights"], axes=self.plan.axes)
+        """What leaves a stage that does not end in the loss; `w` are the parameters of `last`."""
+        last = self._remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes))
+        y = last(w, carry) if self.plan.last else carry
+        return {k: _settle(v, _axes_of(spec(self.dims[k]))) for k, v in y.items()}
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         """`function`, of whose inner results the backward keeps what the module's setting says."""
@@ -190,14 +224,15 @@ class Local:
     def _layer(
         self, run: Run, place: int, i: jax.Array, given: Given
     ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
-        """A layer as a function of (its trainable parameters, carry), these parameters, and what a VJP may refer to."""
-        w, fixed = (
-            stacks.take(params.get(LAYERS, {}), self._rows(params, run, place), i)
-            for params in (given.trainable, given.frozen)
-        )
+        """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to."""
         apply = run.period[place].apply
-        layer = lambda w, carry: apply(optimizer.merge(w, fixed), carry, given.seen, self.plan.axes)
-        return self._remat(layer), w, jax.tree.leaves((w, fixed, given.seen))
+        weights = stacks.take(given.weights.get(LAYERS, {}), self._rows(given.weights, run, place), i)
+        w = self.working.differentiated(LAYERS, weights, self._rows(self.trainable, run, place))
+
+        def layer(w: Params, carry: Tree) -> Tree:
+            return apply(self.working.given(LAYERS, weights, w), carry, given.seen, self.plan.axes)
+
+        return self._remat(layer), w, jax.tree.leaves((weights, w, given.seen))
 
     def _scan(self, run: Run, given: Given, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
         """The carry behind a run; by place of the period what the layers keep, or nothing."""
@@ -225,7 +260,7 @@ class Local:
             for place in reversed(range(len(run.period))):
                 _, _, inputs = self._layer(run, place, i, given)
                 g_w, g = residuals.put_together(kept[place], inputs)(g)
-                layers = accumulators.add_layer(layers, self._rows(given.trainable, run, place), i, g_w, first)
+                layers = accumulators.add_layer(layers, self._rows(self.trainable, run, place), i, g_w, first)
             return (g, layers), None
 
         (g, layers), _ = lax.scan(body, (g, acc.get(LAYERS, {})), (_repetitions(run), kept), reverse=True)

@@ -39,13 +39,13 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
 
 def _of_stage(stage: Stage, in_flight: int) -> DeviceMemory:
     mine = stage.parameters
-    per_microbatch = _bytes((stage.x, stage.batch, stage.kept))
+    per_microbatch = _bytes((stage.x, stage.packed, stage.kept))
     workspace = max(
         (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()),
         default=0,
     )
     return DeviceMemory(
-        _bytes(mine.params),
+        _bytes((mine.params, mine.copies, mine.lent_to_it)),
         _bytes(mine.state),
         _bytes(mine.acc) if mine.trains else 0,
         max(in_flight, 1) * per_microbatch,

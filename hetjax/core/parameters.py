@@ -1,12 +1,14 @@
 """A stage's parameters: their values at step 0, and how they, their gradients and the optimizer's state are sharded.
 
-    params   the module's specs: cut over tp, repeated over the data replicas
+    leaves   the module's specs: cut over tp, repeated over the data replicas
+    params   the same, but those with a working weight beside them (`working.py`) are cut over the data replicas too
+    weights  what the programs are given: working weights, and the other parameters as they are
     acc      one gradient per data replica: a leading dim over (dp, cp), where there is more than one
     grads    their sum, cut over the data replicas too (ZeRO-1), like the optimizer's state; `acc` itself where there is
              one replica
 
 A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage, which lends
-it; the last one borrows a copy: it has gradients there, and neither optimizer state nor a place in a checkpoint.
+it; the last one borrows its working weight: it has gradients there, and neither parameter nor optimizer state.
 """
 
 import zlib
@@ -22,7 +24,9 @@ from hetjax.core import optimizer, stacks
 from hetjax.core.graph import Module
 from hetjax.core.layout import DATA_AXES, StagePlan, param_specs, zero_spec
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.paths import at, flat, nested
 from hetjax.core.stacks import LAYERS
+from hetjax.core.working import Working
 from models.contract import Params
 
 Tree = Any
@@ -43,8 +47,15 @@ class Parameters:
         if plan.first:  # one leaf serves both parts
             for leaf in self.tied:
                 del self.specs["last"][leaf]
-        self.params = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
-        self.trainable, self.frozen = self.split(self.params)
+        self.leaves = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
+        self.trainable, self.frozen = self.split(self.leaves)
+        apart = {("last", module.definition.head), *self.borrowed}
+        self.working = Working(module.definition, plan, self.leaves, self.trainable, apart=frozenset(apart))
+        self.params = jax.tree_util.tree_map_with_path(self._master, self.owned(self.leaves))
+        self.weights = self.working.abstract
+        self.lent_to_it = {leaf: self.weights[part][leaf] for part, leaf in self.borrowed}
+        self.copies = self.working.abstract_copies(self.params)  # what of the weights are not parameters themselves
+        self.moving = self.working.abstract_copies(self.params, moving=True)  # and change with each step
         self.trains = bool(self.trainable)
         self.num_replicas = plan.mesh.shape["dp"] * plan.mesh.shape["cp"]
         specs = _at_paths(self.specs, self.trainable)
@@ -62,13 +73,19 @@ class Parameters:
         self.state = self._abstract_state() if self.trains else ()
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """(trainable, frozen) leaves; a borrowed leaf trains where its owner does."""
+        """(trainable, frozen) leaves; a borrowed leaf, if it is there, trains where its owner does."""
         trainable, frozen = optimizer.split(self.config, self._module.name, self.owned(params))
         for part, leaf in self.borrowed:
+            if leaf not in params.get(part, {}):
+                continue
             owner = f"{self._module.name}/first/{self.tied[leaf]}"
             side = trainable if self.config.trains(owner) else frozen
             side.setdefault(part, {})[leaf] = params[part][leaf]
         return trainable, frozen
+
+    def moving_of(self, weights: Params) -> Params:
+        """What of concrete working weights `moving` describes."""
+        return nested({path: at(weights, path) for path in flat(self.moving)})
 
     def multipliers(self, params: Params) -> Tree:
         """Learning-rate multiplier of every leaf."""
@@ -93,11 +110,18 @@ class Parameters:
         shared = {leaf: first[source] for leaf, source in self.tied.items() if source in first}
         return {**params.get("last", {}), **shared}
 
+    def place_in_last(self, leaf: str) -> tuple[str, str]:
+        """(part, name) under which the stage has the leaf that `full_last` calls `leaf`."""
+        shared = self._plan.first and leaf in self.tied
+        return ("first", self.tied[leaf]) if shared else ("last", leaf)
+
     def parted_last(self, leaves: Params) -> tuple[Params, Params]:
         """(those of `last`, those of `first`) of leaves that `full_last` named."""
-        tied = self.tied if self._plan.first else {}
-        own = {leaf: value for leaf, value in leaves.items() if leaf not in tied}
-        return own, {tied[leaf]: value for leaf, value in leaves.items() if leaf in tied}
+        parts: dict[str, Params] = {"last": {}, "first": {}}
+        for leaf, value in leaves.items():
+            part, name = self.place_in_last(leaf)
+            parts[part][name] = value
+        return parts["last"], parts["first"]
 
     def _make(self, key: jax.Array) -> Params:
         definition, plan = self._module.definition, self._plan
@@ -117,13 +141,14 @@ class Parameters:
 
     def init(self) -> Params:
         """Fresh values: functions of seed, module name, part and global layer index alone."""
-        return jax.jit(self._make, out_shardings=shardings(self.params))(jax.random.key(self._seed))
+        make = lambda key: self.owned(self._make(key))
+        return jax.jit(make, out_shardings=shardings(self.params))(jax.random.key(self._seed))
 
     def init_state(self, params: Params) -> Tree:
         """The optimizer's state before the first step."""
         if not self.trains:
             return ()
-        return jax.jit(self.tx.init, out_shardings=shardings(self.state))(self.owned(self.split(params)[0]))
+        return jax.jit(self.tx.init, out_shardings=shardings(self.state))(self.split(params)[0])
 
     def zeros(self) -> Tree:
         """Gradient accumulators, in the parameters' precision; nobody reads what is in them."""
@@ -143,6 +168,9 @@ class Parameters:
 
         state = jax.eval_shape(self.tx.init, self.owned(self.trainable))
         return jax.tree_util.tree_map_with_path(place, state)
+
+    def _master(self, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.working.master(tuple(k.key for k in path)))
 
     def _at(self, a: Any, where: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(self._plan.mesh, where))

@@ -1,7 +1,8 @@
-"""The host loop: runs a schedule's tasks over the stages of all modules. The only file that dispatches work to devices.
+"""The host loop: walks a schedule's tasks over the stages of all modules. The only file that dispatches work.
 
-One Python thread hands each task to its devices and goes on; arrays are futures. Tasks of one device group keep the
-schedule's order. At most `IN_FLIGHT` tasks of a stage wait on its devices: beyond about 32 the runtime blocks the host
+One Python thread hands each task to its devices and goes on; arrays are futures. The order is the schedule's and
+nothing else's: it asks no device what is ready, so every process that runs it issues the same tasks in the same order.
+Before a stage's task goes out, the one `IN_FLIGHT` before it is waited for: beyond about 32 the runtime blocks the host
 thread, and every idle mesh would starve behind one busy mesh.
 """
 
@@ -9,115 +10,47 @@ import collections
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core.boundary import Boundary
-from hetjax.core.graph import Module
-from hetjax.core.layout import StagePlan, plan_stages, sharding, zigzag
-from hetjax.core.parameters import Parameters
-from hetjax.core.schedule import Kind, Schedule, StageNode, Task, build_schedule, dependencies
-from hetjax.core.stage import Stage
+from hetjax.core import optimizer
+from hetjax.core.finish import Finish, Outcome, Reduced
+from hetjax.core.layout import zigzag
+from hetjax.core.packing import Prepared, prepare
+from hetjax.core.schedule import build_schedule
+from hetjax.core.tasks import HostTimes, Kind, StageKey, Task
 from hetjax.core.train_spec import TrainSpec
+from hetjax.core.wiring import Link, Tie, Wiring
 
 IN_FLIGHT = 8
-StageKey = tuple[str, int]
 Tree = Any
+Trees = dict[StageKey, Tree]
 Microbatch = Mapping[str, np.ndarray]
+Doing = Mapping[Kind, Callable[[Task], jax.Array | None]]  # gives what is ready when the task is through, or None
 
 
-class HostTimes(NamedTuple):
-    """Where the host thread's time went in one pass over the schedule."""
-
-    tasks: int
-    dispatch_seconds: float  # in forward and backward tasks, their boundaries included
-    boundary_seconds: float
-    wait_seconds: float  # for a stage that had `IN_FLIGHT` tasks waiting
-
-
-class Gradients(NamedTuple):
-    """What the loop leaves for the end of the step: accumulators per stage, and the loss sum of each microbatch."""
-
-    acc: dict[StageKey, Tree]
-    losses: list[jax.Array]
-    host: HostTimes
-
-
-class Link(NamedTuple):
-    """An edge between two stages: where `source`'s output keys enter `target`'s inputs."""
-
-    source: StageKey
-    target: StageKey
-    names: dict[str, str]  # output key -> input key
-    boundary: Boundary
-
-
-class Pipeline:
-    """All stages of a graph, the boundaries between them and the schedule, built for one microbatch shape.
-
-    Nothing is compiled or placed yet.
-    """
+class Pipeline(Wiring):
+    """The stages of a graph, what joins them, and the schedule by which they work."""
 
     def __init__(self, spec: TrainSpec) -> None:
-        graph = spec.graph
-        self.spec, self.graph = spec, graph
-        self.plans = {m.name: plan_stages(m.name, m.definition, m.layout, spec.devices) for m in graph.modules}
-        self.stages: dict[StageKey, Stage] = {}
-        self.links: dict[StageKey, list[Link]] = {}  # by source
-        self.sources: dict[StageKey, list[Link]] = {}  # by target
-        for module in (*graph.encoders, graph.sink):
-            for plan in self.plans[module.name]:
-                key = (module.name, plan.index)
-                self.links[key], self.sources[key] = [], self._links_into(module, plan)
-                for link in self.sources[key]:
-                    self.links[link.source].append(link)
-                self.stages[key] = Stage(
-                    module,
-                    plan,
-                    Parameters(module, plan, spec.optimizer, seed=spec.seed, dtype=spec.param_dtype),
-                    is_sink=module is graph.sink,
-                    x={n: link.boundary.destination[k] for link in self.sources[key] for k, n in link.names.items()},
-                    x_wanted=frozenset(
-                        n
-                        for link in self.sources[key]
-                        if self.stages[link.source].has_backward
-                        for n in link.names.values()
-                    ),
-                    batch=spec.batch,
-                )
-        self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
-        nodes = [self._node(key) for key in self.stages]
-        self.schedule: Schedule = build_schedule(
-            nodes, spec.num_microbatches, kind=spec.schedule, encoder_window=spec.encoder_window
+        super().__init__(spec)
+        self.schedule = build_schedule(
+            self.nodes,
+            spec.num_microbatches,
+            kind=spec.schedule,
+            encoder_window=spec.encoder_window,
+            ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
         )
-        self.needs = {task: tuple(dependencies(task, nodes)) for task in self.schedule.order}
-        seq = spec.batch["tokens"].shape[1]
-        self._orders = {m.name: zigzag(seq, m.layout.cp) for m in graph.modules if m.layout.cp > 1}
+        self._waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in self.stages}
 
-    def _links_into(self, module: Module, plan: StagePlan) -> list[Link]:
-        target = (module.name, plan.index)
-        if plan.index > 0:
-            source, dims = (module.name, plan.index - 1), module.definition.carry
-            y = self.stages[source].y
-            return [Link(source, target, {k: k for k in y}, Boundary(y, {k: sharding(plan.mesh, dims[k]) for k in y}))]
-        links = []
-        for edge in self.graph.edges:
-            if edge.consumer == module.name:
-                source = (edge.producer, len(self.plans[edge.producer]) - 1)
-                y = self.stages[source].y
-                names = {k: edge.producer if k == "x" else f"{edge.producer}.{k}" for k in y}
-                where = {k: sharding(plan.mesh, ("items", *(None,) * (y[k].ndim - 1))) for k in y}
-                links.append(Link(source, target, names, Boundary(y, where)))
-        return links
-
-    def _node(self, key: StageKey) -> StageNode:
-        stage = self.stages[key]
-        upstream = tuple(link.source for link in self.sources[key])
-        return StageNode(key[0], key[1], frozenset(stage.plan.device_ids), stage.has_backward, upstream)
+    @functools.cached_property
+    def finish(self) -> Finish:
+        """The programs of the step's end."""
+        return Finish(self)
 
     @functools.cached_property
     def flags(self) -> dict[StageKey, tuple[jax.Array, jax.Array]]:
@@ -125,141 +58,235 @@ class Pipeline:
         everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages.items()}
         return {key: tuple(jax.device_put([np.False_, np.True_], where)) for key, where in everywhere.items()}
 
-    @property
-    def boundaries(self) -> dict[str, Boundary]:
-        """Every boundary, by "vision/0 -> llm/0"."""
-        links = [link for links in self.links.values() for link in links]
-        return {f"{a}/{i} -> {b}/{j}": boundary for (a, i), (b, j), _, boundary in links}
-
-    def thunks(self, *, evaluate: bool) -> list[tuple[str, Callable[[], object]]]:
-        """(name, function that compiles it) of every program of the loop."""
-        found: list[tuple[str, Callable[[], object]]] = []
-        for (module, index), stage in self.stages.items():
-            found += [(f"{module}/{index} {name}", thunk) for name, thunk in stage.thunks(evaluate=evaluate).items()]
-        for name, boundary in self.boundaries.items():
-            found += [(f"{name} {program}", thunk) for program, thunk in boundary.programs()]
-        return found
-
-    def zeros(self) -> dict[StageKey, Tree]:
+    def zeros(self) -> Trees:
         """Gradient accumulators of every stage that trains."""
         return {key: stage.parameters.zeros() for key, stage in self.stages.items() if stage.parameters.trains}
 
-    def run(
-        self,
-        params: Mapping[StageKey, Tree],
-        microbatches: Sequence[Microbatch],
-        acc: dict[StageKey, Tree],
-        count: float,
-    ) -> Gradients:
-        """Forward and backward of every microbatch. Gradients are those of (sum of token losses) / `count`.
+    def gradients(
+        self, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
+    ) -> tuple[Reduced, list[jax.Array], HostTimes]:
+        """Gradients of (sum of token losses) / `count`, the loss sum of each microbatch, and where time went.
 
         `acc` is consumed. Returns before the devices are done.
         """
-        return _Loop(self, params, microbatches, dict(acc), count).run()
+        step = _Gradients(self, weights, microbatches, dict(acc), count)
+        host = self._walk(self.schedule.gradients, step.doing)
+        return step.reduced(), [step.losses[i] for i in range(len(microbatches))], host
 
-    def evaluate(self, params: Mapping[StageKey, Tree], microbatch: Microbatch) -> tuple[jax.Array, np.ndarray]:
+    def update(
+        self,
+        params: Trees,
+        weights: Trees,
+        states: Trees,
+        reduced: Reduced,
+        losses: list[jax.Array],
+        *,
+        count: float,
+        learning_rate: float,
+        host: HostTimes,
+    ) -> tuple[Trees, Trees, Trees, Outcome]:
+        """New (params, working weights, optimizer states) and the outcome. The first three arguments are consumed.
+
+        `losses` are the microbatches' loss sums, `count` the step's target tokens.
+        """
+        step = _Update(self.finish, dict(params), dict(weights), dict(states), reduced, losses, count, learning_rate)
+        self._walk(self.schedule.update, step.doing)
+        return step.params, step.weights, step.states, Outcome(*step.decided, host)
+
+    def weights(self, params: Trees) -> Trees:
+        """The working weights of these parameters."""
+        found = {key: stage.weights(params[key]) for key, stage in self.stages.items()}
+        for tie in self.ties:
+            _lend(tie, found)
+        return found
+
+    def evaluate(self, weights: Mapping[StageKey, Tree], microbatch: Microbatch) -> tuple[jax.Array, np.ndarray]:
         """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position)."""
+        prepared = prepare(microbatch, self.packings)
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
         for key, stage in self.stages.items():  # producers come before their consumers
-            y = stage.programs["evaluate"](params[key], inputs.pop(key, {}), self.place(key, microbatch))
+            y = stage.programs["evaluate"](weights[key], inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
                 moved = link.boundary.forward(y)
                 inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
-        likeliest = np.asarray(y["likeliest"])
-        order = self._orders.get(self.graph.sink.name)
-        return y["loss"], likeliest if order is None else likeliest[:, np.argsort(order)]
+        likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
+        return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
 
-    def place(self, key: StageKey, microbatch: Microbatch) -> dict[str, jax.Array]:
-        """The arrays that a stage reads, on its devices; in zig-zag order where the stage's cp splits a sequence."""
-        stage, order = self.stages[key], self._orders.get(key[0])
-        reads = stage.module.definition.reads
-        arrays = [
-            np.take(microbatch[n], order, reads[n].index("seq"))
-            if order is not None and "seq" in reads[n]
-            else microbatch[n]
-            for n in stage.batch
-        ]
-        return dict(zip(stage.batch, jax.device_put(arrays, [a.sharding for a in stage.batch.values()]), strict=True))
+    def place(self, key: StageKey, microbatch: Prepared) -> list[jax.Array]:
+        """What a stage reads, on its devices."""
+        packed = zip(self.packings[key], microbatch.packed[key], strict=True)
+        return [packing.place(words) for packing, words in packed]
+
+    def _walk(self, tasks: Sequence[Task], doing: Doing) -> HostTimes:
+        """Dispatches `tasks` in their order."""
+        working = crossing = waiting = 0.0
+        for task in tasks:
+            start = time.perf_counter()
+            queue = self._waiting[task.stage]
+            if len(queue) == IN_FLIGHT:
+                queue.popleft().block_until_ready()
+            begun = time.perf_counter()
+            done = doing[task.kind](task)
+            if done is not None:
+                queue.append(done)
+            seconds = time.perf_counter() - begun
+            waiting, working = waiting + begun - start, working + seconds
+            crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
+        return HostTimes(len(tasks), working, crossing, waiting)
 
 
-class _Loop:
-    """One pass over the schedule: what is alive between tasks."""
+class _Gradients:
+    """What is alive between the tasks that lead to a step's gradients."""
 
     def __init__(
-        self,
-        pipeline: Pipeline,
-        params: Mapping[StageKey, Tree],
-        microbatches: Sequence[Microbatch],
-        acc: dict[StageKey, Tree],
-        count: float,
+        self, pipeline: Pipeline, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
     ) -> None:
-        self.pipeline, self.params, self.microbatches, self.acc = pipeline, params, microbatches, acc
-        loss = pipeline.stages[pipeline.last].y["loss"]
+        self.pipeline, self.weights, self.microbatches, self.acc = pipeline, weights, microbatches, acc
+        loss = pipeline.stages[pipeline.last].ends["loss"]
         self.seed = jax.device_put(np.asarray(1.0 / max(count, 1.0), loss.dtype), loss.sharding)
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
         self.cotangents: dict[tuple[StageKey, int], dict[str, jax.Array]] = {}
+        self.leaving: dict[Task, tuple[Link, dict[str, jax.Array]]] = {}
         self.losses: dict[int, jax.Array] = {}
-        self.waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in pipeline.stages}
-        self.boundary_seconds = 0.0
+        self.grads = dict(acc)
+        self.squares: dict[StageKey, jax.Array] = {}
+        self.tied: list[jax.Array] = []  # squares of each tie, in their order
+        self.doing: Doing = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.BOUNDARY: self._boundary,
+            Kind.REDUCE: self._reduce,
+            Kind.MEASURE: self._measure,
+            Kind.TIE: self._tie,
+        }
 
-    def run(self) -> Gradients:
-        """Every task, in an order that the schedule's groups and the tasks' needs allow."""
-        done: set[Task] = set()
-        heads = [collections.deque(group) for group in self.pipeline.schedule.groups]
-        dispatch_seconds = wait_seconds = 0.0
-        while any(heads):
-            ready = [q for q in heads if q and all(t in done for t in self.pipeline.needs[q[0]])]
-            assert ready, "the schedule has a circular wait"
-            free = [q for q in ready if self._has_room(q[0].key)]
-            start = time.perf_counter()
-            if not free:  # every ready stage is full: wait for the oldest task of the first
-                self.waiting[ready[0][0].key].popleft().block_until_ready()
-                wait_seconds += time.perf_counter() - start
-                continue
-            for queue in free:
-                task = queue.popleft()
-                (self._forward if task.kind is Kind.FORWARD else self._backward)(task.key, task.microbatch)
-                done.add(task)
-            dispatch_seconds += time.perf_counter() - start
-        host = HostTimes(len(done), dispatch_seconds, self.boundary_seconds, wait_seconds)
-        return Gradients(self.acc, [self.losses[i] for i in range(len(self.microbatches))], host)
+    def reduced(self) -> Reduced:
+        """The outcome."""
+        stages = self.pipeline.finish.stages
+        alone = {key: self.grads[key] for key, stage in stages.items() if stage.parameters.num_replicas == 1}
+        return Reduced(self.grads, {**self.acc, **alone}, [*(self.squares[key] for key in stages), *self.tied])
 
-    def _has_room(self, key: StageKey) -> bool:
-        queue = self.waiting[key]
-        while queue and queue[0].is_ready():
-            queue.popleft()
-        return len(queue) < IN_FLIGHT
-
-    def _forward(self, key: StageKey, i: int) -> None:
+    def _forward(self, task: Task) -> jax.Array:
+        key, i = task.stage, task.microbatch
         stage = self.pipeline.stages[key]
         x = self.inputs.pop((key, i), {})
-        batch = self.pipeline.place(key, self.microbatches[i])
-        y, kept = stage.programs["forward"](self.params[key], x, batch)
+        packed = self.pipeline.place(key, self.microbatches[i])
+        y, kept, done = stage.programs["forward"](self.weights[key], x, packed)
         if stage.has_backward:
-            self.kept[key, i] = (x, batch, kept)
-        self.waiting[key].append(next(iter(y.values())))
+            self.kept[key, i] = (x, packed, kept)
         if key == self.pipeline.last:
-            self.losses[i] = y["loss"]
             self.cotangents[key, i] = {"loss": self.seed}
-        start = time.perf_counter()
         for link in self.pipeline.links[key]:
-            moved = link.boundary.forward(y)
-            self.inputs[link.target, i] |= {name: moved[k] for k, name in link.names.items()}
-        self.boundary_seconds += time.perf_counter() - start
+            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
+        return done
 
-    def _backward(self, key: StageKey, i: int) -> None:
-        stage = self.pipeline.stages[key]
-        g = self.cotangents.pop((key, i))
-        g_x, acc, finished = stage.programs["backward"](
-            self.params[key], *self.kept.pop((key, i)), g, self.acc.get(key, {}), self.pipeline.flags[key][i == 0]
+    def _backward(self, task: Task) -> jax.Array:
+        key, i = task.stage, task.microbatch
+        g_x, acc, done = self.pipeline.stages[key].programs["backward"](
+            self.weights[key],
+            *self.kept.pop((key, i)),
+            self.cotangents.pop((key, i)),
+            self.acc.get(key, {}),
+            self.pipeline.flags[key][i == 0],
         )
         if key in self.acc:
             self.acc[key] = acc
-        self.waiting[key].append(finished)
-        start = time.perf_counter()
+        if key == self.pipeline.last:
+            self.losses[i] = done
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
-                g_y = link.boundary.backward({k: g_x[link.names[k]] for k in link.boundary.gradients})
-                self.cotangents[link.source, i] = g_y
-        self.boundary_seconds += time.perf_counter() - start
+                g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
+                self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = link, g_y
+        return done
+
+    def _boundary(self, task: Task) -> None:
+        link, arrays = self.leaving.pop(task)
+        if task.to == link.target:
+            moved = link.boundary.forward(arrays)
+            self.inputs[link.target, task.microbatch] |= {name: moved[k] for k, name in link.names.items()}
+        else:
+            self.cotangents[link.source, task.microbatch] = link.boundary.backward(arrays)
+
+    def _reduce(self, task: Task) -> None:
+        key = task.stage
+        self.grads[key], self.squares[key] = self.pipeline.stages[key].programs["reduce"](self.acc[key])
+
+    def _measure(self, task: Task) -> None:
+        key = task.stage
+        self.grads[key] = self.acc[key]
+        self.squares[key] = self.pipeline.stages[key].programs["measure"](self.acc[key])
+
+    def _tie(self, task: Task) -> None:
+        """The gradients of a copy's tied leaves, added to the owner's."""
+        finish = self.pipeline.finish
+        for tie in finish.ties:
+            if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
+                leaf = tie.gradient.forward({"x": _get(self.grads[tie.copy], tie.copy_path)})["x"]
+                total, squares = finish.add[tie.owner](_get(self.grads[tie.owner], tie.owner_path), leaf)
+                self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
+                self.tied.append(squares)
+
+
+class _Update:
+    """What is alive between the tasks from a step's gradients to its new parameters."""
+
+    def __init__(
+        self,
+        finish: Finish,
+        params: Trees,
+        weights: Trees,
+        states: Trees,
+        reduced: Reduced,
+        losses: list[jax.Array],
+        count: float,
+        learning_rate: float,
+    ) -> None:
+        self.finish, self.reduced, self.losses = finish, reduced, losses
+        self.params, self.weights, self.states = params, weights, states
+        self.scalars = finish.scalars(count, learning_rate)
+        self.decisions: dict[StageKey, jax.Array] = {}
+        self.decided: tuple[jax.Array, jax.Array, dict[str, list[jax.Array]], jax.Array]
+        self.doing: Doing = {Kind.DECIDE: self._decide, Kind.UPDATE: self._update, Kind.TIE: self._tie}
+
+    def _decide(self, task: Task) -> None:
+        """From squares and losses, which every device of a stage has, on one device; the decision to all."""
+        finish = self.finish
+        local = [x.addressable_data(0) for x in self.reduced.squares]
+        *squares, scalars = jax.device_put([*local, self.scalars], finish.home)
+        losses = [x.addressable_data(0) for x in self.losses]
+        loss, norm, ok, decision = finish.decide(squares, losses, scalars)
+        module_squares: dict[str, list[jax.Array]] = {}
+        for (name, _), of_stage in zip(finish.paths, squares, strict=True):
+            module_squares.setdefault(name, []).append(of_stage)
+        self.decided = loss, norm, module_squares, ok
+        copies = jax.device_put([decision] * len(finish.everywhere), finish.everywhere)
+        self.decisions = dict(zip(finish.stages, copies, strict=True))
+
+    def _update(self, task: Task) -> None:
+        key = task.stage
+        stage, old = self.finish.stages[key], self.weights[key]
+        given = self.params[key], self.states[key], stage.parameters.moving_of(old)
+        done = stage.programs["update"](*given, self.reduced.grads[key], self.decisions[key])
+        self.params[key], self.states[key], moved = done
+        self.weights[key] = stage.parameters.working.assemble(self.params[key], optimizer.merge(moved, old))
+
+    def _tie(self, task: Task) -> None:
+        """The new values of an owner's tied leaves, to the copy."""
+        for tie in self.finish.ties:
+            if (tie.owner, tie.copy) == (task.stage, task.to):
+                _lend(tie, self.weights)
+
+
+def _lend(tie: Tie, weights: Trees) -> None:
+    """The owner's working weight to the copy."""
+    value = tie.value.forward({"x": _get(weights[tie.owner], tie.owner_path)})["x"]
+    weights[tie.copy] = _set(weights[tie.copy], tie.copy_path, value)
+
+
+def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
+    return tree[path[0]][path[1]]
+
+
+def _set(tree: Mapping, path: tuple[str, str], leaf: jax.Array) -> dict:
+    return {**tree, path[0]: {**tree.get(path[0], {}), path[1]: leaf}}

@@ -28,21 +28,25 @@ class Kept:
 
     arrays: list[jax.Array]
     tree: Any
-    places: tuple[int | None, ...]
+    places: tuple[int, ...]
 
 
 def take_apart(pull: Callable[..., Tree], inputs: Sequence[jax.Array]) -> Kept:
     """A VJP without `inputs`."""
-    numbers = {id(x): i for i, x in enumerate(inputs)}
     leaves, tree = jax.tree.flatten(pull)
-    places = tuple(numbers.get(id(leaf)) for leaf in leaves)
-    return Kept([leaf for leaf, place in zip(leaves, places, strict=True) if place is None], tree, places)
+    known = list(inputs)
+    numbers = {id(x): i for i, x in enumerate(known)}
+    for leaf in leaves:
+        if id(leaf) not in numbers:
+            numbers[id(leaf)] = len(known)
+            known.append(leaf)
+    return Kept(known[len(inputs) :], tree, tuple(numbers[id(leaf)] for leaf in leaves))
 
 
 def put_together(kept: Kept, inputs: Sequence[jax.Array]) -> Callable[..., Tree]:
     """The VJP again, from the same inputs."""
-    arrays = iter(kept.arrays)
-    return jax.tree.unflatten(kept.tree, [next(arrays) if n is None else inputs[n] for n in kept.places])
+    known = [*inputs, *kept.arrays]
+    return jax.tree.unflatten(kept.tree, [known[n] for n in kept.places])
 
 
 @dataclasses.dataclass(frozen=True)

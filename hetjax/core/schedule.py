@@ -10,82 +10,50 @@ three microbatches, 1F1B:
 
 Modules that share devices with the sink run in windows instead: encode a window of microbatches, run the sink over
 them, then the encoders' backwards (arXiv:2605.27678's three phases, when the window is the whole step).
+
+The result is one list of all tasks of a step, which is the same wherever it is built. A boundary stands where its
+producer ends in the simulation: earlier, the devices that receive would wait for it with other work in hand; later, it
+would stand behind the sender's next task.
 """
 
 import collections
 import dataclasses
-import enum
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from hetjax.core.tasks import Kind, Needs, StageKey, StageNode, Task
 
 KINDS = ("1f1b", "gpipe")
-
-
-class Kind(enum.Enum):
-    """What a task does with its microbatch."""
-
-    FORWARD = "F"
-    BACKWARD = "B"
-
-
 COST = {Kind.FORWARD: 1, Kind.BACKWARD: 2}  # of a task, for the order that the simulation finds
-
-
-class Task(NamedTuple):
-    """One stage's work on one microbatch."""
-
-    module: str
-    stage: int
-    microbatch: int
-    kind: Kind
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """The stage that runs it."""
-        return self.module, self.stage
-
-
-@dataclasses.dataclass(frozen=True)
-class StageNode:
-    """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks."""
-
-    module: str
-    stage: int
-    devices: frozenset[int]
-    backward: bool
-    upstream: tuple[tuple[str, int], ...]
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Its name."""
-        return self.module, self.stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """`order`: every task, by simulated start. `groups`: the same per set of devices that stages share.
+    """`gradients`: every task up to the finished gradients, in order. `update`: those behind them.
 
     `max_in_flight`: per stage, the most microbatches whose forward is done and backward is not.
     """
 
-    order: tuple[Task, ...]
-    groups: tuple[tuple[Task, ...], ...]
-    max_in_flight: dict[tuple[str, int], int]
+    gradients: tuple[Task, ...]
+    update: tuple[Task, ...]
+    max_in_flight: dict[StageKey, int]
 
-
-def dependencies(task: Task, nodes: Sequence[StageNode]) -> list[Task]:
-    """The tasks whose results `task` takes."""
-    node = next(n for n in nodes if n.key == task.key)
-    if task.kind is Kind.FORWARD:
-        return [Task(*key, task.microbatch, Kind.FORWARD) for key in node.upstream]
-    later = [Task(*n.key, task.microbatch, Kind.BACKWARD) for n in nodes if task.key in n.upstream]
-    return [task._replace(kind=Kind.FORWARD), *later]
+    @property
+    def order(self) -> tuple[Task, ...]:
+        """Every task of a step."""
+        return self.gradients + self.update
 
 
 def build_schedule(
-    nodes: Sequence[StageNode], num_microbatches: int, *, kind: str = "1f1b", encoder_window: int | None = None
+    nodes: Sequence[StageNode],
+    num_microbatches: int,
+    *,
+    kind: str = "1f1b",
+    encoder_window: int | None = None,
+    ties: Sequence[tuple[StageKey, StageKey]] = (),
 ) -> Schedule:
     """The schedule of one step. `encoder_window` None: colocated encoders run ahead over the whole step.
+
+    `nodes` and `ties` as in `Needs`.
 
     Raises ValueError for an unknown kind or a window outside of 1 to `num_microbatches`.
     """
@@ -96,39 +64,46 @@ def build_schedule(
         raise ValueError(
             f"encoder_window={window} is outside of 1 to num_microbatches={num_microbatches}; None means all of them"
         )
-    order = _Simulation(nodes, num_microbatches, kind, window).run()
-    groups = tuple(tuple(t for t in order if t.key in group) for group in _groups(nodes))
-    return Schedule(tuple(order), groups, _in_flight(nodes, order))
+    needs = Needs(nodes, num_microbatches, ties)
+    simulation = _Simulation(nodes, needs, num_microbatches, kind, window)
+    computed = simulation.run()
+    behind = needs.behind_gradients()
+    decide = behind.index(needs.decide)
+    gradients = (*_with_ends(computed, simulation.end, needs), *behind[:decide])
+    return Schedule(gradients, tuple(behind[decide:]), _in_flight(nodes, computed))
+
+
+def _with_ends(computed: Sequence[Task], end: dict[Task, float], needs: Needs) -> list[Task]:
+    """The tasks of microbatches with what follows them, by simulated time: boundaries first, then finished stages."""
+    last = {task.stage: task for task in computed if task.kind is Kind.BACKWARD}
+    events = []
+    for task in computed:
+        events += [(end[task], 0, t) for t in needs.boundaries_behind(task)]
+        if last.get(task.stage) == task:
+            events += [(end[task], 1, t) for t in needs.finished(task.stage)]
+        events.append((end[task] - COST[task.kind], 2, task))
+    return [task for _, _, task in sorted(events, key=lambda event: event[:2])]
 
 
 class _Simulation:
     """Time runs from task end to task end; a stage holds all its devices while it works."""
 
-    def __init__(self, nodes: Sequence[StageNode], num_microbatches: int, kind: str, window: int) -> None:
+    def __init__(self, nodes: Sequence[StageNode], needs: Needs, num_microbatches: int, kind: str, window: int) -> None:
         self.nodes, self.num_microbatches, self.kind, self.window = list(nodes), num_microbatches, kind, window
-        self.consumers = {n.key: [m.key for m in nodes if n.key in m.upstream] for n in nodes}
-        sink = next(n.module for n in nodes if not self.consumers[n.key])
-        sink_devices = frozenset().union(*(n.devices for n in nodes if n.module == sink))
-        shared = {n.module for n in nodes if n.module != sink and n.devices & sink_devices}
-        self.windowed = shared
-        self.sink = sink
-        self.depth: dict[tuple[str, int], int] = {}
+        self.consumers = needs.consumers
+        self.sink = nodes[-1].module
+        sink_devices = frozenset().union(*(n.devices for n in nodes if n.module == self.sink))
+        self.windowed = {n.module for n in nodes if n.module != self.sink and n.devices & sink_devices}
+        self.depth: dict[StageKey, int] = {}
         for node in reversed(self.nodes):  # producers come before their consumers
             self.depth[node.key] = 1 + max((self.depth[k] for k in self.consumers[node.key]), default=0)
-        self.needs = {
-            t: dependencies(t, nodes)
-            for n in nodes
-            for i in range(num_microbatches)
-            for k in Kind
-            for t in [Task(*n.key, i, k)]
-            if k is Kind.FORWARD or n.backward
-        }
+        self.needs = {task: needs.computed(task) for task in needs.of_microbatches()}
         self.end: dict[Task, float] = {}
 
     def run(self) -> list[Task]:
         free_at = {d: 0.0 for n in self.nodes for d in n.devices}
         waiting = {
-            n.key: [collections.deque(t for t in self.needs if t.key == n.key and t.kind is k) for k in Kind]
+            n.key: [collections.deque(t for t in self.needs if t.stage == n.key and t.kind is k) for k in COST]
             for n in self.nodes
         }
         order: list[Task] = []
@@ -164,15 +139,15 @@ class _Simulation:
             return self.kind == "1f1b" or all(
                 self._done(task._replace(microbatch=i, kind=Kind.FORWARD), now) for i in self._peers(task)
             )
-        bound = self._bound(task.key)
+        bound = self._bound(task.stage)
         if task.microbatch < bound:
             return True
         released = task.microbatch - bound
-        if Task(*task.key, released, Kind.BACKWARD) in self.needs:
-            return self._done(Task(*task.key, released, Kind.BACKWARD), now)
-        return all(self._done(Task(*k, released, Kind.FORWARD), now) for k in self.consumers[task.key])
+        if Task(Kind.BACKWARD, task.stage, released) in self.needs:
+            return self._done(Task(Kind.BACKWARD, task.stage, released), now)
+        return all(self._done(Task(Kind.FORWARD, k, released), now) for k in self.consumers[task.stage])
 
-    def _bound(self, key: tuple[str, int]) -> int:
+    def _bound(self, key: StageKey) -> int:
         if key[0] in self.windowed:
             return self.num_microbatches
         return self.num_microbatches if self.kind == "gpipe" else self.depth[key]
@@ -191,43 +166,32 @@ class _Simulation:
         """Colocated encoders: forwards of a window, the sink over it, their backwards, then the next window."""
         members = self._window_of(task.microbatch)
         shared = [n for n in self.nodes if n.module in self.windowed]
-        if task.module in self.windowed and task.kind is Kind.FORWARD:
+        if task.stage[0] in self.windowed and task.kind is Kind.FORWARD:
             before = range(max(0, members.start - self.window), members.start)
-            last = Kind.BACKWARD
             return all(
-                self._done(Task(*n.key, i, last), now)
+                self._done(Task(Kind.BACKWARD, n.key, i), now)
                 for i in before
                 for n in self.nodes
                 if n.module == self.sink or n.module in self.windowed
             )
-        if task.module in self.windowed:
+        if task.stage[0] in self.windowed:
             return all(
-                self._done(Task(*n.key, i, Kind.BACKWARD), now)
+                self._done(Task(Kind.BACKWARD, n.key, i), now)
                 for i in members
                 for n in self.nodes
                 if n.module == self.sink
             )
-        if task.module == self.sink:
-            return all(self._done(Task(*n.key, i, Kind.FORWARD), now) for i in members for n in shared)
+        if task.stage[0] == self.sink:
+            return all(self._done(Task(Kind.FORWARD, n.key, i), now) for i in members for n in shared)
         return True
 
 
-def _groups(nodes: Sequence[StageNode]) -> list[set[tuple[str, int]]]:
-    """Stages joined by the devices they share."""
-    groups: list[tuple[set[tuple[str, int]], set[int]]] = []
-    for node in nodes:
-        touching = [g for g in groups if g[1] & node.devices]
-        groups = [g for g in groups if not g[1] & node.devices]
-        groups.append(({node.key}.union(*(g[0] for g in touching)), set(node.devices).union(*(g[1] for g in touching))))
-    return [keys for keys, _ in groups]
-
-
-def _in_flight(nodes: Sequence[StageNode], order: Sequence[Task]) -> dict[tuple[str, int], int]:
+def _in_flight(nodes: Sequence[StageNode], order: Sequence[Task]) -> dict[StageKey, int]:
     most = {n.key: 0 for n in nodes}
     alive = dict(most)
     has_backward = {n.key: n.backward for n in nodes}
     for task in order:
-        alive[task.key] += 1 if task.kind is Kind.FORWARD else -1
-        if has_backward[task.key]:
-            most[task.key] = max(most[task.key], alive[task.key])
+        alive[task.stage] += 1 if task.kind is Kind.FORWARD else -1
+        if has_backward[task.stage]:
+            most[task.stage] = max(most[task.stage], alive[task.stage])
     return most

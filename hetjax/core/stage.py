@@ -1,15 +1,18 @@
 """One pipeline stage: a range of a module's layers on one mesh, as compiled programs.
 
-    forward   (params, x, batch)                         -> (y, residuals)
-    backward  (params, x, batch, residuals, g, acc, first) -> (gx, acc, done)    acc is donated
-    evaluate  (params, x, batch)                         -> y                    nothing kept; the sink adds ids
+    forward   (weights, x, packed)                       -> (y, residuals, done) no y where the stage ends in the loss
+    backward  (weights, x, packed, residuals, g, acc, first) -> (gx, acc, done)  acc is donated; done: a loss
+    evaluate  (weights, x, packed)                       -> y                    nothing kept; the sink: loss and ids
     reduce    (acc)                                      -> (grads, squares)     once a step, of several data replicas
     measure   (acc)                                      -> squares              once a step, of one: acc are its grads
-    update    (params, state, grads, scale, ok, rate)    -> (params, state)      the first two are donated
+    update    (params, state, copies, grads, decision)   -> (params, state, copies)    the first three are donated
+    cast      (params)                                   -> copies               before the first step
 
-All but `update` are per-device programs, ONE `jax.shard_map` over all axes, of the model in `local.py`. Each data
+All but the last two are per-device programs, ONE `jax.shard_map` over all axes, of the model in `local.py`. Each data
 replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1). `squares`
-are the sums of squares of the gradients that are complete, by leaf.
+are the sums of squares of the gradients that are complete, by leaf. `packed` is what the stage reads of the microbatch
+(`packing.py`); `done` a number that is there when the program is through, the loss where it makes that; `copies` are
+the working weights that are no parameters (`working.py`); `decision` is [scale, 1 if the step counts, rate].
 """
 
 import functools
@@ -22,13 +25,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import accumulators, optimizer
+from hetjax.core import accumulators, optimizer, packing
 from hetjax.core.graph import Module
 from hetjax.core.layout import DATA_AXES, StagePlan, sharding, spec
 from hetjax.core.local import Local
 from hetjax.core.parameters import Parameters, shardings, spec_tree
 from hetjax.core.residuals import Crossing
-from models.axes import vary
 from models.contract import Params
 from models.layers import wide
 
@@ -61,7 +63,10 @@ class Stage:
         self.x, self.x_wanted = dict(x), x_wanted
         reads = module.definition.reads
         self.batch = {k: _at(batch[k], sharding(plan.mesh, reads[k])) for k in self._find_reads(batch)}
-        self.y = self._find_outputs()
+        zigzags = {k: reads[k].index("seq") for k in self.batch if plan.mesh.shape["cp"] > 1 and "seq" in reads[k]}
+        self.packings = packing.packings(self.batch, zigzags)
+        self.packed = [p.struct for p in self.packings]
+        self.y, self.ends = self._find_outputs()
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
@@ -74,57 +79,68 @@ class Stage:
         located = {k: _at(batch[k], sharding(self.plan.mesh, reads[k])) for k in reads}
         found: set[str] = set()
 
-        def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
+        def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
             recording = _Recording(batch)
-            self.local.outputs(params, dict(x), recording)
+            self.local.outputs(weights, dict(x), recording)
             found.update(recording.read)
             return jnp.zeros(())
 
         self._trace(probe, P(), located)
         return sorted(found)
 
-    def _find_outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Abstract outputs; and, where the stage has a backward, how each residual varies over the mesh."""
-        self.y_specs = {"loss": P()} if self.ends_in_loss else {k: spec(d) for k, d in self.local.dims.items()}
-        outputs = lambda p, x, b: self._summed(self.local.outputs(p, dict(x), b))
-        y = self._trace(outputs, self.y_specs, self.batch)
+    def _find_outputs(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+        """Abstract (outputs of `forward`, what `backward` takes the cotangents of); where the stage has a backward, how
+        each residual varies over the mesh is found too."""
+        self.evaluated = {k: spec(d) for k, d in self.local.dims.items()}
+        if self.ends_in_loss:
+            self.evaluated = {"loss": P(), "likeliest": P(*DATA_AXES)}
+        found = self._trace(self._scores, self.evaluated, self.batch)
         if self.has_backward:
 
-            def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
-                self._crossing = Crossing.of(self.local.forward(params, dict(x), batch)[1])
+            def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
+                self._crossing = Crossing.of(self.local.forward(weights, dict(x), batch)[1])
                 return jnp.zeros(())
 
             self._trace(probe, P(), self.batch)
-        return {k: _at(v, NamedSharding(self.plan.mesh, self.y_specs[k])) for k, v in y.items()}
+        found = {k: _at(v, NamedSharding(self.plan.mesh, self.evaluated[k])) for k, v in found.items()}
+        return ({}, {"loss": found["loss"]}) if self.ends_in_loss else (found, found)
 
     def _trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
-        specs = (self.parameters.specs, spec_tree(self.x), spec_tree(dict(batch)))
-        return jax.eval_shape(self._on_devices(function, specs, out_specs), self.parameters.params, self.x, dict(batch))
+        inputs = (self.parameters.weights, self.x, dict(batch))
+        return jax.eval_shape(self._on_devices(function, spec_tree(inputs), out_specs), *inputs)
 
     def _on_devices(self, function: Callable[..., Tree], in_specs: Tree, out_specs: Tree) -> Callable[..., Tree]:
         return jax.shard_map(function, mesh=self.plan.mesh, in_specs=in_specs, out_specs=out_specs)
 
-    def _summed(self, y: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The loss is summed over the data replicas where it leaves the stage, outside of the VJP."""
-        return {**y, "loss": lax.psum(y["loss"], DATA_AXES)} if self.ends_in_loss else y
-
     # -- the programs --------------------------------------------------------------------------------------------
 
-    def _forward(self, params: Params, x: Tree, batch: Tree) -> tuple[Tree, list[jax.Array]]:
+    def _forward(self, weights: Params, x: Tree, packed: list[jax.Array]) -> tuple[Tree, list[jax.Array], jax.Array]:
+        batch = packing.unpack(self.packings, packed)
         if not self.has_backward:
-            return self._summed(self.local.outputs(params, x, batch)), []
-        y, kept = self.local.forward(params, x, batch)
-        return self._summed(y), self._crossing.out(kept)
+            return self.local.outputs(weights, x, batch), [], _done()
+        y, kept = self.local.forward(weights, x, batch)
+        return y, self._crossing.out(kept), _done()
 
     def _backward(
-        self, params: Params, x: Tree, batch: Tree, kept: list[jax.Array], g: Tree, acc: Tree, first: jax.Array
+        self,
+        weights: Params,
+        x: Tree,
+        packed: list[jax.Array],
+        kept: list[jax.Array],
+        g: Tree,
+        acc: Tree,
+        first: jax.Array,
     ) -> tuple[Tree, Tree, jax.Array]:
-        g = {"loss": vary(g["loss"], DATA_AXES)} if self.ends_in_loss else g
-        g_x, acc = self.local.backward(params, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, jnp.zeros((), jnp.int32)
+        batch = packing.unpack(self.packings, packed)
+        g_x, acc, loss = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
+        return g_x, acc, _done() if loss is None else lax.psum(loss, DATA_AXES)
 
-    def _evaluate(self, params: Params, x: Tree, batch: Tree) -> Tree:
-        return self._summed((self.local.scores if self.ends_in_loss else self.local.outputs)(params, x, batch))
+    def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
+        return self._scores(weights, x, packing.unpack(self.packings, packed))
+
+    def _scores(self, weights: Params, x: Tree, batch: Tree) -> Tree:
+        y = self.local.outputs(weights, x, batch)
+        return {**y, "loss": lax.psum(y["loss"], DATA_AXES)} if self.ends_in_loss else y
 
     def _reduce(self, acc: Tree) -> tuple[Tree, jax.Array]:
         grads = accumulators.reduce(acc, self.parameters.zero_dims)
@@ -134,11 +150,13 @@ class Stage:
         return accumulators.squares(self.parameters.complete(grads), wide(self.parameters.dtype))
 
     def _update(
-        self, params: Params, state: Tree, grads: Tree, scale: jax.Array, ok: jax.Array, rate: jax.Array
-    ) -> tuple[Params, Tree]:
+        self, params: Params, state: Tree, old: Params, grads: Tree, decision: jax.Array
+    ) -> tuple[Params, Tree, Params]:
+        """`old` are the copies, whose memory the new ones take."""
+        scale, ok, rate = decision[0], decision[1] > 0, decision[2]
         mine = self.parameters
-        owned = mine.owned(mine.split(params)[0])
-        shards = jax.tree.map(lax.with_sharding_constraint, owned, shardings(mine.owned(mine.grads)))
+        moving = mine.split(params)[0]
+        shards = jax.tree.map(lax.with_sharding_constraint, moving, shardings(mine.owned(mine.grads)))
         shards, state = optimizer.apply_update(
             mine.tx,
             shards,
@@ -149,25 +167,26 @@ class Stage:
             scale=scale,
             ok=ok,
         )
-        return optimizer.merge(shards, params), state
+        params = optimizer.merge(shards, params)
+        return params, state, mine.working.copies(params, moving=True)
 
     def thunks(self, *, evaluate: bool) -> dict[str, Callable[[], None]]:
         """Name -> function that compiles one program, callable afterwards as `programs[name]`."""
         mine = self.parameters
-        inputs, specs = (mine.params, self.x, self.batch), (mine.specs, spec_tree(self.x), spec_tree(self.batch))
+        inputs = (mine.weights, self.x, self.packed)
+        specs = spec_tree(inputs)
         kept_specs = self._crossing.specs if self.has_backward else []
-        forward = self._on_devices(self._forward, specs, (self.y_specs, kept_specs))
+        forward = self._on_devices(self._forward, specs, (spec_tree(self.y), kept_specs, P()))
         args: tuple[Any, ...]
         found: dict[str, Callable[[], None]] = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
         if evaluate:
-            ids = {"likeliest": P(*DATA_AXES)} if self.ends_in_loss else {}
-            program = self._on_devices(self._evaluate, specs, {**self.y_specs, **ids})
+            program = self._on_devices(self._evaluate, specs, self.evaluated)
             found["evaluate"] = functools.partial(self._compile, "evaluate", program, inputs)
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
-            args = (*inputs, self.kept, self.y, mine.acc, self._scalar(jnp.bool_))
-            backward = self._whole_backward((*specs, kept_specs, self.y_specs))
+            args = (*inputs, self.kept, self.ends, mine.acc, self._whole((), jnp.bool_))
+            backward = self._whole_backward((*specs, kept_specs, spec_tree(self.ends)))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
             acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.grads)
@@ -177,11 +196,23 @@ class Stage:
             else:
                 measure = self._on_devices(self._measure, (acc_specs,), P())
                 found["measure"] = functools.partial(self._compile, "measure", measure, (mine.acc,))
-            scalars = (self._scalar(dtype) for dtype in (wide(mine.dtype), jnp.bool_, wide(mine.dtype)))
-            args = (mine.params, mine.state, mine.grads, *scalars)
-            out = shardings((mine.params, mine.state))
-            found["update"] = functools.partial(self._compile, "update", self._update, args, donate=(0, 1), out=out)
+            args = (mine.params, mine.state, mine.moving, mine.grads, self._whole((3,), wide(mine.dtype)))
+            out = shardings(args[:3])
+            found["update"] = functools.partial(self._compile, "update", self._update, args, donate=(0, 1, 2), out=out)
+        if mine.copies:
+            found["cast"] = self._compile_cast
         return found
+
+    def weights(self, params: Params) -> Params:
+        """The working weights of these parameters, but for a borrowed one."""
+        mine = self.parameters
+        if mine.copies and "cast" not in self.programs:
+            self._compile_cast()
+        return mine.working.assemble(params, self.programs["cast"](params) if mine.copies else {})
+
+    def _compile_cast(self) -> None:
+        mine = self.parameters
+        self._compile("cast", mine.working.copies, (mine.params,), out=shardings(mine.copies))
 
     def _whole_backward(self, specs: tuple) -> Callable[..., Tree]:
         """The backward program; `specs` are those of its arguments in front of the accumulators."""
@@ -199,14 +230,14 @@ class Stage:
 
         return alone
 
-    def _scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(self.plan.mesh, P()))
+    def _whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.plan.mesh, P()))
 
     def _compile(
         self, name: str, function: Callable[..., Tree], args: tuple, *, donate: tuple[int, ...] = (), out: Tree = None
     ) -> None:
         options = {} if out is None else {"out_shardings": out}
-        compiled = jax.jit(function, donate_argnums=donate, **options).lower(*args).compile()
+        compiled = jax.jit(function, donate_argnums=donate, keep_unused=True, **options).lower(*args).compile()
         self.memory[name] = compiled.memory_analysis()
         self.programs[name] = compiled
 
@@ -221,6 +252,10 @@ class _Recording(dict):
     def __getitem__(self, key: str) -> jax.Array:
         self.read.add(key)
         return super().__getitem__(key)
+
+
+def _done() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
 
 
 def _at(a: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

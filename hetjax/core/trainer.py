@@ -9,11 +9,13 @@ import jax
 import numpy as np
 
 from hetjax.core import optimizer
-from hetjax.core.finish import Finish, Outcome, Reduced
+from hetjax.core.finish import Outcome, Reduced
 from hetjax.core.layout import check_batch, picture
-from hetjax.core.pipeline import HostTimes, Pipeline, StageKey
+from hetjax.core.packing import Prepared, prepare
+from hetjax.core.pipeline import Pipeline
 from hetjax.core.stacks import LAYERS
 from hetjax.core.stage import Abstract
+from hetjax.core.tasks import HostTimes, StageKey
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -26,6 +28,7 @@ class State(NamedTuple):
     """All that a step changes. Arrays are per stage, under that stage's layout."""
 
     params: dict[StageKey, Tree]
+    weights: dict[StageKey, Tree]  # what the programs are given of them
     optimizer: dict[StageKey, Tree]
     acc: dict[StageKey, Tree]  # gradient accumulators: a step overwrites what is in them
     step: int
@@ -59,11 +62,11 @@ class Trainer:
             check_batch(module.name, module.layout, is_sink=is_sink, items=items, seq=seq, groups=spec.groups)
         self.pipeline = Pipeline(spec)
         optimizer.check(spec.optimizer, self._paths())
-        self.finish = Finish(self.pipeline)
+        self.finish = self.pipeline.finish
 
     def _paths(self) -> list[str]:
         stages = self.pipeline.stages.items()
-        trees = [(name, stage.parameters.owned(stage.parameters.params)) for (name, _), stage in stages]
+        trees = [(name, stage.parameters.params) for (name, _), stage in stages]
         found = [
             optimizer.path_of(n, path) for n, tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)
         ]
@@ -91,24 +94,36 @@ class Trainer:
 
     def init(self) -> State:
         """The first step's state. Values depend on seed, module, part and global layer index, never on the layout."""
+        return self.start(self.initial_params())
+
+    def initial_params(self) -> dict[StageKey, Tree]:
+        """The parameters of `init`."""
         stages = self.pipeline.stages
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each stage compiles its own
-            params = dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
-        return self.begin(State(params, {}, {}, self.spec.first_step))
+            return dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
 
-    def begin(self, state: State) -> State:
-        """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
-        jax.tree.map(lambda leaf: leaf.delete(), (state.optimizer, state.acc))
-        stages, params = self.pipeline.stages, state.params
+    def start(self, params: dict[StageKey, Tree]) -> State:
+        """The first step's state with these parameters, which it takes."""
+        stages = self.pipeline.stages
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             states = dict(
                 zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)
             )
-        return State(params, states, self.pipeline.zeros(), self.spec.first_step)
+        weights = self.pipeline.weights(params)
+        return State(params, weights, states, self.pipeline.zeros(), self.spec.first_step)
+
+    def begin(self, state: State) -> State:
+        """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
+        jax.tree.map(lambda leaf: leaf.delete(), (state.optimizer, state.acc))
+        return self.start(state.params)
 
     def learning_rate(self, step: int) -> float:
         """The rate with which step `step` of the run, counted from 1, is made."""
         return optimizer.learning_rate(self.spec.optimizer, step - 1 - self.spec.first_step)
+
+    def prepare(self, microbatch: Mapping[str, np.ndarray]) -> Prepared:
+        """`microbatch`, ready for this trainer's devices: what a data thread can do ahead, for `step` to find done."""
+        return prepare(microbatch, self.pipeline.packings)
 
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
         """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
@@ -120,14 +135,16 @@ class Trainer:
             raise ValueError(
                 f"step: got {len(microbatches)} microbatches, the run was built for {self.spec.num_microbatches}"
             )
-        count = float(sum(m["weights"].sum(dtype=np.float64) for m in microbatches))
-        done = self.pipeline.run(state.params, microbatches, state.acc, count)
-        return StepGradients(self.finish.reduce(done.acc), done.losses, count, done.host)
+        prepared = [self.prepare(m) for m in microbatches]
+        count = sum(m.target_count for m in prepared)
+        reduced, losses, host = self.pipeline.gradients(state.weights, prepared, state.acc, count)
+        return StepGradients(reduced, losses, count, host)
 
     def update(self, state: State, done: StepGradients) -> tuple[State, Outcome]:
         """The state after the step whose gradients these are. `state` is consumed."""
-        params, states, outcome = self.finish.apply(
+        params, weights, states, outcome = self.pipeline.update(
             state.params,
+            state.weights,
             state.optimizer,
             done.reduced,
             done.losses,
@@ -135,13 +152,13 @@ class Trainer:
             learning_rate=self.learning_rate(state.step + 1),
             host=done.host,
         )
-        return State(params, states, done.reduced.acc, state.step + 1), outcome
+        return State(params, weights, states, done.reduced.acc, state.step + 1), outcome
 
     def evaluate(self, state: State, microbatch: Mapping[str, np.ndarray]) -> tuple[float, np.ndarray]:
         """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position).
 
         Needs `compile(evaluate=True)`."""
-        loss, likeliest = self.pipeline.evaluate(state.params, microbatch)
+        loss, likeliest = self.pipeline.evaluate(state.weights, microbatch)
         return float(loss), likeliest
 
     def flat(self, trees: Mapping[StageKey, Tree]) -> dict[str, dict[Path, np.ndarray]]:

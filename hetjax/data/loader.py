@@ -19,7 +19,7 @@ from hetjax.data.ahead import Ahead, in_order, threads
 from hetjax.data.conversations import Sample
 from hetjax.data.items import Abstract, ItemSpec, check_items, count
 from hetjax.data.making import Making
-from hetjax.data.microbatch import Arrays, File, Filling, Planned
+from hetjax.data.microbatch import Arrays, File, Filling, Planned, Prepare
 from hetjax.data.problems import Problem, SampleError
 from hetjax.data.settings import DataConfig, DataError
 from hetjax.data.tally import Tally
@@ -45,11 +45,11 @@ class Made(NamedTuple):
 class Loader:
     """Microbatches of a data set. Raises ValueError at once for what can be known before the first file is read.
 
-    `tally` counts what is not trained on as it stands.
+    `tally` counts what is not trained on as it stands; `prepare` is called with each microbatch in the data thread.
     """
 
-    def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = ()) -> None:
-        self.config, self.items = config, tuple(items)
+    def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = (), prepare: Prepare = dict) -> None:
+        self.config, self.items, self._prepare = config, tuple(items), prepare
         self._entries, self._digest = conversations.read(config.path, self.items)
         check_items(config, self.items)  # behind the path, which may be wrong for all of them
         self.tokenizer = tokens.load_tokenizer(config, self.items)
@@ -227,7 +227,7 @@ class Loader:
                     return
                 self._settle(making)
                 position = position._replace(waiting=tuple(s.ordinal for s in waiting))
-                yield Made(making.filling.arrays, making.filling.owner, position)
+                yield Made(self._prepare(making.filling.arrays), making.filling.owner, position)
 
     def _good(
         self, results: Iterator[tuple[tuple[int, Position], Planned | Problem | TooLong]]

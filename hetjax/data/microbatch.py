@@ -11,7 +11,7 @@ What stands where is decided before any picture or clip is decoded, by texts and
 turns out to be broken is masked where it stands: so whoever reads none but its own pictures makes the same microbatch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from hetjax.data.settings import DataConfig
 from hetjax.data.tokens import Encoded
 
 Arrays = dict[str, np.ndarray]
+Prepare = Callable[[Arrays], Arrays]  # what becomes of a microbatch in the thread that makes it
 
 
 class File(NamedTuple):

@@ -111,12 +111,11 @@ def _value(model: Any, field: str) -> Any:
 
 def state(trainer: Trainer, starts: Mapping[str, Start]) -> State:
     """The trainer's step 0, with the parameters of `starts` in place of fresh ones."""
-    fresh = trainer.init()
+    params = trainer.initial_params()
     for (name, index), stage in trainer.pipeline.stages.items():
         if name in starts:
-            params = _filled(stage, fresh.params[name, index], starts[name])
-            fresh.params[name, index] = params
-    return fresh
+            params[name, index] = _filled(stage, params[name, index], starts[name])
+    return trainer.start(params)
 
 
 def _filled(stage: Stage, params: Any, start: Start) -> Any:
@@ -143,8 +142,6 @@ def read(parameters: Parameters, start: Start) -> Any:
 def _names(parameters: Parameters, path: Path) -> list[str]:
     """What the layers of a leaf, or the leaf, are called in a source."""
     parts = path_parts(path)
-    if tuple(parts) in parameters.borrowed:  # the last stage's copy of the tied embedding
-        return [f"first/{parameters.tied[parts[1]]}"]
     return stacks.names(parts, parameters.layers_of) if is_stacked(path) else ["/".join(parts)]
 
 

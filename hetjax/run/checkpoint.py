@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import stacks
-from hetjax.core.pipeline import StageKey
 from hetjax.core.stage import Stage
+from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
 from hetjax.run.names import flat, nested
 
@@ -171,7 +171,7 @@ def programs(trainer: Trainer) -> Thunks:
 
 
 def _compile_copy(stage: Stage) -> None:
-    leaves = tuple(jax.tree.leaves((stage.parameters.owned(stage.parameters.params), stage.parameters.state)))
+    leaves = tuple(jax.tree.leaves((stage.parameters.params, stage.parameters.state)))
     compiled = _copies.lower(leaves, cuts=_cuts(stage)).compile()
     stage.memory["copy"] = compiled.memory_analysis()
     stage.programs["copy"] = compiled
@@ -181,7 +181,7 @@ def to_names(trainer: Trainer, state: State) -> Names:
     """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
-        trees = (stage.parameters.owned(state.params[key]), state.optimizer[key])
+        trees = (state.params[key], state.optimizer[key])
         copy = stage.programs.get("copy") or functools.partial(_copies, cuts=_cuts(stage))
         copies = copy(tuple(jax.tree.leaves(trees)))
         names |= dict(zip(_names_of(key, stage), copies, strict=True))
@@ -202,7 +202,7 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
     params, states = {}, {}
     for key, stage in trainer.pipeline.stages.items():
         mine = stage.parameters
-        abstract = (mine.owned(mine.params), mine.state)
+        abstract = (mine.params, mine.state)
         entries = _entries(key, stage)
         rows = jax.device_put(
             [names[name] for name, _, _ in entries],
@@ -210,20 +210,15 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
         )
         where = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
         leaves = jax.jit(functools.partial(_join, _cuts(stage)), out_shardings=where)(rows)
-        owned, states[key] = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-        for part, borrowed in mine.borrowed:
-            source = names[f"params/{key[0]}/first/{mine.tied[borrowed]}"]
-            copy = jax.device_put(source, mine.params[part][borrowed].sharding)
-            owned = {**owned, part: {**owned.get(part, {}), borrowed: copy}}
-        params[key] = owned
-    return State(params, states, trainer.pipeline.zeros(), step)
+        params[key], states[key] = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return State(params, trainer.pipeline.weights(params), states, trainer.pipeline.zeros(), step)
 
 
 def _entries(key: StageKey, stage: Stage) -> list[tuple[str, jax.ShapeDtypeStruct, int | None]]:
     """(name, abstract leaf, layer within the stage or None) of all that a stage stores, in the order of its leaves."""
     mine = stage.parameters
     found: list[tuple[str, jax.ShapeDtypeStruct, int | None]] = []
-    for kind, tree in (("params", mine.owned(mine.params)), ("optimizer", mine.state)):
+    for kind, tree in (("params", mine.params), ("optimizer", mine.state)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             parts, place = path_parts(path), f"{kind}/{key[0]}"
             if is_stacked(path):
@@ -239,9 +234,9 @@ def _names_of(key: StageKey, stage: Stage) -> list[str]:
 
 
 def _cuts(stage: Stage) -> tuple[int, ...]:
-    """For each leaf of (owned parameters, state): how many layers it holds, 0 for one that is not stacked."""
+    """For each leaf of (parameters, state): how many layers it holds, 0 for one that is not stacked."""
     mine = stage.parameters
-    leaves = jax.tree_util.tree_leaves_with_path((mine.owned(mine.params), mine.state))
+    leaves = jax.tree_util.tree_leaves_with_path((mine.params, mine.state))
     return tuple(leaf.shape[0] if is_stacked(path) else 0 for path, leaf in leaves)
 
 

@@ -27,7 +27,7 @@ from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
 from hetjax.data.items import Reader
-from hetjax.data.microbatch import abstract
+from hetjax.data.microbatch import Prepare, abstract
 from hetjax.run import command
 
 PRECISIONS = ("bfloat16", "float32", "float64")
@@ -276,9 +276,9 @@ def build(experiment: Experiment, phase: int = 0) -> Trainer:
     return Trainer(spec)
 
 
-def train_loader(experiment: Experiment) -> Loader:
-    """The training data."""
-    return _loader(experiment, experiment.data)
+def train_loader(experiment: Experiment, prepare: Prepare = dict) -> Loader:
+    """The training data; `prepare` is called with each microbatch in the data thread (see `Trainer.prepare`)."""
+    return _loader(experiment, experiment.data, prepare)
 
 
 def held_out_loader(experiment: Experiment) -> Loader | None:
@@ -290,8 +290,8 @@ def held_out_loader(experiment: Experiment) -> Loader | None:
     return _loader(experiment, same)
 
 
-def _loader(experiment: Experiment, data: DataConfig) -> Loader:
-    loader = Loader(data, tuple(e.items for e in experiment.encoders))
+def _loader(experiment: Experiment, data: DataConfig, prepare: Prepare = dict) -> Loader:
+    loader = Loader(data, tuple(e.items for e in experiment.encoders), prepare)
     if loader.vocab_size > experiment.llm.model.vocab_size:
         raise ValueError(
             f"{experiment.llm.name}: vocab_size={experiment.llm.model.vocab_size}, but the tokenizer "

@@ -1,0 +1,132 @@
+"""What a step is made of: its tasks, and what each of them needs. Pure Python; imports no jax."""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+StageKey = tuple[str, int]  # module and number of the stage
+
+
+class Kind(enum.Enum):
+    """What a task does."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    BOUNDARY = "boundary"  # outputs to the stage that takes them, or their gradients back
+    REDUCE = "reduce"  # completes the gradients of a stage of several data replicas, and measures them
+    MEASURE = "measure"  # measures those of a stage of one, which are complete
+    TIE = "tie"  # a tied leaf's gradient from the copy to its owner, or the new value back
+    DECIDE = "decide"  # loss, norm, clip factor, and whether the step counts
+    UPDATE = "update"
+
+
+class Task(NamedTuple):
+    """One piece of work of a stage. `microbatch` -1: of the step's end. `to`: the stage that gets what moves."""
+
+    kind: Kind
+    stage: StageKey
+    microbatch: int = -1
+    to: StageKey | None = None
+
+
+class HostTimes(NamedTuple):
+    """Where the host thread's time went on the way to a step's gradients."""
+
+    tasks: int
+    dispatch_seconds: float  # of all tasks
+    boundary_seconds: float  # of those that are boundaries
+    wait_seconds: float  # for a stage with enough of them in hand
+
+
+@dataclasses.dataclass(frozen=True)
+class StageNode:
+    """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks.
+
+    `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains.
+    """
+
+    module: str
+    stage: int
+    devices: frozenset[int]
+    backward: bool
+    upstream: tuple[StageKey, ...]
+    end: Kind | None = None
+
+    @property
+    def key(self) -> StageKey:
+        """Its name."""
+        return self.module, self.stage
+
+
+class Needs:
+    """Which tasks a step has, and which each of them needs.
+
+    `nodes`: producers before their consumers, the stage that ends in the loss last. `ties`: (copy, owner) of the
+    stages that share a leaf.
+    """
+
+    def __init__(
+        self, nodes: Sequence[StageNode], num_microbatches: int, ties: Sequence[tuple[StageKey, StageKey]] = ()
+    ) -> None:
+        self.nodes = {n.key: n for n in nodes}
+        self.consumers = {n.key: [m.key for m in nodes if n.key in m.upstream] for n in nodes}
+        self._num, self._ties = num_microbatches, ties
+        self.decide = Task(Kind.DECIDE, nodes[-1].key)
+
+    def of_microbatches(self) -> list[Task]:
+        """Every forward and backward."""
+        return [
+            Task(kind, node.key, i)
+            for node in self.nodes.values()
+            for kind in (Kind.FORWARD, Kind.BACKWARD)
+            if kind is Kind.FORWARD or node.backward
+            for i in range(self._num)
+        ]
+
+    def boundaries_behind(self, task: Task) -> list[Task]:
+        """The boundaries that carry what a forward or backward gives."""
+        if task.kind is Kind.FORWARD:
+            to = self.consumers[task.stage]
+        else:
+            to = [key for key in self.nodes[task.stage].upstream if self.nodes[key].backward]
+        return [Task(Kind.BOUNDARY, task.stage, task.microbatch, key) for key in to]
+
+    def finished(self, key: StageKey) -> list[Task]:
+        """The task that finishes a stage's gradients, if any."""
+        end = self.nodes[key].end
+        return [] if end is None else [Task(end, key)]
+
+    def behind_gradients(self) -> list[Task]:
+        """Ties' gradients, the decision, updates, ties' values: what follows when every stage is finished."""
+        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.end is not None]
+        there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
+        back = [Task(Kind.TIE, owner, to=copy) for copy, owner in self._ties]
+        return [*there, self.decide, *updates, *back]
+
+    def of(self, task: Task) -> list[Task]:
+        """The tasks whose results `task` takes."""
+        kind, key, i, to = task
+        if kind is Kind.FORWARD:
+            return [Task(Kind.BOUNDARY, source, i, key) for source in self.nodes[key].upstream]
+        if kind is Kind.BACKWARD:
+            later = [Task(Kind.BOUNDARY, consumer, i, key) for consumer in self.consumers[key]]
+            return [Task(Kind.FORWARD, key, i), *later]
+        if kind is Kind.BOUNDARY:
+            return [Task(Kind.FORWARD if to in self.consumers[key] else Kind.BACKWARD, key, i)]
+        if kind in (Kind.REDUCE, Kind.MEASURE):
+            return [Task(Kind.BACKWARD, key, n) for n in range(self._num)]
+        if kind is Kind.TIE and to is not None:
+            if (key, to) in self._ties:
+                return [*self.finished(key), *self.finished(to)]
+            return [Task(Kind.UPDATE, key), Task(Kind.UPDATE, to)]
+        if kind is Kind.DECIDE:
+            losses = [Task(Kind.BACKWARD, key, n) for n in range(self._num)]
+            there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
+            return [*losses, *(t for n in self.nodes for t in self.finished(n)), *there]
+        return [self.decide]  # an update
+
+    def computed(self, task: Task) -> list[Task]:
+        """The forwards and backwards whose results a forward or backward takes, however they come to it."""
+        direct = self.of(task)
+        return [t for need in direct for t in (self.of(need) if need.kind is Kind.BOUNDARY else [need])]

@@ -1,0 +1,126 @@
+"""The stages of a graph and the boundaries between them, built for one microbatch shape; nothing is compiled yet."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from hetjax.core.boundary import Boundary
+from hetjax.core.graph import Module
+from hetjax.core.layout import StagePlan, plan_stages, sharding
+from hetjax.core.packing import Packing
+from hetjax.core.parameters import Parameters
+from hetjax.core.stage import Stage
+from hetjax.core.tasks import Kind, StageKey, StageNode
+from hetjax.core.train_spec import TrainSpec
+
+Tree = Any
+
+
+class Link(NamedTuple):
+    """An edge between two stages: where `source`'s output keys enter `target`'s inputs."""
+
+    source: StageKey
+    target: StageKey
+    names: dict[str, str]  # output key -> input key
+    boundary: Boundary
+
+
+class Tie(NamedTuple):
+    """A leaf held by two stages: the owner's, and a copy in the module's last stage."""
+
+    owner: StageKey
+    copy: StageKey
+    owner_path: tuple[str, str]
+    copy_path: tuple[str, str]
+    gradient: Boundary | None  # copy -> owner; None: it is frozen
+    value: Boundary  # owner -> copy, of the working weight
+
+
+class Wiring:
+    """All stages, producers before their consumers, and what joins them."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        graph = spec.graph
+        self.spec, self.graph = spec, graph
+        self.plans = {m.name: plan_stages(m.name, m.definition, m.layout, spec.devices) for m in graph.modules}
+        self.stages: dict[StageKey, Stage] = {}
+        self.links: dict[StageKey, list[Link]] = {}  # by source
+        self.sources: dict[StageKey, list[Link]] = {}  # by target
+        for module in (*graph.encoders, graph.sink):
+            for plan in self.plans[module.name]:
+                self._add(module, plan)
+        self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
+        self.ties = [tie for key in self.stages for tie in self._ties_of(key)]
+        self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages.items()}
+
+    def _add(self, module: Module, plan: StagePlan) -> None:
+        key, spec = (module.name, plan.index), self.spec
+        self.links[key], self.sources[key] = [], self._links_into(module, plan)
+        for link in self.sources[key]:
+            self.links[link.source].append(link)
+        self.stages[key] = Stage(
+            module,
+            plan,
+            Parameters(module, plan, spec.optimizer, seed=spec.seed, dtype=spec.param_dtype),
+            is_sink=module is self.graph.sink,
+            x={n: link.boundary.destination[k] for link in self.sources[key] for k, n in link.names.items()},
+            x_wanted=frozenset(
+                n for link in self.sources[key] if self.stages[link.source].has_backward for n in link.names.values()
+            ),
+            batch=spec.batch,
+        )
+
+    def _links_into(self, module: Module, plan: StagePlan) -> list[Link]:
+        target = (module.name, plan.index)
+        if plan.index > 0:
+            source, dims = (module.name, plan.index - 1), module.definition.carry
+            y = self.stages[source].y
+            return [Link(source, target, {k: k for k in y}, Boundary(y, {k: sharding(plan.mesh, dims[k]) for k in y}))]
+        links = []
+        for edge in self.graph.edges:
+            if edge.consumer == module.name:
+                source = (edge.producer, len(self.plans[edge.producer]) - 1)
+                y = self.stages[source].y
+                names = {k: edge.producer if k == "x" else f"{edge.producer}.{k}" for k in y}
+                where = {k: sharding(plan.mesh, ("items", *(None,) * (y[k].ndim - 1))) for k in y}
+                links.append(Link(source, target, names, Boundary(y, where)))
+        return links
+
+    def _ties_of(self, key: StageKey) -> list[Tie]:
+        """Those of the leaves that a stage borrows."""
+        found = []
+        mine, owner_key = self.stages[key].parameters, (key[0], 0)
+        owner = self.stages[owner_key].parameters
+        for part, leaf in sorted(mine.borrowed):
+            source, gradient = mine.tied[leaf], None
+            if leaf in mine.trainable.get(part, {}):
+                gradient = Boundary({"x": mine.grads[part][leaf]}, {"x": owner.grads["first"][source].sharding})
+            value = Boundary({"x": owner.weights["first"][source]}, {"x": mine.weights[part][leaf].sharding})
+            found.append(Tie(owner_key, key, ("first", source), (part, leaf), gradient, value))
+        return found
+
+    @property
+    def nodes(self) -> list[StageNode]:
+        """The stages as the schedule sees them."""
+        return [self._node(key, stage) for key, stage in self.stages.items()]
+
+    def _node(self, key: StageKey, stage: Stage) -> StageNode:
+        upstream = tuple(link.source for link in self.sources[key])
+        end = None
+        if stage.parameters.trains:
+            end = Kind.REDUCE if stage.parameters.num_replicas > 1 else Kind.MEASURE
+        return StageNode(*key, frozenset(stage.plan.device_ids), stage.has_backward, upstream, end)
+
+    @property
+    def boundaries(self) -> dict[str, Boundary]:
+        """Every boundary, by "vision/0 -> llm/0"."""
+        links = [link for links in self.links.values() for link in links]
+        return {f"{a}/{i} -> {b}/{j}": boundary for (a, i), (b, j), _, boundary in links}
+
+    def thunks(self, *, evaluate: bool) -> list[tuple[str, Callable[[], object]]]:
+        """(name, function that compiles it) of every program of the stages and the boundaries."""
+        found: list[tuple[str, Callable[[], object]]] = []
+        for (module, index), stage in self.stages.items():
+            found += [(f"{module}/{index} {name}", thunk) for name, thunk in stage.thunks(evaluate=evaluate).items()]
+        for name, boundary in self.boundaries.items():
+            found += [(f"{name} {program}", thunk) for program, thunk in boundary.programs()]
+        return found

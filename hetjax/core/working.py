@@ -1,0 +1,209 @@
+"""Working weights: what a stage's programs multiply with, made of the parameters once a step and not in every program.
+
+A weight that only ever enters products (`Part.uses`) is given to the programs in the precision of the products; those
+that share an input lie side by side in one array, for one product. Its parameter, the master, then lives in its
+ZeRO shard, and the working weight alone is whole. A weight whose working form would be its parameter as it is, and
+whatever else a part has (norms, biases, tables of positions), has no copy: the parameter is whole, and serves as both.
+
+    params    llm/layers/attention/q, k, v    float32, cut over tp and over the data replicas
+    weights   llm/layers/attention/q          bfloat16 [layers, d, columns of q, k, v], cut over tp: each device's own
+
+Programs differentiate no working weight, but a tap beside it (`models/weight.py`): so its gradient keeps the master's
+precision.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hetjax.core import optimizer
+from hetjax.core.layout import DATA_AXES, StagePlan, zero_spec
+from hetjax.core.paths import Path, at, flat, nested
+from hetjax.core.stacks import LAYERS
+from models.axes import vary
+from models.contract import ModuleDef, Params, Part
+from models.weight import Use, Weight
+
+Tree = Any
+
+
+class Group(NamedTuple):
+    """Weights of one input, by path ("layers", "attention", "q"), that are one working weight, at the first's path."""
+
+    members: tuple[Path, ...]
+    lead: int  # dims of the members' common input, layers included
+    where: P  # of the working weight
+    copied: bool  # False: it is the parameter itself
+    trains: bool
+
+    @property
+    def path(self) -> Path:
+        """Where the working weight is."""
+        return self.members[0]
+
+
+class Working:
+    """How the parameters of one stage become its working weights.
+
+    `leaves`: its abstract parameters, whole, borrowed ones included; `trainable`: those that train. `apart`: leaves
+    that no part is given as a `Weight`, because the trainer multiplies with them.
+    """
+
+    def __init__(
+        self, definition: ModuleDef, plan: StagePlan, leaves: Tree, trainable: Tree, *, apart: frozenset[Path]
+    ) -> None:
+        self._mesh, self._leaves, self._trainable = plan.mesh, flat(leaves), flat(trainable)
+        self._apart, self._dtype = apart, definition.compute_dtype
+        self.groups = tuple(self._group(members, lead) for members, lead in self._sharing(definition, plan))
+        self._group_of = {path: group for group in self.groups for path in group.members}
+        self.abstract = nested(self._abstract())
+
+    # -- which weights make one ----------------------------------------------------------------------------------
+
+    def _sharing(self, definition: ModuleDef, plan: StagePlan) -> list[tuple[tuple[Path, ...], int]]:
+        """The members of each group, and how many dims they share."""
+        uses = _uses(definition, plan)
+        found: dict[Any, list[Path]] = {}
+        for path, leaf in self._leaves.items():
+            if path in uses:
+                use = uses[path]
+                alone = path in self._apart or path not in self._trainable
+                cut = frozenset(_axes_behind(leaf.sharding.spec, use.lead + _stacked(path)))
+                key = path if alone else (path[:-1], use, cut)
+                found.setdefault(key, []).append(path)
+        return [(tuple(paths), uses[paths[0]].lead + _stacked(paths[0])) for paths in found.values()]
+
+    def _group(self, members: tuple[Path, ...], lead: int) -> Group:
+        first = self._leaves[members[0]]
+        where = first.sharding.spec
+        if len(members) > 1:
+            axes = _axes_behind(where, lead)
+            where = P(*[*where, *[None] * lead][:lead], axes or None)
+        copied = len(members) > 1 or self._precision(first) != first.dtype
+        return Group(members, lead, where, copied, members[0] in self._trainable)
+
+    def _precision(self, leaf: jax.ShapeDtypeStruct | jax.Array) -> Any:
+        return leaf.dtype if self._dtype is None else self._dtype
+
+    def _abstract(self) -> dict[Path, jax.ShapeDtypeStruct]:
+        found = {path: leaf for path, leaf in self._leaves.items() if path not in self._group_of}
+        for group in self.groups:
+            shapes = [self._leaves[path].shape for path in group.members]
+            shape = shapes[0]
+            if len(shapes) > 1:
+                shape = (*shape[: group.lead], sum(math.prod(s[group.lead :]) for s in shapes))
+            where = NamedSharding(self._mesh, group.where)
+            found[group.path] = jax.ShapeDtypeStruct(shape, self._precision(self._leaves[group.path]), sharding=where)
+        return found
+
+    def is_copied(self, path: Path) -> bool:
+        """Whether the parameter at `path` has a working weight beside it."""
+        return path in self._group_of and self._group_of[path].copied
+
+    def master(self, path: Path) -> NamedSharding:
+        """Where the parameter at `path` is: whole, or in its ZeRO shard where it has a working weight beside it."""
+        leaf = self._leaves[path]
+        if not self.is_copied(path):
+            return leaf.sharding
+        return NamedSharding(self._mesh, zero_spec(leaf.shape, leaf.sharding.spec, self._mesh, skip=_stacked(path))[0])
+
+    # -- from parameters to working weights ----------------------------------------------------------------------
+
+    def copies(self, params: Params, *, moving: bool = False) -> Params:
+        """The working weights that are copies, in global view; with `moving` only those of parameters that train."""
+        mine = flat(params)
+        return nested(
+            {
+                group.path: self._copy(group, [mine[path] for path in group.members])
+                for group in self._made(moving)
+                if group.path in mine
+            }
+        )
+
+    def abstract_copies(self, params: Params, *, moving: bool = False) -> Params:
+        """What `copies` makes, as abstract arrays."""
+        mine = flat(params)
+        return nested({g.path: at(self.abstract, g.path) for g in self._made(moving) if g.path in mine})
+
+    def _made(self, moving: bool) -> list[Group]:
+        return [group for group in self.groups if group.copied and (group.trains or not moving)]
+
+    def assemble(self, params: Params, copies: Params) -> Params:
+        """The working weights, of the parameters and of what `copies` made of them."""
+        own = {path: leaf for path, leaf in flat(params).items() if not self.is_copied(path)}
+        return optimizer.merge(nested(own), copies)
+
+    def _copy(self, group: Group, masters: Sequence[jax.Array]) -> jax.Array:
+        whole = [self._whole(path, master) for path, master in zip(group.members, masters, strict=True)]
+        if len(whole) == 1:
+            return whole[0]
+
+        def side_by_side(*shards: jax.Array) -> jax.Array:
+            return jnp.concatenate([a.reshape(*a.shape[: group.lead], -1) for a in shards], -1)
+
+        specs = tuple(self._leaves[path].sharding.spec for path in group.members)
+        return jax.shard_map(side_by_side, mesh=self._mesh, in_specs=specs, out_specs=group.where)(*whole)
+
+    def _whole(self, path: Path, master: jax.Array) -> jax.Array:
+        # in its shard first: what is gathered then is of the narrower type
+        cast = lax.with_sharding_constraint(master.astype(self._precision(master)), self.master(path))
+        return lax.with_sharding_constraint(cast, self._leaves[path].sharding)
+
+    # -- from working weights to what a part is given, per device --------------------------------------------------
+
+    def differentiated(self, place: str, weights: Params, trainable: Mapping) -> Params:
+        """What a part's VJP is taken of: taps, and the parameters that are not only multiplied with.
+
+        `weights`: the part's working weights (of one layer); `trainable`: nested dicts with the leaves that train."""
+        tapped = {
+            path: (place, *path) in self._group_of and (place, *path) not in self._apart for path in flat(trainable)
+        }
+        return nested({path: self._tap((place, *path)) if tapped[path] else at(weights, path) for path in tapped})
+
+    def _tap(self, path: Path) -> jax.Array:
+        """Zeros like the parameter at `path` on one device."""
+        leaf = self._leaves[path]
+        axes = (*DATA_AXES, *_axes_behind(leaf.sharding.spec, 0))
+        return vary(jnp.zeros(self._local(path), leaf.dtype), axes)
+
+    def _local(self, path: Path) -> tuple[int, ...]:
+        """One device's shape of the leaf at `path`, of one layer."""
+        leaf = self._leaves[path]
+        return leaf.sharding.shard_shape(leaf.shape)[_stacked(path) :]
+
+    def given(self, place: str, weights: Params, differentiated: Params) -> Params:
+        """The parameters that a part is applied to, of what `differentiated` made."""
+        found = {}
+        for group in self.groups:
+            if group.path[0] != place or group.path in self._apart or (value := at(weights, group.path[1:])) is None:
+                continue
+            column, lead = 0, group.lead - _stacked(group.path)
+            for path in group.members:
+                shape, alone = self._local(path), len(group.members) == 1
+                tap = at(differentiated, path[1:])
+                found[path[1:]] = weight = Weight(value, tap, shape, None if alone else column, lead)
+                column += weight.columns
+        return optimizer.merge(nested(found), optimizer.merge(differentiated, weights))
+
+
+def _uses(definition: ModuleDef, plan: StagePlan) -> dict[Path, Use]:
+    parts: list[tuple[str, Part]] = [(LAYERS, part) for part in definition.layers[plan.lo : plan.hi]]
+    parts += [("first", definition.first)] * plan.first + [("last", definition.last)] * plan.last
+    return {(place, *path): use for place, part in parts for path, use in part.uses.items()}
+
+
+def _axes_behind(where: P, dim: int) -> tuple[str, ...]:
+    """The mesh axes that cut the dims from `dim` on."""
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in tuple(where)[dim:]]
+    return tuple(axis for entry in entries for axis in entry)
+
+
+def _stacked(path: Path) -> bool:
+    """Whether the leaf at `path` is stacked over layers."""
+    return path[0] == LAYERS

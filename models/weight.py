@@ -1,0 +1,89 @@
+"""A weight as the trainer hands it to a model: what enters a product, and the place where its gradient comes out.
+
+The trainer makes, once a step, what its programs multiply with: weights in the precision of the activations, those that
+share an input side by side in one array. Such a weight is not differentiated, which would round its gradient to its own
+precision. Beside it lies a *tap*, zeros in the precision of the optimizer that nobody reads: the gradient is its
+cotangent. Elsewhere (the reference, generation) a weight is an array, and `products` treats both alike.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+
+STATIC = {"static": True}
+
+
+class Use(NamedTuple):
+    """How a model uses a weight: it only ever multiplies what is called `input` in the weight's module.
+
+    `lead`: dims that weights with the same input share; behind them each has its columns.
+    """
+
+    input: str
+    lead: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight of `shape`: all of `value`, or the columns from `column` on of a `value` [*lead, columns]."""
+
+    value: jax.Array
+    tap: jax.Array | None  # None: no gradient is wanted
+    shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
+    column: int | None = dataclasses.field(default=None, metadata=STATIC)
+    lead: int = dataclasses.field(default=1, metadata=STATIC)
+
+    @property
+    def columns(self) -> int:
+        """How many it has behind the leading dims."""
+        return math.prod(self.shape[self.lead :])
+
+
+class Product(NamedTuple):
+    """What one product takes: `value`, the taps of its weights (none where they have no gradient), and their shapes.
+
+    `places`: which of the weights that were asked for they are, in the order of their columns."""
+
+    value: jax.Array
+    taps: tuple[jax.Array, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
+
+
+def products(weights: Sequence[jax.Array | Weight]) -> list[Product]:
+    """The products that multiply one input with all `weights`: one where they lie side by side, else one for each."""
+    columns = [w.column for w in weights if isinstance(w, Weight) and w.column is not None]
+    if len(columns) < len(weights):
+        return [_alone(w, place) for place, w in enumerate(weights)]
+    order = tuple(sorted(range(len(weights)), key=columns.__getitem__))
+    beside = [w for w in (weights[place] for place in order) if isinstance(w, Weight)]
+    if len({id(w.value) for w in beside}) > 1 or sum(w.columns for w in beside) < beside[0].value.shape[-1]:
+        return [_alone(w, place) for place, w in enumerate(weights)]
+    taps = tuple(w.tap for w in beside if w.tap is not None)
+    return [Product(beside[0].value, taps, tuple(w.shape for w in beside), order)]
+
+
+def _alone(w: jax.Array | Weight, place: int) -> Product:
+    if not isinstance(w, Weight):
+        return Product(w, (w,), (w.shape,), (place,))  # its gradient is that of the array
+    value = w.value
+    if w.column is not None:
+        value = value[..., w.column : w.column + w.columns].reshape(w.shape)
+    return Product(value, () if w.tap is None else (w.tap,), (w.shape,), (place,))
+
+
+def in_order(found: Iterable[tuple[tuple[int, ...], Sequence[jax.Array]]]) -> list[jax.Array]:
+    """What was asked for, of the (places, results) of all products."""
+    pairs = [pair for places, results in found for pair in zip(places, results, strict=True)]
+    return [result for _, result in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def split(columns: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
+    """`columns` [..., sum of widths] cut along its last dim."""
+    ends = list(itertools.accumulate(widths, initial=0))
+    return [columns[..., lo:hi] for lo, hi in itertools.pairwise(ends)]
