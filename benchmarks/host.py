@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from synthetic import Timed, Workload, emulate, median_seconds
 
-from hetjax.core.graph import Remat
 from hetjax.core.layout import Layout
+from hetjax.core.remat import Remat
 from hetjax.core.tasks import Kind
 from hetjax.core.trainer import Trainer
 from models.decoder import Decoder
