@@ -54,7 +54,7 @@ class Encoder:
     resize_positions: bool = False  # init_from's position table, to the model's image_size; pictures alone
     on_long_clip: str = "truncate"  # a clip longer than the model's context: truncate or skip; sounds alone
     remat: str = "full"  # full, dots, none, or auto: what fits in memory
-    unroll: bool = False  # no loop over layers: a step is faster, with remat="none", and its programs compile longer
+    unroll: bool = False  # no loop over layers: longer to compile and more workspace, faster or slower: measure it
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class LanguageModel:
     layout: Layout = Layout()
     name: str = "llm"
     remat: str = "full"  # full, dots, none, or auto: what fits in memory
-    unroll: bool = False  # no loop over layers: a step is faster, with remat="none", and its programs compile longer
+    unroll: bool = False  # no loop over layers: longer to compile and more workspace, faster or slower: measure it
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
