@@ -24,9 +24,9 @@ from dearest import Kernels, read_trace
 from synthetic import Timed, Workload, median_seconds
 
 from hetjax.core import flops
-from hetjax.core.graph import Remat
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from models.decoder import Decoder
 from models.vit import ViT
 

@@ -23,8 +23,8 @@ from mfu import CASES, step_flops, workload
 from predict import Ran, programs, seconds
 
 from hetjax.core import flops, memory
-from hetjax.core.graph import Remat
 from hetjax.core.layout import Layout
+from hetjax.core.remat import Remat
 
 KIND = "NVIDIA H100"
 CAPACITY = 84942979072  # bytes of one
