@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetjax.core import memory
+from hetjax.core.budget import Budget
 from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
@@ -38,9 +40,17 @@ class Workload:
     documents: int = 1  # of a row, of equal lengths
 
     def trainer(
-        self, llm: Layout, vision: Layout | None = None, *, devices: list[jax.Device] | None = None, **options: Any
+        self,
+        llm: Layout,
+        vision: Layout | None = None,
+        *,
+        devices: list[jax.Device] | None = None,
+        available: Mapping[int, int] | None = None,
+        **options: Any,
     ) -> Trainer:
-        """A compiled trainer under these layouts. `devices`: None for those of the process."""
+        """A compiled trainer under these layouts. `devices`: None for those of the process; `available`: bytes of each,
+        for `Remat.AUTO`, None for what they have."""
+        devices = devices or jax.devices()
         encoders = ()
         if self.vision is not None:
             encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
@@ -49,7 +59,7 @@ class Workload:
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         spec = TrainSpec(
             graph=graph,
-            devices=devices or jax.devices(),
+            devices=devices,
             batch=abstract,
             groups=self.samples,
             num_microbatches=self.num_microbatches,
@@ -57,6 +67,10 @@ class Workload:
             **options,
         )
         trainer = Trainer(spec)
+        if self.remat is Remat.AUTO:
+            chosen = Budget(trainer).choose(memory.available(devices) if available is None else available)
+            for key, keep in chosen.items():
+                trainer.pipeline.stages[key].set_keep(keep)
         trainer.compile()
         return trainer
 
