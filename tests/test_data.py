@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import ClassVar
@@ -60,6 +61,20 @@ def test_every_picture_lies_at_its_own_placeholders(random_data: tuple[str, list
         assert len(loader.bad) == len(set(loader.bad)), "a bad sample is named once, however many epochs meet it"
         if not config.shuffle and config.lookahead == 1:
             assert everything + state["waiting"] == read
+
+
+def test_the_thread_that_makes_a_microbatch_prepares_it(tmp_path: Path) -> None:
+    names = []
+
+    def prepare(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names.append(threading.current_thread().name)
+        return arrays | {"mark": arrays["tokens"] + 1}
+
+    config = DataConfig(corpus.write(tmp_path, [TEXT]), seq_len=16, samples_per_group=1, prefetch=1)
+    with Loader(config, [VISION], prepare) as loader:
+        for batch in loader.next_step(3):
+            np.testing.assert_array_equal(batch["mark"], batch["tokens"] + 1)
+    assert set(names) == {"hetjax-data"}
 
 
 def test_a_microbatch_without_any_picture_has_the_same_shape(tmp_path: Path) -> None:

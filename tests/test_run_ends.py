@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import pytest
 import runs
 from runs import STEPS
 
+from hetjax.core.packing import Packing
 from hetjax.core.trainer import Trainer
 from hetjax.data import Loader, Pictures
 from hetjax.data.settings import DataError
@@ -146,3 +148,18 @@ def test_on_a_disk_that_is_full_the_last_complete_checkpoint_stays_and_is_named(
     losses = runs.records(workdir)
     assert status == 0 and "at step 2\n" in text and losses == {n: undisturbed[n] for n in losses}
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(STEPS)]
+
+
+def test_a_run_packs_its_microbatches_in_the_data_thread(
+    once: None, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but those of an evaluation."""
+    names, plain = set(), Packing.pack
+
+    def pack(*arguments: Any) -> Any:
+        names.add(threading.current_thread().name)
+        return plain(*arguments)
+
+    monkeypatch.setattr(Packing, "pack", pack)
+    assert call(tmp_path / "run", held_out=None)[0] == 0
+    assert names == {"hetjax-data"}

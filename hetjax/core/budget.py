@@ -120,5 +120,7 @@ def _workspace(stage: Stage, kept: int, whole: int) -> int:
         part, leaf = mine.place_in_last(definition.head)
         targets = stage.batch["targets"]
         tokens = min(stage.local.chunk, memory.local_bytes(targets) // targets.dtype.itemsize)
-        logits = 2 * tokens * memory.local_bytes(mine.params[part][leaf]) // definition.width
+        head = mine.weights[part][leaf]
+        ids = memory.local_bytes(head) // head.dtype.itemsize // definition.width
+        logits = 2 * tokens * ids * stage.ends["loss"].dtype.itemsize
     return inner + max(kept + memory.local_bytes(stage.y), inner + widest + logits)

@@ -72,7 +72,7 @@ class Local:
         self.module, self.plan, self.parameters, self.working = module, plan, parameters, parameters.working
         self.trainable = parameters.trainable
         self.x_wanted, self.ends_in_loss, self.policy = x_wanted, ends_in_loss, policy
-        self.chunk = loss.CHUNK.get(plan.mesh.devices.flat[0].platform, loss.CHUNK["gpu"])
+        self.chunk = self._chunk() if ends_in_loss else 0
         self.layers = module.definition.layers[plan.lo : plan.hi]
         self.runs = stacks.runs(self.layers, unroll=module.unroll)
 
@@ -188,6 +188,13 @@ class Local:
         if mine is not None:
             acc = {**acc, part: {**acc[part], leaf: mine[None]}}
         return total, *pull(g_x), acc
+
+    def _chunk(self) -> int:
+        """Tokens whose logits exist at a time."""
+        name = self.module.definition.head
+        head = self.parameters.full_last(self.parameters.weights)[name]
+        ids = head.sharding.shard_shape(head.shape)[self.module.definition.last.logical[name].index("vocab")]
+        return loss.chunk_size(self.plan.mesh.devices.flat[0].platform, ids)
 
     def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
         return Given(jax.tree.map(_vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))

@@ -45,7 +45,8 @@ class Made(NamedTuple):
 class Loader:
     """Microbatches of a data set. Raises ValueError at once for what can be known before the first file is read.
 
-    `tally` counts what is not trained on as it stands; `prepare` is called with each microbatch in the data thread.
+    `tally` counts what is not trained on as it stands; `prepare` is called with each step's
+    microbatches, in the data thread.
     """
 
     def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = (), prepare: Prepare = dict) -> None:
@@ -106,7 +107,7 @@ class Loader:
         if num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches}; a step needs at least 1")
         if self._ahead is None:
-            self._ahead = Ahead(self._make(self._position, endless=True), self.config.prefetch)
+            self._ahead = Ahead(self._prepared(), self.config.prefetch)
         step = list(itertools.islice(self._ahead, num_microbatches))
         self._position = step[-1].after
         for made in step:
@@ -203,6 +204,12 @@ class Loader:
                 return
             epoch, start = epoch + 1, 0
 
+    def _prepared(self) -> Generator[Made, None, None]:
+        """The microbatches of the steps to come."""
+        with contextlib.closing(self._make(self._position, endless=True)) as made:
+            for each in made:
+                yield each._replace(arrays=self._prepare(each.arrays))
+
     def _make(self, position: Position, *, endless: bool) -> Generator[Made, None, None]:
         """Microbatches from a position on. A sample that fits nowhere waits, and is the first to enter the next one."""
         held = [(o, position._replace(waiting=())) for o in position.waiting]
@@ -227,7 +234,7 @@ class Loader:
                     return
                 self._settle(making)
                 position = position._replace(waiting=tuple(s.ordinal for s in waiting))
-                yield Made(self._prepare(making.filling.arrays), making.filling.owner, position)
+                yield Made(making.filling.arrays, making.filling.owner, position)
 
     def _good(
         self, results: Iterator[tuple[tuple[int, Position], Planned | Problem | TooLong]]
