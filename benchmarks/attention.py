@@ -4,14 +4,13 @@
                                    [--heads 8 4 64] [--json FILE]
 
 `whole` holds all weights in memory, `blocks` are those of models/blockwise.py. On a GPU also cuDNN (for packed rows by
-offsets that jax keeps private) and, where it is installed, tokamax. float32 on a CPU, bfloat16 elsewhere. Memory is the
-workspace of the compiled program. The figures in models/attention.py come from here.
+offsets that jax keeps private) and, where they serve, the kernels of models/fused.py. float32 on a CPU, bfloat16
+elsewhere. Memory is the workspace of the compiled program. The figures in models/attention.py come from here.
 """
 
 import argparse
 import concurrent.futures
 import functools
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from synthetic import median_seconds
 
 from models.attention import whole
 from models.blockwise import blockwise
+from models.fused import FEATURES, TILE, fused, refusal
 from models.sight import Sight
 
 DOCUMENTS = 8  # in a packed row
@@ -79,8 +79,9 @@ def candidates(packed: bool) -> dict[str, Form]:
     if jax.default_backend() != "gpu":
         return {}
     found: dict[str, Form] = {"cuDNN": _cudnn_packed if packed else _cudnn}
-    if importlib.util.find_spec("tokamax") is not None:
-        found["tokamax"] = _tokamax
+    wanted = jax.ShapeDtypeStruct((1, TILE, 1, FEATURES[0]), jnp.bfloat16)
+    if refusal(wanted, wanted, jax.devices()[0].device_kind) is None:
+        found["fused"] = fused
     return found
 
 
@@ -102,14 +103,6 @@ def _cudnn_packed(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax
     )  # fmt: skip
 
 
-def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
-    from tokamax._src.ops.attention import api, base
-
-    place = jnp.arange(q.shape[1], dtype=jnp.int32)
-    mask = base.Mask(k_start=(place - sight.positions)[:, None], is_causal=True)
-    return api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask)
-
-
 def program(form: Form, rows: int, seq_len: int, heads: list[int], packed: bool) -> Program:
     """Forward and backward of one form on random rows."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -119,14 +112,15 @@ def program(form: Form, rows: int, seq_len: int, heads: list[int], packed: bool)
     length = seq_len // DOCUMENTS if packed else seq_len
     place = jnp.broadcast_to(jnp.arange(seq_len, dtype=jnp.int32), (rows, seq_len))
     places = place % length, place // length + 1
+    sight = Sight(*places, *places, zigzag=1).ranged()
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, *places: jax.Array) -> tuple[jax.Array, ...]:
-        y, pull = jax.vjp(lambda q, k, v: form(q, k, v, Sight(*places, *places)), q, k, v)
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, sight: Sight) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda q, k, v: form(q, k, v, sight), q, k, v)
         return y, *pull(g)
 
-    compiled = jax.jit(both).lower(*given, *places).compile()
+    compiled = jax.jit(both).lower(*given, sight).compile()
     workspace = compiled.memory_analysis().temp_size_in_bytes
-    return Program(workspace, lambda: jax.block_until_ready(compiled(*given, *places)))
+    return Program(workspace, lambda: jax.block_until_ready(compiled(*given, sight)))
 
 
 def report(

@@ -19,6 +19,7 @@ BALANCE = 200  # FLOPs in the time of a byte: near enough to tell which branch i
 # Products in an attention kernel: logits and weighted sum; the backward computes the logits again, and three gradients
 # beside that of the weights.
 ATTENTION = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
+MOSAIC = {3: 2, 1: 3, 2: 4}  # of those of tokamax, by their results: forward; gradients of queries; of keys and values
 
 
 class Rates(NamedTuple):
@@ -29,7 +30,7 @@ class Rates(NamedTuple):
     bandwidth: float  # bytes/s
 
 
-# Assumed until a GPU run replaces them; with those of the H200 the run of 2026-11-27 was predicted within 4%.
+# Assumed; with those of the H200 the runs of 2026-11-27 were predicted within 4% (benchmarks/README.md).
 H100 = Rates(products=700e12, attention=450e12, bandwidth=0.9 * 3.35e12)
 H200 = H100._replace(bandwidth=0.9 * 4.8e12)
 
@@ -66,7 +67,7 @@ def _costs(program: Program, computation: Computation, times: int) -> Iterator[C
             yield from max(branches, key=lambda found: sum(c.times * max(c.bytes, c.flops / BALANCE) for c in found))
         elif op.opcode not in FREE and not op.opcode.endswith(("-start", "-done")):
             flops, wide = products(program, computation, op)
-            kind = "attention" if _target(op) in ATTENTION else "products" if flops else "memory"
+            kind = "attention" if _attends(program, op) else "products" if flops else "memory"
             yield Cost(op, kind, wide, times, flops, moved(program, computation, op))
 
 
@@ -78,7 +79,11 @@ def products(program: Program, computation: Computation, op: Operation) -> tuple
         return sum(flops for flops, _ in found), any(wide for flops, wide in found if flops)
     target = _target(op)
     if target in ATTENTION:
-        return ATTENTION[target] * _attention(computation, op), False
+        half = '"CAUSAL"' in op.attributes
+        return ATTENTION[target] * _attention(computation, op, half), False
+    if target.startswith("mosaic"):  # without the ends of ranges, each query's last key is itself
+        half = sum(computation.operations[name].results[0].dtype == "s32" for name in op.operands) in (1, 3)
+        return MOSAIC[len(op.results)] * _attention(computation, op, half), False
     left = computation.operand(op, 0).results[0] if op.operands else None
     if op.opcode == "dot" or "gemm" in target or "matmul" in target:
         contracted = math.prod(left.dims[i] for i in op.numbers("lhs_contracting_dim(?:ension)?s"))
@@ -90,11 +95,17 @@ def products(program: Program, computation: Computation, op: Operation) -> tuple
     return 0.0, False
 
 
-def _attention(computation: Computation, op: Operation) -> float:
+def _attends(program: Program, op: Operation) -> bool:
+    """Whether this is an attention kernel, or one whose operands are sliced within the operation."""
+    if op.opcode == "fusion":
+        return any(_attends(program, inner) for inner in program.called(op).operations.values())
+    return _target(op) in ATTENTION or _target(op).startswith("mosaic")
+
+
+def _attention(computation: Computation, op: Operation, half: bool) -> float:
     """FLOPs of one of the products of queries and keys [b, s, h, d], as far as the mask goes."""
     q, k = (computation.operand(op, i).results[0].dims for i in (0, 1))
-    half = 0.5 if '"CAUSAL"' in op.attributes else 1.0
-    return 2.0 * math.prod(q) * k[1] * half
+    return 2.0 * math.prod(q) * k[1] * (0.5 if half else 1.0)
 
 
 def _target(op: Operation) -> str:

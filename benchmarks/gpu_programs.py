@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from mfu import DECODERS
 
-from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.core.stage import Stage
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer

@@ -41,13 +41,14 @@ class Part:
 
 SHAPE = ("--heads", "16", "8", "128")
 LENGTHS, FEW = ("--seq_len", "2048", "8192", "32768"), ("--seq_len", "64", "--blocks", "32", "--repeats", "1")
-ON_GPU = (*LENGTHS, *SHAPE, "--blocks", "512", "1024", "2048")
+ON_GPU = (*LENGTHS, *SHAPE, "--blocks", "2048")
 
 
-def mfu(case: str, remat: str, seconds: int) -> Part:
+def mfu(case: str, remat: str, seconds: int, *options: str) -> Part:
     """A training step of `case`."""
-    flags = ("--case", case, "--remat", remat)
-    return Part(f"mfu {case} {remat}", "mfu.py", flags, (*flags, "--tiny", "--repeats", "1"), seconds)
+    flags = ("--case", case, "--remat", remat, *options)
+    name = " ".join(["mfu", case, remat, *(option.strip("-") for option in options)])
+    return Part(name, "mfu.py", flags, (*flags, "--tiny", "--repeats", "1"), seconds)
 
 
 TOGETHER = (
@@ -58,15 +59,16 @@ TOGETHER = (
     Part("resume", "gpu_commands.py", ("resume",), ("resume",), 150, steady=True),
 )
 ALONE = (
-    mfu("1b", "full", 90),
-    mfu("3b", "full", 100),
-    mfu("8b_slice", "full", 90),
-    mfu("vlm", "full", 130),
-    Part("attention", "attention.py", ON_GPU, FEW, 100),
-    Part("attention packed", "attention.py", (*ON_GPU, "--packed"), (*FEW, "--packed"), 100),
-    Part("grouped", "grouped.py", (), ("--tiny",), 60),
     mfu("1b", "dots", 80),
+    mfu("3b", "full", 100),
+    mfu("vlm", "full", 130),
+    mfu("1b", "dots", 80, "--documents", "8"),
+    Part("attention packed", "attention.py", (*ON_GPU, "--packed"), (*FEW, "--packed"), 80),
+    Part("attention", "attention.py", ON_GPU, FEW, 80),
+    mfu("8b_slice", "full", 90),
+    mfu("1b", "full", 90),
     Part("transformers", "against_transformers.py", ("--large",), ("--tiny", "--repeats", "1"), 150),
+    Part("grouped", "grouped.py", (), ("--tiny",), 60),
 )
 
 

@@ -6,25 +6,33 @@ accumulator read and written), 12 where the product adds by itself.
 """
 
 import dataclasses
+from collections import Counter
 from typing import NamedTuple
 
 from cost import read, result, written
-from hlo import SAME, Array, Computation, Operation, Program
+from hlo import SAME, Computation, Operation, Program
 
 
 @dataclasses.dataclass
 class Traffic:
     """Of the gradients of one microbatch."""
 
-    parameters: int  # that train: elements of the accumulators
-    bytes: int = 0
+    accumulators: dict[str, Operation]  # the program's parameters, by name
+    bytes: Counter[str] = dataclasses.field(default_factory=Counter)  # accumulator -> read and written
     fills: list[str] = dataclasses.field(default_factory=list)  # arrays that are filled before anything is added
     seconds: list[str] = dataclasses.field(default_factory=list)  # arrays carried beside the accumulators
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Read and written."""
-        return self.bytes / self.parameters
+        """Of all that train."""
+        return sum(self.bytes.values()) / sum(op.results[0].size for op in self.accumulators.values())
+
+    @property
+    def dearest(self) -> str:
+        """The array that adds most above 16 bytes a parameter."""
+        per = {name: self.bytes[name] / op.results[0].size for name, op in self.accumulators.items()}
+        name = max(per, key=lambda name: (per[name] - 16) * self.accumulators[name].results[0].size)
+        return f"{shown(self.accumulators[name])} {per[name]:.1f}"
 
 
 class Frame(NamedTuple):
@@ -39,56 +47,67 @@ class Frame(NamedTuple):
 def traffic(program: Program) -> Traffic:
     """Of the outputs that take the place of a parameter; `program` donates its accumulators and nothing else."""
     entry = program.entry
-    found = Traffic(sum(entry.parameters[given].results[0].size for given in program.aliases.values()))
-    seen: set[tuple[str, str, int]] = set()
-    for output in program.aliases:
-        _follow(program, Frame(entry, 1), entry.root, output, found, seen)
+    accumulators = [entry.parameters[given] for given in program.aliases.values()]
+    found = Traffic({op.name: op for op in accumulators})
+    seen: set[tuple[str, str, int]] = set()  # what two accumulators have of one product counts once
+    for output, given in zip(program.aliases, accumulators, strict=True):
+        _Walk(program, found, given.name, seen).follow(Frame(entry, 1), entry.root, output)
     return found
 
 
-def _follow(
-    program: Program, frame: Frame, op: Operation, index: int, found: Traffic, seen: set[tuple[str, str, int]]
-) -> None:
-    """Counts what makes result `index` of `op`, a gradient or a sum of them, and what stands behind it."""
-    inside, again = frame.computation, (frame.computation.name, op.name, index)
-    if again in seen or op.opcode == "parameter":
-        return
-    seen.add(again)
-    if op.opcode == "get-tuple-element":
-        _follow(program, frame, inside.operand(op, 0), op.index, found, seen)
-    elif op.opcode == "tuple":
-        _follow(program, frame, inside.operand(op, index), 0, found, seen)
-    elif op.opcode == "while":
-        body = program.called(op)
-        if origin(Frame(inside, 1), inside.operand(op, 0), index) is None:
-            found.seconds.append(f"{_shown(op.results[index])} of {op.name}")
-        _follow(program, frame, inside.operand(op, 0), index, found, seen)
-        _follow(program, Frame(body, frame.times * program.trips(op), op, frame), body.root, index, found, seen)
-    elif op.opcode in SAME and op.opcode != "copy":
-        _follow(program, frame, inside.operand(op, 0), index, found, seen)
-    else:
-        _count(program, frame, op, index, found, seen)
+class _Walk(NamedTuple):
+    """From one accumulator to the products behind it."""
 
+    program: Program
+    found: Traffic
+    name: str
+    seen: set[tuple[str, str, int]]
 
-def _count(
-    program: Program, frame: Frame, op: Operation, index: int, found: Traffic, seen: set[tuple[str, str, int]]
-) -> None:
-    """An operation that makes new values: what it writes, and reads of arrays of the same number of float32."""
-    inside = frame.computation
-    fused = program.called(op) if op.opcode == "fusion" else None
-    wrote = written(fused, index) if fused else op.results[index].bytes
-    found.bytes += frame.times * wrote
-    if not op.operands:
-        found.fills.append(f"{_shown(op.results[index])} by {op.name}")
-    for place, name in enumerate(op.operands):
-        operand = inside.operations[name]
-        if len(operand.results) != 1 or operand.results[0].dtype != "f32":
-            continue
-        size = read(fused, fused.parameters[place]) if fused else operand.results[0].bytes
-        target = fused is not None and _is_target(fused, fused.parameters[place], index)
-        if size == wrote or target:
-            found.bytes += frame.times * size
-            _follow(program, frame, operand, 0, found, seen)
+    def follow(self, frame: Frame, op: Operation, index: int) -> None:
+        """Counts what makes result `index` of `op`, a gradient or a sum of them, and what stands behind it."""
+        inside, again = frame.computation, (frame.computation.name, op.name, index)
+        if again in self.seen or op.opcode == "parameter":
+            return
+        self.seen.add(again)
+        if op.opcode == "get-tuple-element":
+            self.follow(frame, inside.operand(op, 0), op.index)
+        elif op.opcode == "tuple":
+            self.follow(frame, inside.operand(op, index), 0)
+        elif op.opcode == "while":
+            body, init = self.program.called(op), inside.operand(op, 0)
+            if not self.is_own(frame, init, index):
+                self.found.seconds.append(f"{op.results[index].dtype}{list(op.results[index].dims)} of {op.name}")
+            self.follow(frame, init, index)
+            self.follow(Frame(body, frame.times * self.program.trips(op), op, frame), body.root, index)
+        elif op.opcode in SAME and op.opcode != "copy":
+            self.follow(frame, inside.operand(op, 0), index)
+        else:
+            self.count(frame, op, index)
+
+    def count(self, frame: Frame, op: Operation, index: int) -> None:
+        """An operation that makes new values: what it writes, and reads of arrays of the same number of float32."""
+        inside = frame.computation
+        fused = self.program.called(op) if op.opcode == "fusion" else None
+        wrote = written(fused, index) if fused else op.results[index].bytes
+        self.found.bytes[self.name] += frame.times * wrote
+        if not op.operands:
+            self.found.fills.append(f"{op.results[index].dtype}{list(op.results[index].dims)} by {op.name}")
+        for place, name in enumerate(op.operands):
+            operand = inside.operations[name]
+            if len(operand.results) != 1 or operand.results[0].dtype != "f32":
+                continue
+            size = read(fused, fused.parameters[place]) if fused else operand.results[0].bytes
+            if size == wrote or (fused and _is_target(fused, fused.parameters[place], index)):
+                self.found.bytes[self.name] += frame.times * size
+                self.follow(frame, operand, 0)
+
+    def is_own(self, frame: Frame, op: Operation, index: int) -> bool:
+        """Whether a loop's carry begins as what came in, or as the accumulator, emptied or not."""
+        within, behind = source(Frame(frame.computation, 1), op, index)
+        if behind.opcode == "parameter":
+            return True
+        operands = (within.computation.operations[name] for name in behind.operands)
+        return any(getattr(origin(frame, o, 0), "name", "") in self.found.accumulators for o in operands)
 
 
 def _is_target(fused: Computation, parameter: Operation, index: int) -> bool:
@@ -101,6 +120,12 @@ def _is_target(fused: Computation, parameter: Operation, index: int) -> bool:
 
 def origin(frame: Frame, op: Operation, index: int) -> Operation | None:
     """The program's parameter that result `index` of `op` is, or is a slice of; None if it is computed."""
+    frame, op = source(frame, op, index)
+    return op if op.opcode == "parameter" and frame.outer is None else None
+
+
+def source(frame: Frame, op: Operation, index: int) -> tuple[Frame, Operation]:
+    """The operation that makes what result `index` of `op` is, or is a slice of, and where it stands."""
     while True:
         inside = frame.computation
         if op.opcode == "get-tuple-element":
@@ -109,12 +134,10 @@ def origin(frame: Frame, op: Operation, index: int) -> Operation | None:
             op, index = inside.operand(op, index), 0
         elif op.opcode in (*SAME, "dynamic-slice", "slice", "transpose"):
             op = inside.operand(op, 0)
-        elif op.opcode == "parameter" and frame.outer is not None and frame.loop is not None:
-            if not _stays(inside, index):
-                return None
+        elif op.opcode == "parameter" and frame.outer is not None and frame.loop is not None and _stays(inside, index):
             op, frame = frame.outer.computation.operand(frame.loop, 0), frame.outer
         else:
-            return op if op.opcode == "parameter" else None
+            return frame, op
 
 
 def _stays(body: Computation, index: int) -> bool:
@@ -152,8 +175,9 @@ def _weight(frame: Frame, convert: Operation, operand: Operation) -> list[str]:
     behind = origin(frame, operand, 0)
     if behind is None or behind.results[0].dtype != "f32" or convert.results[0].dtype not in ("bf16", "f16"):
         return []
-    return [(behind.source or behind.name).replace("\\'", "")]
+    return [shown(behind)]
 
 
-def _shown(array: Array) -> str:
-    return f"{array.dtype}[{','.join(map(str, array.dims))}]"
+def shown(parameter: Operation) -> str:
+    """Its name as JAX has it."""
+    return (parameter.source or parameter.name).replace("\\'", "")

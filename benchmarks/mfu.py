@@ -1,11 +1,13 @@
 """MFU of training steps at 4k tokens on one accelerator, and where the time goes: the dearest kernels by name.
 
-    python benchmarks/mfu.py [--case 1b|3b|8b_slice|vlm] [--remat full|dots|none] [--repeats 5] [--json FILE] [--tiny]
+    python benchmarks/mfu.py [--case 1b|3b|8b_slice|vlm] [--remat full|dots|none] [--documents 1] [--repeats 5]
+                             [--json FILE] [--tiny]
 
 bfloat16 with float32 weights, gradients and AdamW. Two figures: 6 FLOPs per parameter and token plus attention in full
 (as most papers count), and with the half of attention that a causal mask leaves. `8b_slice` is 8 of the 32 layers of an
-8B model; `vlm` a vision encoder of 1B in front of a decoder of 3B, four pictures a row. `--tiny` runs the same with
-small sizes anywhere, where MFU means nothing.
+8B model; `vlm` a vision encoder of 1B in front of a decoder of 3B, four pictures a row. `--documents` packs as many
+into each row, where attention counts as for one. Beside the measured time stands the one that predict.py says. `--tiny`
+runs the same with small sizes anywhere, where MFU means nothing.
 """
 
 import argparse
@@ -22,9 +24,9 @@ from dearest import Kernels, read_trace
 from synthetic import Timed, Workload, median_seconds
 
 from hetjax.core import flops
-from hetjax.core.graph import Remat
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -45,8 +47,8 @@ CASES = {  # the language model, the encoder, rows of a microbatch
 PICTURES = 4  # of a row
 
 
-def workload(case: str, remat: str, *, tiny: bool) -> Workload:
-    """What is trained."""
+def workload(case: str, remat: str, *, tiny: bool, documents: int = 1) -> Workload:
+    """What is trained; `documents` in each row."""
     llm, vision, rows = CASES[case]
     if tiny:
         llm = dataclasses.replace(llm, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=128)
@@ -64,6 +66,7 @@ def workload(case: str, remat: str, *, tiny: bool) -> Workload:
         dtype=jnp.bfloat16,
         remat=Remat(remat),
         optimizer=OptimizerConfig(name="adamw", clip_norm=1.0),
+        documents=documents,
     )
 
 
@@ -72,16 +75,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="1b")
     parser.add_argument("--remat", choices=[r.value for r in Remat], default="full")
+    parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
     flags = parser.parse_args()
-    found = measure(flags.case, flags.remat, flags.repeats, tiny=flags.tiny)
+    work = workload(flags.case, flags.remat, tiny=flags.tiny, documents=flags.documents)
+    found = {"case": flags.case, "remat": flags.remat, "documents": flags.documents, **measure(work, flags.repeats)}
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))
     print(
-        "{case}, remat {remat}, {device}: {seconds:.3f} s, {tokens_per_second:,.0f} tokens/s, "
-        "{peak_gib:.1f} GiB at most".format(**found)
+        "{case}, remat {remat}, {documents} document(s) a row, {device}: {seconds:.3f} s, "
+        "{tokens_per_second:,.0f} tokens/s, {peak_gib:.1f} GiB at most".format(**found)
     )
     if found["mfu"] is not None:
         print("MFU, attention in full: {mfu:.1%}; its causal half: {mfu_causal:.1%}".format(**found))
@@ -91,9 +96,8 @@ def main() -> None:
         print("  {share:6.1%} {milliseconds:9.2f} ms {calls:6d} x  {name}".format(**kernel))
 
 
-def measure(case: str, remat: str, repeats: int, *, tiny: bool) -> dict[str, Any]:
+def measure(work: Workload, repeats: int) -> dict[str, Any]:
     """All figures of one case."""
-    work = workload(case, remat, tiny=tiny)
     trainer = work.trainer(Layout())
     predicted = predict.seconds(predict.programs(trainer), predict.rates(jax.devices()[0].device_kind))
     run = Timed(trainer, work.step())
@@ -106,8 +110,6 @@ def measure(case: str, remat: str, repeats: int, *, tiny: bool) -> dict[str, Any
     total, causal = step_flops(work)
     peak = flops.peak_flops(device.device_kind)
     return {
-        "case": case,
-        "remat": remat,
         "device": device.device_kind,
         "seconds": seconds,
         "predicted_seconds": predicted,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import State, Trainer
 from models.decoder import Decoder
@@ -34,6 +35,7 @@ class Workload:
     dtype: Any = jnp.float32
     remat: Remat = Remat.NONE
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", clip_norm=1.0)
+    documents: int = 1  # of a row, of equal lengths
 
     def trainer(
         self, llm: Layout, vision: Layout | None = None, *, devices: list[jax.Device] | None = None, **options: Any
@@ -42,7 +44,7 @@ class Workload:
         encoders = ()
         if self.vision is not None:
             encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
-        decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=False)
+        decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=self.documents > 1)
         graph = vlm(encoders, Module("llm", decoder, llm, self.remat))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         spec = TrainSpec(
@@ -63,10 +65,11 @@ class Workload:
         rng = np.random.default_rng(seed)
         shape = (self.samples, self.seq_len)
         tokens = rng.integers(0, self.llm.vocab_size, shape).astype(np.int32)
+        place, length = np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape), self.seq_len // self.documents
         batch = {
             "tokens": tokens,
-            "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape),
-            "segment_ids": np.ones(shape, np.int32),
+            "positions": place % length,
+            "segment_ids": place // length + 1,
             "targets": np.roll(tokens, -1, 1),
             "weights": np.ones(shape, np.float32),
         }

@@ -19,7 +19,19 @@ from hetjax.core import memory
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
 from hetjax.hf import export, initial
-from hetjax.run import checkpoint, command, config, ending, evaluate, experiment, metrics, record, samples, terminal
+from hetjax.run import (
+    checkpoint,
+    command,
+    config,
+    ending,
+    evaluate,
+    experiment,
+    metrics,
+    recompute,
+    record,
+    samples,
+    terminal,
+)
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
@@ -162,6 +174,7 @@ def _ready(
     for phase, trainer in enumerate(trainers[first:], first):
         if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
             print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.spec.first_step + 1} to {run.ends[phase]}")
+            recompute.settle(trainer, checkpoints.directory.parent, phase, memory.available(jax.devices()))
             _compile(trainer, evaluates=run.held_out is not None)
     if resumed is None:
         return initial.state(trainers[0], starts)

@@ -10,9 +10,10 @@ import pytest
 import tiny
 
 from hetjax.core import accumulators, loss
-from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.core.stacks import Row
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
@@ -77,12 +78,14 @@ def test_a_layers_rows_alone_change_and_stale_values_do_no_harm() -> None:
     np.testing.assert_array_equal(twice["b"]["c"], acc["b"]["c"])
 
 
-def stage_of(model: Decoder, remat: Remat, *, samples: int = 2, optimizer: OptimizerConfig = SGD) -> Any:
+def stage_of(
+    model: Decoder, remat: Remat, *, samples: int = 2, optimizer: OptimizerConfig = SGD, unroll: bool = False
+) -> Any:
     """The one stage of a decoder alone, on one device; nothing is compiled."""
     names = ("tokens", "positions", "segment_ids", "targets")
     batch = {name: jax.ShapeDtypeStruct((samples, 16), jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct((samples, 16), jnp.float32)
-    graph = vlm((), Module("llm", model.module(jnp.float32), Layout(), remat))
+    graph = vlm((), Module("llm", model.module(jnp.float32), Layout(), remat, unroll))
     sizes = dict(groups=1, num_microbatches=1)
     trainer = Trainer(TrainSpec(graph=graph, devices=jax.devices(), batch=batch, optimizer=optimizer, **sizes))
     return trainer.pipeline.stages["llm", 0]
@@ -111,6 +114,19 @@ def test_a_layer_keeps_no_weight_nor_what_depends_on_the_batch_alone(remat: Rema
     assert all(a.dtype == jnp.float32 for a in kept), "no positions, segments and masks"
     assert sum(a.shape[2:] == (2, 2, 32, 16) for a in kept) == (remat is Remat.NONE), "weights of attention, once"
     assert remat is Remat.NONE or shapes == {(2, 16, SMALL.width)}
+
+
+def test_unrolled_layers_are_in_no_loop_and_what_they_keep_is_not_stacked() -> None:
+    scanned, unrolled = (stage_of(SMALL, Remat.FULL, unroll=unroll) for unroll in (False, True))
+    for stage in (scanned, unrolled):
+        stage.thunks(evaluate=False)["forward"]()
+    carry = (1, 2, 16, 32)
+    stacked = (1, SMALL.num_layers, *carry[1:])
+    assert [a.shape for a in scanned.kept].count(stacked) == 1
+    shapes = [a.shape for a in unrolled.kept]
+    assert shapes.count(carry) == SMALL.num_layers + 1 and stacked not in shapes  # the last layer's result for the loss
+    assert " while(" in scanned.programs["forward"].as_text()
+    assert " while(" not in unrolled.programs["forward"].as_text()
 
 
 def test_the_loss_takes_one_product_of_the_heads_size_and_the_logits_of_a_chunk(monkeypatch: Any) -> None:

@@ -112,9 +112,9 @@ NUMBERS = [
     (settings(encoder_window=3), "encoder_window=3 is outside of 1 to num_microbatches=2; None means all of them"),
     (settings(schedule="zb"), "Experiment.schedule='zb'; it must be one of 1f1b, gpipe"),
     (settings(param_dtype="bfloat16"), "Experiment.param_dtype='bfloat16'; it must be one of float32, float64"),
-    (encoder(remat="some"), "vision.remat='some'; it must be one of none, dots, full"),
+    (encoder(remat="some"), "vision.remat='some'; it must be one of none, dots, full, auto"),
     (encoder(compute_dtype="float16"), "vision.compute_dtype='float16'; it must be one of bfloat16, float32, float64"),
-    ({"llm/experiment.LanguageModel.remat": "all"}, "llm.remat='all'; it must be one of none, dots, full"),
+    ({"llm/experiment.LanguageModel.remat": "all"}, "llm.remat='all'; it must be one of none, dots, full, auto"),
 ]
 MODULES = [
     (vit(output_width=32), "vision: its output has 32 features, llm takes 16; set vision's output_width to 16"),

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from test_models import DECODER, RICH, SEQ, VIT, close, compiled, documents, random_params, rows_of, run
 
-from hetjax.core.graph import Remat
-from hetjax.core.local import POLICIES
+from hetjax.core.remat import Keep, Remat
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.layers import dot
@@ -116,9 +115,9 @@ def test_a_checkpoint_policy_sees_the_products() -> None:
         ]
 
     hidden = (SEQ, DECODER.mlp_width)
-    assert kept(POLICIES[Remat.DOTS]).count(hidden) == 2
-    assert hidden not in kept(POLICIES[Remat.FULL])
+    assert kept(Keep(Remat.DOTS).policy).count(hidden) == 2
+    assert hidden not in kept(Keep(Remat.FULL).policy)
     assert EXPERTS.experts is not None
     routed = (SEQ * EXPERTS.experts.per_token, EXPERTS.experts.width)
-    assert kept(POLICIES[Remat.DOTS], EXPERTS).count(routed) == 2
-    assert routed not in kept(POLICIES[Remat.FULL], EXPERTS)
+    assert kept(Keep(Remat.DOTS).policy, EXPERTS).count(routed) == 2
+    assert routed not in kept(Keep(Remat.FULL).policy, EXPERTS)

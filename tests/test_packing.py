@@ -8,10 +8,10 @@ import tiny
 from conftest import Counter
 from jax.sharding import Mesh
 
-from hetjax.core.graph import Remat
 from hetjax.core.layout import AXES, Layout, sharding, spec, zigzag
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.packing import Packing, Prepared, packings, unpack
+from hetjax.core.remat import Remat
 
 DIMS = {"text": ("batch", "seq"), "items": ("items", None, None), "whole": (None, None), "rows": ("batch",)}
 TYPES = {

@@ -15,9 +15,9 @@ import pytest
 import tiny
 
 from hetjax.core import loss
-from hetjax.core.graph import Remat
 from hetjax.core.layout import Layout, like
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.judge import compare
 from hetjax.judge.reference import Reference
 from models import attention
@@ -41,6 +41,7 @@ class Case:
     blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
     experts: Experts | None = None
     remat: Remat = Remat.FULL
+    unroll: bool = False
     changes: tuple[tuple[str, Any], ...] = ()  # of the optimizer's settings
     text_only: tuple[int, ...] = ()  # microbatches without a picture
     unweighted: bool = False  # a microbatch has no targets, another none in half of its rows
@@ -88,8 +89,8 @@ def paper_case(text: str, *, colocated: bool) -> Case:
 KINDS = {
     "one device": Case(),
     "encoder pp 2": Case(Layout(tp=2, devices="2-3"), Layout(pp=2, devices="0-1")),
-    "encoder pp 2, features of three layers": Case(
-        Layout(tp=2, devices="4-5"), Layout(pp=2, tp=2, devices=LOW), feature_layer=(-1, 0, -2)
+    "encoder pp 2, features of three layers, unrolled": Case(
+        Layout(tp=2, devices="4-5"), Layout(pp=2, tp=2, devices=LOW), feature_layer=(-1, 0, -2), unroll=True
     ),
     "encoder pp 2 cp 2, features of two layers, no remat": Case(
         Layout(tp=2, devices="4-5"), Layout(pp=2, cp=2, devices=LOW), feature_layer=(-2, -1), remat=Remat.NONE
@@ -119,11 +120,12 @@ KINDS = {
         Layout(dp=2, tp=2, devices=LOW), Layout(dp=2, devices="4-5"), text_only=(0, 2), unweighted=True
     ),
     "experts, llm tp 2 cp 2 pp 2": Case(Layout(tp=2, cp=2, pp=2), Layout(dp=4), experts=tiny.EXPERTS),
-    "experts, uneven stages, dp 2, no remat": Case(
+    "experts, uneven stages, dp 2, no remat, unrolled": Case(
         Layout(dp=2, pp=2, layers=(3, 1), devices=LOW),
         Layout(tp=2, devices="4-5"),
         experts=tiny.EXPERTS,
         remat=Remat.NONE,
+        unroll=True,
     ),
     "experts not renormalised, copies 2, tied, remat of all but products": Case(
         Layout(copies=2, tp=4),
@@ -155,7 +157,7 @@ PAPER_CASES = {
     for place in ("colocated", "disjoint")
 }
 DEFAULT = [
-    "encoder pp 2, features of three layers", "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2",
+    "encoder pp 2, features of three layers, unrolled", "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2",
     "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders", "frozen encoder", "projector only",
     "text-only microbatches, and some without targets", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
     "experts, llm tp 2 cp 2 pp 2",
@@ -173,7 +175,7 @@ def reference(encoders: tuple[str, ...], dtype: Any, **model: Any) -> Reference:
 def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
     config = dataclasses.replace(config, **dict(case.changes))
     model = dict(tied=case.tied, feature_layer=case.feature_layer, experts=case.experts)
-    graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, **model)
+    graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, unroll=case.unroll, **model)
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
     # the reference is traced later, and knows neither blocks nor chunks
     with mock.patch.dict(attention.BLOCKS, cpu=case.blocks), mock.patch.dict(loss.CHUNK, cpu=5):

@@ -9,9 +9,10 @@ import pytest
 import tiny
 
 from hetjax.core import residuals
-from hetjax.core.graph import Module, Remat, vlm
+from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
 from models.decoder import Decoder

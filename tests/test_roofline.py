@@ -93,7 +93,14 @@ def test_a_loop_of_unknown_length_goes_as_far_as_its_slices() -> None:
 
 def test_gradients_in_place_move_sixteen_bytes_and_fill_nothing() -> None:
     found = traffic(hlo.parse(BACKWARD))
-    assert (found.parameters, found.bytes_per_parameter, found.fills, found.seconds) == (4 * LAYER, 16, [], [])
+    assert (found.bytes_per_parameter, found.dearest, found.fills, found.seconds) == (16, "acc 16.0", [], [])
+
+
+def test_an_accumulator_that_is_emptied_by_a_flag_is_no_second_one() -> None:
+    text = BACKWARD.replace("  %init = ", "  %emptied = f32[4,8,16]{2,1,0} multiply(%acc, %acc)\n  %init = ")
+    found = traffic(hlo.parse(text.replace("tuple(%zero, %acc,", "tuple(%zero, %emptied,")))
+    assert (found.fills, found.seconds) == ([], [])
+    assert found.bytes_per_parameter == 16 + 4 + 8  # the product reads it twice
 
 
 def test_a_second_stack_filled_with_zeros_and_added_later_is_seen() -> None:
@@ -102,7 +109,7 @@ def test_a_second_stack_filled_with_zeros_and_added_later_is_seen() -> None:
         "  %sum = f32[4,8,16]{2,1,0} add(%acc, %done)\n  ROOT %out = (f32[4,8,16]{2,1,0}) tuple(%sum)",
     )
     found = traffic(hlo.parse(text))
-    assert found.fills == ["f32[4,8,16] by zeros"] and found.seconds == ["f32[4,8,16] of loop"]
+    assert found.fills == ["f32[4, 8, 16] by zeros"] and found.seconds == ["f32[4, 8, 16] of loop"]
     assert found.bytes_per_parameter == 16 + 4 + 12
 
 
@@ -126,3 +133,39 @@ def test_flops_of_a_compiled_program_are_known(layers: int) -> None:
     moved = sum(c.times * c.bytes for c in found)
     assert moved >= 4 * layers * (32 * 32 + 2 * 64 * 32)  # weights once, activations in and out
     assert moved <= 4 * (layers * 8 + 2) * 64 * 32
+
+
+MOSAIC = 'custom_call_target="mosaic_gpu_v2"'
+CUDNN = """custom_call_target="__cudnn$fmhaSoftmax", backend_config={"mask_type": "%s"}"""
+
+
+@pytest.mark.parametrize(
+    ("results", "operands", "attributes", "products"),
+    [
+        ("bf16[2,64,8,16]", "%q, %k, %k", CUDNN % "CAUSAL", 2 / 2),
+        ("bf16[2,64,8,16]", "%q, %k, %k", CUDNN % "NO_MASK", 2),
+        (
+            "(bf16[2,64,8,16], f32[2,8,64], f32[2,8,64])",
+            "%q, %k, %k, %i, %i, %i",
+            MOSAIC,
+            1,
+        ),
+        ("bf16[2,64,8,16]", "%q, %k, %k, %i, %i", MOSAIC, 3),
+        ("(bf16[2,32,4,16], bf16[2,32,4,16])", "%q, %k, %k, %i, %i", MOSAIC, 4),
+    ],
+)
+def test_attention_kernels_count_the_products_that_the_mask_leaves(
+    results: str, operands: str, attributes: str, products: float
+) -> None:
+    program = hlo.parse(f"""\
+HloModule attention, entry_computation_layout={{}}
+
+ENTRY %main (q: bf16[2,64,8,16], k: bf16[2,32,4,16], i: s32[2,1,64]) -> bf16[2,64,8,16] {{
+  %q = bf16[2,64,8,16]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,32,4,16]{{3,2,1,0}} parameter(1)
+  %i = s32[2,1,64]{{2,1,0}} parameter(2)
+  ROOT %y = {results} custom-call({operands}), {attributes}
+}}
+""")
+    [found] = cost.costs(program)
+    assert found.kind == "attention" and found.flops == products * 2 * 2 * 64 * 8 * 16 * 32

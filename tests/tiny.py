@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.core.graph import Graph, Module, Remat, vlm
+from hetjax.core.graph import Graph, Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
 from models.decoder import Decoder
@@ -68,12 +69,14 @@ def graph(
     remat: Remat = Remat.FULL,
     feature_layer: int | tuple[int, ...] = -1,
     experts: Experts | None = None,
+    unroll: bool = False,
 ) -> Graph:
     """The tiny model under these layouts. An encoder called audio hears, all others see."""
     models = {name: whisper() if name == "audio" else vit(feature_layer=feature_layer) for name in encoders}
-    towers = tuple(Module(n, models[n].module(dtype, name=n), layout, remat) for n, layout in encoders.items())
-    language = Module("llm", decoder(tied=tied, experts=experts).module(dtype, encoders=tuple(encoders)), llm, remat)
-    return vlm(towers, language)
+    how = dict(remat=remat, unroll=unroll)
+    towers = tuple(Module(n, models[n].module(dtype, name=n), layout, **how) for n, layout in encoders.items())
+    language = decoder(tied=tied, experts=experts).module(dtype, encoders=tuple(encoders))
+    return vlm(towers, Module("llm", language, llm, **how))
 
 
 def microbatches(

@@ -28,7 +28,7 @@ def add(acc: Tree, new: Tree, first: jax.Array | bool) -> Tree:
     return {**acc, **jax.tree.map(lambda a, g: _sum(a, g[None], first), {name: acc[name] for name in new}, new)}
 
 
-def add_layer(acc: Mapping, rows: Mapping, i: jax.Array, new: Mapping, first: jax.Array) -> dict[str, Any]:
+def add_layer(acc: Mapping, rows: Mapping, i: jax.Array | int, new: Mapping, first: jax.Array) -> dict[str, Any]:
     """Stacked accumulators with the gradients of one layer added, that of repetition `i` (see `stacks.take`)."""
     changed = {
         name: add_layer(acc[name], row, i, new[name], first)

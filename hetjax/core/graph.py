@@ -8,28 +8,21 @@ Exactly one module, the sink, feeds nothing: it is the language model and yields
 """
 
 import dataclasses
-import enum
 
 from hetjax.core.layout import Layout
+from hetjax.core.remat import Remat
 from models.contract import ModuleDef
-
-
-class Remat(enum.StrEnum):
-    """What a layer keeps for its backward pass: everything, its matmul results, or only its input."""
-
-    NONE = "none"
-    DOTS = "dots"
-    FULL = "full"
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One node: what it computes, where and how it is laid out."""
+    """One node: what it computes, where and how it is laid out. `unroll`: its layers are not scanned."""
 
     name: str
     definition: ModuleDef
     layout: Layout
     remat: Remat = Remat.FULL
+    unroll: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

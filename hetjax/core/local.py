@@ -16,20 +16,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from hetjax.core import accumulators, loss, residuals, stacks
-from hetjax.core.graph import Module, Remat
-from hetjax.core.layout import AXES, DATA_AXES, StagePlan, spec
+from hetjax.core.graph import Module
+from hetjax.core.layout import DATA_AXES, StagePlan, spec
 from hetjax.core.parameters import Parameters
+from hetjax.core.remat import Policy
 from hetjax.core.residuals import Kept
+from hetjax.core.settled import axes_of, settle
 from hetjax.core.stacks import LAYERS, Run
-from models.axes import vary, varying_axes
+from models.axes import vary
 from models.contract import Batch, Params
-from models.layers import is_product
 
 Tree = Any
-POLICIES = {Remat.DOTS: is_product, Remat.FULL: jax.checkpoint_policies.nothing_saveable}
 
 
 class Given(NamedTuple):
@@ -49,25 +48,33 @@ class Residuals(NamedTuple):
     """What the forward keeps for the backward; None where nothing in it or before it trains."""
 
     start: Kept | None
-    runs: list[list[Kept] | None]  # of each run, by place of its period; arrays have a dim over its repetitions
+    runs: list[list[Kept] | None]  # of each run, by place of its period; with a dim over repetitions, if it has several
     end: Kept | Tree  # where the stage ends in the loss: the carry behind the layers
 
 
 class Local:
     """The layers of one stage, and its module's first and last parts as far as it has them.
 
-    `x_wanted`: the inputs whose producers train. `ends_in_loss`: the stage's last part yields it.
+    `x_wanted`: the inputs whose producers train. `ends_in_loss`: the stage's last part yields it. `policy`: which inner
+    results of a layer are kept; None: all.
     """
 
     def __init__(
-        self, module: Module, plan: StagePlan, parameters: Parameters, *, x_wanted: frozenset[str], ends_in_loss: bool
+        self,
+        module: Module,
+        plan: StagePlan,
+        parameters: Parameters,
+        *,
+        x_wanted: frozenset[str],
+        ends_in_loss: bool,
+        policy: Policy | None,
     ) -> None:
         self.module, self.plan, self.parameters, self.working = module, plan, parameters, parameters.working
         self.trainable = parameters.trainable
-        self.x_wanted, self.ends_in_loss = x_wanted, ends_in_loss
-        self.chunk = loss.CHUNK.get(plan.mesh.devices.flat[0].platform, loss.CHUNK["gpu"])
+        self.x_wanted, self.ends_in_loss, self.policy = x_wanted, ends_in_loss, policy
+        self.chunk = self._chunk() if ends_in_loss else 0
         self.layers = module.definition.layers[plan.lo : plan.hi]
-        self.runs = stacks.runs(self.layers)
+        self.runs = stacks.runs(self.layers, unroll=module.unroll)
 
     @property
     def dims(self) -> Mapping[str, tuple[str | None, ...]]:
@@ -90,7 +97,7 @@ class Local:
         y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
         total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
-        return {k: _settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        return {k: settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
 
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
@@ -170,7 +177,7 @@ class Local:
         def features(w: Params, carry: Tree) -> jax.Array:
             last = self.working.given("last", weights, w)
             x = definition.last.apply(last, carry, given.batch, self.plan.axes)["x"]
-            return _settle(x, _axes_of(spec(definition.output["x"])))
+            return settle(x, axes_of(spec(definition.output["x"])))
 
         x, pull = jax.vjp(features, w, carry)
         head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
@@ -181,6 +188,13 @@ class Local:
         if mine is not None:
             acc = {**acc, part: {**acc[part], leaf: mine[None]}}
         return total, *pull(g_x), acc
+
+    def _chunk(self) -> int:
+        """Tokens whose logits exist at a time."""
+        name = self.module.definition.head
+        head = self.parameters.full_last(self.parameters.weights)[name]
+        ids = head.sharding.shard_shape(head.shape)[self.module.definition.last.logical[name].index("vocab")]
+        return loss.chunk_size(self.plan.mesh.devices.flat[0].platform, ids)
 
     def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
         return Given(jax.tree.map(_vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))
@@ -210,19 +224,19 @@ class Local:
         """What leaves a stage that does not end in the loss; `w` are the parameters of `last`."""
         last = self._remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes))
         y = last(w, carry) if self.plan.last else carry
-        return {k: _settle(v, _axes_of(spec(self.dims[k]))) for k, v in y.items()}
+        return {k: settle(v, axes_of(spec(self.dims[k]))) for k, v in y.items()}
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
-        """`function`, of whose inner results the backward keeps what the module's setting says."""
-        if self.module.remat is Remat.NONE:
+        """`function`, of whose inner results the backward keeps what the policy says."""
+        if self.policy is None:
             return function
-        return jax.checkpoint(function, policy=POLICIES[self.module.remat], prevent_cse=False)
+        return jax.checkpoint(function, policy=self.policy, prevent_cse=False)
 
     def _rows(self, params: Params, run: Run, place: int) -> Params:
         return stacks.rows(params.get(LAYERS, {}), self.layers, run, place)
 
     def _layer(
-        self, run: Run, place: int, i: jax.Array, given: Given
+        self, run: Run, place: int, i: jax.Array | int, given: Given
     ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
         """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to."""
         apply = run.period[place].apply
@@ -237,7 +251,7 @@ class Local:
     def _scan(self, run: Run, given: Given, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
         """The carry behind a run; by place of the period what the layers keep, or nothing."""
 
-        def body(carry: Tree, i: jax.Array) -> tuple[Tree, list[Kept]]:
+        def body(carry: Tree, i: jax.Array | int) -> tuple[Tree, list[Kept]]:
             kept = []
             for place in range(len(run.period)):
                 layer, w, inputs = self._layer(run, place, i, given)
@@ -248,14 +262,14 @@ class Local:
                     carry = layer(w, carry)
             return carry, kept
 
-        return lax.scan(body, carry, _repetitions(run))
+        return body(carry, 0) if run.times == 1 else lax.scan(body, carry, _repetitions(run))
 
     def _scan_back(
         self, run: Run, given: Given, kept: list[Kept], g: Tree, acc: Tree, first: jax.Array
     ) -> tuple[Tree, Tree]:
         """(cotangent of the carry in front of a run, accumulators) from the cotangent of the one behind it."""
 
-        def body(after: tuple[Tree, Tree], now: tuple[jax.Array, list[Kept]]) -> tuple[tuple[Tree, Tree], None]:
+        def body(after: tuple[Tree, Tree], now: tuple[jax.Array | int, list[Kept]]) -> tuple[tuple[Tree, Tree], None]:
             (g, layers), (i, kept) = after, now
             for place in reversed(range(len(run.period))):
                 _, _, inputs = self._layer(run, place, i, given)
@@ -263,7 +277,11 @@ class Local:
                 layers = accumulators.add_layer(layers, self._rows(self.trainable, run, place), i, g_w, first)
             return (g, layers), None
 
-        (g, layers), _ = lax.scan(body, (g, acc.get(LAYERS, {})), (_repetitions(run), kept), reverse=True)
+        behind = g, acc.get(LAYERS, {})
+        if run.times == 1:
+            (g, layers), _ = body(behind, (0, kept))
+        else:
+            (g, layers), _ = lax.scan(body, behind, (_repetitions(run), kept), reverse=True)
         return g, {**acc, LAYERS: layers} if layers else acc
 
 
@@ -279,22 +297,3 @@ def _repetitions(run: Run) -> jax.Array:
 
 def _vary(x: jax.Array) -> jax.Array:
     return vary(x, DATA_AXES)
-
-
-def _settle(y: jax.Array, names: frozenset[str]) -> jax.Array:
-    """`y`, typed as varying over exactly the axes `names`.
-
-    Raises ValueError if the model left it different along another axis of size > 1, which would lose values.
-    """
-    y = vary(y, names)
-    extra = tuple(a for a in AXES if a in varying_axes(y) - names)
-    for axis in extra:
-        if lax.axis_size(axis) > 1:
-            raise ValueError(
-                f"a model output of shape {y.shape} differs along {axis}; it may differ along {sorted(names)}"
-            )
-    return lax.psum(y, extra) if extra else y
-
-
-def _axes_of(where: P) -> frozenset[str]:
-    return frozenset(a for part in where if part for a in ((part,) if isinstance(part, str) else part))

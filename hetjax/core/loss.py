@@ -14,11 +14,16 @@ from jax import lax
 from models.axes import Axes, vary_like
 from models.layers import dot, wide
 
-# Tokens of a chunk, by platform. Each chunk reads and writes the head's accumulator; larger ones outgrow the caches. On
-# a CPU, float32, 2,048 tokens took 202, 193, 210 and 238 ms in chunks of 256, 512, 1024 and 2048 with 4,096 ids and 512
-# features, and 1654, 1536, 1590 and 1587 ms with 24,576 ids and 576 features. An H100 needs for the accumulator's 8
-# bytes per element about 280 / chunk of the time that the chunk's products take.
-CHUNK = {"cpu": 512, "gpu": 2048}
+# Tokens of a chunk. Each chunk reads and writes the head's accumulator; larger ones outgrow a CPU's caches: in float32
+# 2,048 tokens took 202, 193, 210 and 238 ms in chunks of 256, 512, 1024 and 2048 with 4,096 ids and 512 features, and
+# 1654, 1536, 1590 and 1587 ms with 24,576 ids and 576 features.
+CHUNK = {"cpu": 512}
+LOGITS = 2 * 2**30  # bytes of a chunk's logits elsewhere: 16,384 tokens of 32,768 ids in float32
+
+
+def chunk_size(platform: str, ids: int) -> int:
+    """Tokens of a chunk where a device has `ids` of the vocabulary."""
+    return CHUNK.get(platform, max(1, LOGITS // (4 * ids)))
 
 
 class Head(NamedTuple):

@@ -2,10 +2,12 @@
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from hetjax.core.pipeline import StageKey
 from hetjax.core.stage import Stage
 from hetjax.core.trainer import Trainer
 
@@ -27,9 +29,22 @@ class DeviceMemory(NamedTuple):
 
 def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
     """Memory by device position. Needs compiled programs."""
+
+    def of_stage(key: StageKey, stage: Stage) -> DeviceMemory:
+        workspace = max(
+            (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()),
+            default=0,
+        )
+        return held(stage, trainer.pipeline.schedule.max_in_flight[key], local_bytes(stage.kept), workspace)
+
+    return by_device(trainer, of_stage)
+
+
+def by_device(trainer: Trainer, of_stage: Callable[[StageKey, Stage], DeviceMemory]) -> dict[int, DeviceMemory]:
+    """Memory by device position, from that of each stage on each of its devices."""
     devices: dict[int, DeviceMemory] = {}
     for key, stage in trainer.pipeline.stages.items():
-        mine = _of_stage(stage, trainer.pipeline.schedule.max_in_flight[key])
+        mine = of_stage(key, stage)
         for device in stage.plan.device_ids:
             have = devices.get(device, DeviceMemory(0, 0, 0, 0, 0))
             added = DeviceMemory(*(a + b for a, b in zip(have, mine, strict=True)))
@@ -37,23 +52,19 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
     return devices
 
 
-def _of_stage(stage: Stage, in_flight: int) -> DeviceMemory:
+def held(stage: Stage, in_flight: int, kept: int, workspace: int) -> DeviceMemory:
+    """What a stage takes on each of its devices with residuals of `kept` bytes for a microbatch."""
     mine = stage.parameters
-    per_microbatch = _bytes((stage.x, stage.packed, stage.kept))
-    workspace = max(
-        (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()),
-        default=0,
-    )
     return DeviceMemory(
-        _bytes((mine.params, mine.copies, mine.lent_to_it)),
-        _bytes(mine.state),
-        _bytes(mine.acc) if mine.trains else 0,
-        max(in_flight, 1) * per_microbatch,
+        local_bytes((mine.params, mine.copies, mine.lent_to_it)),
+        local_bytes(mine.state),
+        local_bytes(mine.acc) if mine.trains else 0,
+        max(in_flight, 1) * (local_bytes((stage.x, stage.packed)) + kept),
         workspace,
     )
 
 
-def _bytes(tree: Any) -> int:
+def local_bytes(tree: Any) -> int:
     """Bytes of one device's shards of abstract arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

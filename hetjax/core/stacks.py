@@ -38,13 +38,15 @@ class Row(NamedTuple):
     first: int
     step: int
 
-    def at(self, i: jax.Array) -> jax.Array:
+    def at(self, i: jax.Array | int) -> jax.Array:
         """The row of repetition `i`."""
-        return self.first + i * self.step
+        return jnp.int32(self.first + i * self.step)
 
 
-def runs(layers: Sequence[Part]) -> list[Run]:
-    """The layers as runs, each as long as a period of at most `LONGEST` makes it."""
+def runs(layers: Sequence[Part], *, unroll: bool = False) -> list[Run]:
+    """The layers as runs, each as long as a period of at most `LONGEST` makes it; with `unroll` each of one layer."""
+    if unroll:
+        return [Run(i, 1, (part,)) for i, part in enumerate(layers)]
     found: list[Run] = []
     lo = 0
     while lo < len(layers):
@@ -81,7 +83,7 @@ def _rows(stacked: Mapping, logical: Sequence[Mapping], run: Run, place: int) ->
     return found
 
 
-def take(stacked: Mapping, rows: Mapping, i: jax.Array) -> Params:
+def take(stacked: Mapping, rows: Mapping, i: jax.Array | int) -> Params:
     """One layer's leaves, that of repetition `i`, from the stacks in which `rows` says where they are."""
     return {
         name: take(stacked[name], row, i)

@@ -30,6 +30,7 @@ from hetjax.core.graph import Module
 from hetjax.core.layout import DATA_AXES, StagePlan, sharding, spec
 from hetjax.core.local import Local
 from hetjax.core.parameters import Parameters, shardings, spec_tree
+from hetjax.core.remat import Keep, Policy, Remat
 from hetjax.core.residuals import Crossing
 from models.contract import Params
 from models.layers import wide
@@ -58,9 +59,10 @@ class Stage:
     ) -> None:
         self.module, self.plan, self.parameters = module, plan, parameters
         self.ends_in_loss = is_sink and plan.last
-        self.local = Local(module, plan, parameters, x_wanted=x_wanted, ends_in_loss=self.ends_in_loss)
         self.has_backward = bool(x_wanted) or parameters.trains
         self.x, self.x_wanted = dict(x), x_wanted
+        self.keep = Keep(Remat.NONE if module.remat is Remat.AUTO else module.remat)  # until `budget.py` has chosen
+        self.local = self._local(self.keep.policy)
         reads = module.definition.reads
         self.batch = {k: _at(batch[k], sharding(plan.mesh, reads[k])) for k in self._find_reads(batch)}
         zigzags = {k: reads[k].index("seq") for k in self.batch if plan.mesh.shape["cp"] > 1 and "seq" in reads[k]}
@@ -70,6 +72,34 @@ class Stage:
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
+
+    def _local(self, policy: Policy | None) -> Local:
+        return Local(
+            self.module,
+            self.plan,
+            self.parameters,
+            x_wanted=self.x_wanted,
+            ends_in_loss=self.ends_in_loss,
+            policy=policy,
+        )
+
+    def set_keep(self, keep: Keep) -> None:
+        """What the layers keep from now on; the programs are not compiled yet."""
+        self.keep, self.local = keep, self._local(keep.policy)
+        self.y, self.ends = self._find_outputs()
+
+    def kept_bytes(self, policy: Policy | None) -> int:
+        """Bytes on each device of a microbatch's residuals, if the layers kept what `policy` says."""
+        local, found = self._local(policy), [0]
+
+        def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
+            kept = local.forward(params, dict(x), batch)[1]
+            found.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)))
+            return jnp.zeros(())
+
+        if self.has_backward:
+            self._trace(probe, P(), self.batch)
+        return found[-1]
 
     # -- what the stage reads and yields -------------------------------------------------------------------------
 

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hetjax.core.graph import Graph, Module, Remat, vlm
+from hetjax.core.graph import Graph, Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.remat import Remat
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
@@ -52,7 +53,8 @@ class Encoder:
     resampling: str = "bicubic"  # or bilinear, as SigLIP 2; pictures alone
     resize_positions: bool = False  # init_from's position table, to the model's image_size; pictures alone
     on_long_clip: str = "truncate"  # a clip longer than the model's context: truncate or skip; sounds alone
-    remat: str = "full"  # full, dots or none
+    remat: str = "full"  # full, dots, none, or auto: what fits in memory
+    unroll: bool = False  # no loop over layers: a step is faster, with remat="none", and its programs compile longer
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
@@ -103,7 +105,8 @@ class LanguageModel:
     model: Any
     layout: Layout = Layout()
     name: str = "llm"
-    remat: str = "full"  # full, dots or none
+    remat: str = "full"  # full, dots, none, or auto: what fits in memory
+    unroll: bool = False  # no loop over layers: a step is faster, with remat="none", and its programs compile longer
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
@@ -223,14 +226,14 @@ def check_model(module: str, model: Any, fields: tuple[str, ...], kind: str) -> 
 def build_graph(experiment: Experiment) -> Graph:
     """The module graph of an experiment."""
     towers = tuple(
-        Module(e.name, e.model.module(jnp.dtype(e.compute_dtype), name=e.name), e.layout, Remat(e.remat))
+        Module(e.name, e.model.module(jnp.dtype(e.compute_dtype), name=e.name), e.layout, Remat(e.remat), e.unroll)
         for e in experiment.encoders
     )
     llm = experiment.llm
     packed = experiment.data.pack or (experiment.held_out is not None and experiment.held_out.pack)
     names = tuple(e.name for e in experiment.encoders)
     definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=names, packed=packed)
-    return vlm(towers, Module(llm.name, definition, llm.layout, Remat(llm.remat)))
+    return vlm(towers, Module(llm.name, definition, llm.layout, Remat(llm.remat), llm.unroll))
 
 
 def in_precision(experiment: Experiment, dtype: str) -> Experiment:
@@ -245,11 +248,8 @@ def in_precision(experiment: Experiment, dtype: str) -> Experiment:
 
 def start(experiment: Experiment) -> None:
     """Sets up jax for the experiment: emulated devices, float64, compilation cache. Call it before the first array."""
-    if "float64" in (
-        experiment.param_dtype,
-        experiment.llm.compute_dtype,
-        *(e.compute_dtype for e in experiment.encoders),
-    ):
+    dtypes = (experiment.param_dtype, experiment.llm.compute_dtype, *(e.compute_dtype for e in experiment.encoders))
+    if "float64" in dtypes:
         jax.config.update("jax_enable_x64", True)
     if experiment.emulated_devices:
         command.emulate_devices(experiment.emulated_devices)

@@ -1,0 +1,52 @@
+"""`remat = "auto"` in a run: the choice is printed and kept in the workdir, and a run that resumes makes the same."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hetjax.core.budget import Budget
+from hetjax.core.remat import Keep, Remat
+from hetjax.core.trainer import Trainer
+
+FILE = "remat.json"
+
+
+def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, int]) -> None:
+    """Sets what each stage of the modules with `remat="auto"` keeps, on devices with these bytes: as `workdir` has it
+    of this phase, where neither devices, layouts nor model changed."""
+    if all(module.remat is not Remat.AUTO for module in trainer.graph.modules):
+        return
+    path, name, budget = workdir / FILE, f"phase {phase + 1}", Budget(trainer)
+    basis = {"devices": {str(n): size for n, size in available.items()}, "stages": budget.basis}
+    before = _read(path)
+    found = before.get(name)
+    if found is not None and found["basis"] == basis:
+        said = f"as {path} has it"
+        chosen = {stage: Keep.from_json(keep) for stage, keep in found["keep"].items()}
+    else:
+        changed = [what for what in basis if found is not None and found["basis"].get(what) != basis[what]]
+        said = f"chosen anew, for other {' and '.join(changed)} than in {path}" if changed else "chosen"
+        chosen = {f"{module}/{index}": keep for (module, index), keep in budget.choose(available).items()}
+        entry = {"basis": basis, "keep": {stage: keep.to_json() for stage, keep in chosen.items()}}
+        _write(path, before | {name: entry})
+    print(f"remat, {said}: {', '.join(f'{stage} {keep}' for stage, keep in chosen.items())}", flush=True)
+    for (module, index), stage in trainer.pipeline.stages.items():
+        stage.set_keep(chosen[f"{module}/{index}"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that no run wrote."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; remove it, and the run chooses anew") from error
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    os.replace(new, path)
