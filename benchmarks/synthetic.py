@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.core import memory
-from hetjax.core.budget import Budget
+from hetjax.core import budget, memory
 from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
@@ -48,8 +47,8 @@ class Workload:
         available: Mapping[int, int] | None = None,
         **options: Any,
     ) -> Trainer:
-        """A compiled trainer under these layouts. `devices`: None for those of the process; `available`: bytes of each,
-        for `Remat.AUTO`, None for what they have."""
+        """A compiled trainer under these layouts. `devices`: None for those of the process. `available`: bytes of each,
+        for remat "auto"; None for what they say."""
         devices = devices or jax.devices()
         encoders = ()
         if self.vision is not None:
@@ -68,9 +67,8 @@ class Workload:
         )
         trainer = Trainer(spec)
         if self.remat is Remat.AUTO:
-            chosen = Budget(trainer).choose(memory.available(devices) if available is None else available)
-            for key, keep in chosen.items():
-                trainer.pipeline.stages[key].set_keep(keep)
+            chosen = budget.settle(trainer, memory.available(devices) if available is None else available)
+            print("remat: " + ", ".join(f"{name}/{index} {keep}" for (name, index), keep in chosen.items()), flush=True)
         trainer.compile()
         return trainer
 
