@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.core import memory
-from hetjax.core.budget import Budget
+from hetjax.core import budget, memory
 from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
@@ -37,7 +36,6 @@ class Workload:
     dtype: Any = jnp.float32
     remat: Remat = Remat.NONE
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", clip_norm=1.0)
-    documents: int = 1  # of a row, of equal lengths
 
     def trainer(
         self,
@@ -48,18 +46,17 @@ class Workload:
         available: Mapping[int, int] | None = None,
         **options: Any,
     ) -> Trainer:
-        """A compiled trainer under these layouts. `devices`: None for those of the process; `available`: bytes of each,
-        for `Remat.AUTO`, None for what they have."""
-        devices = devices or jax.devices()
+        """A compiled trainer under these layouts. `devices`: None for those of the process. `available`: bytes of each,
+        for remat "auto"; None for what they say."""
         encoders = ()
         if self.vision is not None:
             encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
-        decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=self.documents > 1)
+        decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=False)
         graph = vlm(encoders, Module("llm", decoder, llm, self.remat))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         spec = TrainSpec(
             graph=graph,
-            devices=devices,
+            devices=devices or jax.devices(),
             batch=abstract,
             groups=self.samples,
             num_microbatches=self.num_microbatches,
@@ -68,9 +65,8 @@ class Workload:
         )
         trainer = Trainer(spec)
         if self.remat is Remat.AUTO:
-            chosen = Budget(trainer).choose(memory.available(devices) if available is None else available)
-            for key, keep in chosen.items():
-                trainer.pipeline.stages[key].set_keep(keep)
+            chosen = budget.settle(trainer, memory.available(jax.devices()) if available is None else available)
+            print("remat: " + ", ".join(f"{name}/{index} {keep}" for (name, index), keep in chosen.items()), flush=True)
         trainer.compile()
         return trainer
 
@@ -79,11 +75,10 @@ class Workload:
         rng = np.random.default_rng(seed)
         shape = (self.samples, self.seq_len)
         tokens = rng.integers(0, self.llm.vocab_size, shape).astype(np.int32)
-        place, length = np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape), self.seq_len // self.documents
         batch = {
             "tokens": tokens,
-            "positions": place % length,
-            "segment_ids": place // length + 1,
+            "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape),
+            "segment_ids": np.ones(shape, np.int32),
             "targets": np.roll(tokens, -1, 1),
             "weights": np.ones(shape, np.float32),
         }

@@ -128,9 +128,10 @@ def test_a_run_that_resumes_keeps_what_was_chosen_unless_the_devices_or_the_layo
     assert set(more.values()) == {Keep(Remat.NONE)} and "chosen anew, for other devices than in" in said
     assert "chosen anew, for other devices and stages than in" in settle(trainer_of("2", "1"), size)[1]
     assert not settle(trainer_of(remat=Remat.DOTS), size)[1]
-    (tmp_path / recompute.FILE).write_text("{")
-    with pytest.raises(ValueError, match=r"remat.json: .*; remove it, and the run chooses anew"):
-        settle(trainer_of("0", "1"), size)
+    for broken in ("{", "[1]", '{"phase 1": {"basis": {}, "keep": {"llm/0": ["all", null]}}}'):
+        (tmp_path / recompute.FILE).write_text(broken)
+        with pytest.raises(ValueError, match=r"remat.json: .*; remove it, and the run chooses anew"):
+            settle(trainer_of("0", "1"), size)
 
 
 def test_the_cost_of_a_product_is_its_flops_for_each_byte_of_its_result() -> None:

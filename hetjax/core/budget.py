@@ -104,6 +104,14 @@ class Budget:
         return self._by_device(of_stage)
 
 
+def settle(trainer: Trainer, available: Mapping[int, int]) -> dict[StageKey, Keep]:
+    """Sets what each stage keeps to what is chosen, and returns it."""
+    chosen = Budget(trainer).choose(available)
+    for key, keep in chosen.items():
+        trainer.pipeline.stages[key].set_keep(keep)
+    return chosen
+
+
 def _price(now: Choice, then: Choice) -> tuple[float, int]:
     """Lower for what is given up rather: by cost, then by the bytes that become free."""
     return then.cost, then.kept - now.kept

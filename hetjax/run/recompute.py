@@ -4,13 +4,20 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetjax.core.budget import Budget
 from hetjax.core.remat import Keep, Remat
 from hetjax.core.trainer import Trainer
 
 FILE = "remat.json"
+
+
+class Told(NamedTuple):
+    """What was chosen by stage, and what from."""
+
+    basis: dict[str, Any]
+    keep: dict[str, Keep]
 
 
 def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, int]) -> None:
@@ -21,32 +28,38 @@ def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, 
     path, name, budget = workdir / FILE, f"phase {phase + 1}", Budget(trainer)
     basis = {"devices": {str(n): size for n, size in available.items()}, "stages": budget.basis}
     before = _read(path)
-    found = before.get(name)
-    if found is not None and found["basis"] == basis:
-        said = f"as {path} has it"
-        chosen = {stage: Keep.from_json(keep) for stage, keep in found["keep"].items()}
+    told = before.get(name)
+    if told is not None and told.basis == basis:
+        said, chosen = f"as {path} has it", told.keep
     else:
-        changed = [what for what in basis if found is not None and found["basis"].get(what) != basis[what]]
+        changed = [what for what in basis if told is not None and told.basis.get(what) != basis[what]]
         said = f"chosen anew, for other {' and '.join(changed)} than in {path}" if changed else "chosen"
         chosen = {f"{module}/{index}": keep for (module, index), keep in budget.choose(available).items()}
-        entry = {"basis": basis, "keep": {stage: keep.to_json() for stage, keep in chosen.items()}}
-        _write(path, before | {name: entry})
+        _write(path, before | {name: Told(basis, chosen)})
     print(f"remat, {said}: {', '.join(f'{stage} {keep}' for stage, keep in chosen.items())}", flush=True)
     for (module, index), stage in trainer.pipeline.stages.items():
         stage.set_keep(chosen[f"{module}/{index}"])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that no run wrote."""
+def _read(path: Path) -> dict[str, Told]:
+    """By phase. Raises ValueError for a file that no run wrote."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            phase: Told(told["basis"], {stage: Keep.from_json(keep) for stage, keep in told["keep"].items()})
+            for phase, told in found.items()
+        }
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path}: {error}; remove it, and the run chooses anew") from error
 
 
-def _write(path: Path, found: Mapping[str, Any]) -> None:
+def _write(path: Path, found: Mapping[str, Told]) -> None:
+    entries = {
+        phase: {"basis": told.basis, "keep": {stage: keep.to_json() for stage, keep in told.keep.items()}}
+        for phase, told in found.items()
+    }
     new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    new.write_text(json.dumps(entries), encoding="utf-8")
     os.replace(new, path)
