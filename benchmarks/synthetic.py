@@ -36,6 +36,7 @@ class Workload:
     dtype: Any = jnp.float32
     remat: Remat = Remat.NONE
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", clip_norm=1.0)
+    documents: int = 1  # of a row, of equal lengths
 
     def trainer(
         self,
@@ -51,7 +52,7 @@ class Workload:
         encoders = ()
         if self.vision is not None:
             encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
-        decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=False)
+        decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=self.documents > 1)
         graph = vlm(encoders, Module("llm", decoder, llm, self.remat))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         spec = TrainSpec(
@@ -75,10 +76,11 @@ class Workload:
         rng = np.random.default_rng(seed)
         shape = (self.samples, self.seq_len)
         tokens = rng.integers(0, self.llm.vocab_size, shape).astype(np.int32)
+        place, length = np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape), self.seq_len // self.documents
         batch = {
             "tokens": tokens,
-            "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), shape),
-            "segment_ids": np.ones(shape, np.int32),
+            "positions": place % length,
+            "segment_ids": place // length + 1,
             "targets": np.roll(tokens, -1, 1),
             "weights": np.ones(shape, np.float32),
         }
