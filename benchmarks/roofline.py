@@ -61,8 +61,6 @@ def case(name: str, remat: str, rates: Rates) -> dict[str, Any]:
     took, peak = seconds(ran, rates), flops.peak_flops(KIND) or 0.0
     mfu, causal = (f / took / peak for f in step_flops(work))
     print(f"{name}, remat {remat}: {took:.3f} s, MFU {mfu:.1%} (causal {causal:.1%}), {used.total / 2**30:.1f} GiB")
-    for (module, index), stage in trainer.pipeline.stages.items():
-        print(f"  {module} {index} keeps {stage.keep}")
     for r in ran:
         kinds = (f"{kind} {1e3 * r.seconds(rates, kind):.1f}" for kind in ("products", "attention", "memory"))
         print(f"  {r.calls} x {r.stage} {r.name:<9} {1e3 * r.seconds(rates):8.1f} ms: {', '.join(kinds)}")
