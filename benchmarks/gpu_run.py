@@ -59,13 +59,13 @@ TOGETHER = (
     Part("resume", "gpu_commands.py", ("resume",), ("resume",), 150, steady=True),
 )
 ALONE = (
-    mfu("1b", "dots", 80),
-    mfu("3b", "full", 100),
-    mfu("vlm", "full", 130),
-    mfu("1b", "dots", 80, "--documents", "8"),
+    mfu("1b", "auto", 80),
+    mfu("3b", "auto", 100),
+    mfu("vlm", "auto", 130),
+    mfu("1b", "auto", 80, "--documents", "8"),
     Part("attention packed", "attention.py", (*ON_GPU, "--packed"), (*FEW, "--packed"), 80),
     Part("attention", "attention.py", ON_GPU, FEW, 80),
-    mfu("8b_slice", "full", 90),
+    mfu("8b_slice", "auto", 90),
     mfu("1b", "full", 90),
     Part("transformers", "against_transformers.py", ("--large",), ("--tiny", "--repeats", "1"), 150),
     Part("grouped", "grouped.py", (), ("--tiny",), 60),

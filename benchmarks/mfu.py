@@ -1,6 +1,6 @@
 """MFU of training steps at 4k tokens on one accelerator, and where the time goes: the dearest kernels by name.
 
-    python benchmarks/mfu.py [--case 1b|3b|8b_slice|vlm] [--remat full|dots|none] [--documents 1] [--repeats 5]
+    python benchmarks/mfu.py [--case 1b|3b|8b_slice|vlm] [--remat auto|full|dots|none] [--documents 1] [--repeats 5]
                              [--json FILE] [--tiny]
 
 bfloat16 with float32 weights, gradients and AdamW. Two figures: 6 FLOPs per parameter and token plus attention in full

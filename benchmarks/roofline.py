@@ -1,6 +1,6 @@
 """Predicts time and MFU of a training step on an H100 from its compiled programs, and checks them. No GPU is needed.
 
-    python benchmarks/roofline.py [--case 1b 3b vlm] [--remat full] [--rates h100|h200] [--json FILE]
+    python benchmarks/roofline.py [--case 1b 3b vlm] [--remat auto] [--rates h100|h200] [--json FILE]
 
 The cases are those of mfu.py: 1B and 3B decoders at 4k tokens and a VLM, bfloat16 with float32 AdamW, compiled for an
 H100 with 80 GB that is only described (needs the extra `cuda12` or `cuda13`). Every operation takes as long as its
@@ -43,7 +43,7 @@ def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, nargs="+", default=["1b", "3b", "vlm"])
-    parser.add_argument("--remat", choices=[r.value for r in Remat], default="full")
+    parser.add_argument("--remat", choices=[r.value for r in Remat], default="auto")
     parser.add_argument("--rates", choices=["h100", "h200"], default="h100")
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()

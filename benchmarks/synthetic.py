@@ -49,6 +49,7 @@ class Workload:
     ) -> Trainer:
         """A compiled trainer under these layouts. `devices`: None for those of the process. `available`: bytes of each,
         for remat "auto"; None for what they say."""
+        devices = devices or jax.devices()
         encoders = ()
         if self.vision is not None:
             encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
@@ -57,7 +58,7 @@ class Workload:
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         spec = TrainSpec(
             graph=graph,
-            devices=devices or jax.devices(),
+            devices=devices,
             batch=abstract,
             groups=self.samples,
             num_microbatches=self.num_microbatches,
@@ -66,7 +67,7 @@ class Workload:
         )
         trainer = Trainer(spec)
         if self.remat is Remat.AUTO:
-            chosen = budget.settle(trainer, memory.available(jax.devices()) if available is None else available)
+            chosen = budget.settle(trainer, memory.available(devices) if available is None else available)
             print("remat: " + ", ".join(f"{name}/{index} {keep}" for (name, index), keep in chosen.items()), flush=True)
         trainer.compile()
         return trainer

@@ -118,9 +118,21 @@ def _run_forward(
         rescale_threshold=1.0,
         config=kernel.Config(block_q=64, block_kv=128, num_stages=2),
     )
+    first = within(first, end) if same else first
     call = lambda q, k, v, first, end: row(q, k, v, k_start=first[None], k_end=None if same else end[None])
     y, (top, total) = jax.vmap(call)(q, k, v, first, end)
     return y, top, total
+
+
+def within(first: jax.Array, end: jax.Array) -> jax.Array:
+    """`first` [b, q] for a forward whose queries end their ranges: a query that sees nothing begins behind itself.
+
+    Where a whole tile of queries began behind its own keys, the kernel would wait for ever for keys that it does not
+    load. The backward, which visits all tiles, needs such a query to begin behind all keys: what its place alone hides
+    is no number there.
+    """
+    behind = jnp.arange(1, first.shape[1] + 1, dtype=jnp.int32)
+    return jnp.where(end > 0, first, behind)
 
 
 def _run_backward(

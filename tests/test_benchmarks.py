@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 
-QUICK = ["kernels", "attention packed", "grouped", "mfu vlm full"]
+QUICK = ["kernels", "attention packed", "grouped", "mfu vlm auto"]
 
 
 def gpu_run(out: Path, *flags: str) -> dict[str, dict]:
@@ -25,8 +25,8 @@ def gpu_run(out: Path, *flags: str) -> dict[str, dict]:
 def test_the_gpu_run_leaves_figures_and_a_page(tmp_path: Path) -> None:
     figures = gpu_run(tmp_path, "--only", *QUICK)
     assert set(figures) == set(QUICK)
-    assert len(figures["mfu vlm full"]["kernels"]) == 10
-    assert figures["mfu vlm full"]["seconds"] > 0 and figures["mfu vlm full"]["predicted_seconds"] > 0
+    assert len(figures["mfu vlm auto"]["kernels"]) == 10
+    assert figures["mfu vlm auto"]["seconds"] > 0 and figures["mfu vlm auto"]["predicted_seconds"] > 0
     assert all(row["error"] < 2e-2 and row["leaks"] == 0 for row in figures["kernels"])
 
 

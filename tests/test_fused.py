@@ -17,7 +17,7 @@ from test_attention import Arrays, arrays, close, outputs, packed, zigzag
 from models import fused as module
 from models.attention import whole
 from models.axes import Axis
-from models.fused import BACKWARD, FORWARD, fused, refusal, say
+from models.fused import BACKWARD, FORWARD, fused, refusal, say, within
 from models.sight import Sight, in_order
 
 
@@ -58,6 +58,17 @@ def test_ranges_show_the_keys_that_the_sight_shows(seed: int) -> None:
     np.testing.assert_array_equal(((number >= first) & (number < end))[:, :, order], sight.mask())
     empty = segments[:, mine] == 0
     assert (end[..., 0] == 0)[empty].all() and (first[..., 0] == s)[empty].all()  # no block of keys is visited
+
+
+def test_no_tile_of_the_forward_begins_behind_its_own_keys() -> None:
+    """Or its kernel would wait for ever. What padding, behind the documents, is told shows it nothing either."""
+    rng = np.random.default_rng(0)
+    positions, segments = packed(rng, 4, 64)
+    for window in (None, 3):
+        first, end = Sight(positions, segments, positions, segments, window=window, zigzag=1).ranged().ranges
+        told, place = np.asarray(within(first, end)), np.arange(64)
+        assert (told.reshape(4, -1, 16).min(-1) <= place[::16] + 1).all()
+        assert (told == np.where(segments > 0, first, place + 1)).all() and (segments == 0).any()
 
 
 @pytest.mark.parametrize("window", [None, 3])
