@@ -102,7 +102,8 @@ def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> Non
 
 
 def test_a_checkpoint_policy_sees_the_products() -> None:
-    """One that keeps them keeps the hidden features [tokens, 24]; one that keeps nothing does not."""
+    """One that keeps them keeps the hidden features [tokens, 24]; one that keeps nothing does not. Two weights have that
+    shape too."""
     batch = rows_of(documents(5))
 
     def kept(policy: Any, config: Decoder = DECODER) -> list[tuple[int, ...]]:
@@ -115,8 +116,9 @@ def test_a_checkpoint_policy_sees_the_products() -> None:
         ]
 
     hidden = (SEQ, DECODER.mlp_width)
-    assert kept(Keep(Remat.DOTS).policy).count(hidden) == 2
-    assert hidden not in kept(Keep(Remat.FULL).policy)
+    assert hidden == (DECODER.width, DECODER.mlp_width)
+    assert kept(Keep(Remat.DOTS).policy).count(hidden) == 2 + 2
+    assert kept(Keep(Remat.FULL).policy).count(hidden) == 2
     assert EXPERTS.experts is not None
     routed = (SEQ * EXPERTS.experts.per_token, EXPERTS.experts.width)
     assert kept(Keep(Remat.DOTS).policy, EXPERTS).count(routed) == 2
