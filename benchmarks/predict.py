@@ -8,6 +8,7 @@ from hlo import Program, parse
 from hetjax.core.trainer import Trainer
 
 EACH = ("forward", "backward")  # run for each microbatch; the others once a step
+BEFORE = ("cast",)  # once a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ def programs(trainer: Trainer) -> list[Ran]:
     """The programs of all stages, as XLA made them. What crosses boundaries is left out: it is small."""
     found = []
     for (module, index), stage in trainer.pipeline.stages.items():
-        for name, compiled in stage.programs.items():
+        for name in [name for name in stage.programs if name not in BEFORE]:
+            compiled = stage.programs[name]
             program = parse(compiled.as_text())
             calls = trainer.spec.num_microbatches if name in EACH else 1
             found.append(Ran(f"{module} {index}", name, calls, program, costs(program)))

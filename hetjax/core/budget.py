@@ -119,7 +119,8 @@ def _price(now: Choice, then: Choice) -> tuple[float, int]:
 
 def _workspace(stage: Stage, kept: int, whole: int) -> int:
     """A layer's inner results, or all layers' if they are computed again without a loop to hold them back; and of the
-    forward what leaves it, of the backward as much again, the gradients of the widest leaf and of a chunk's logits."""
+    forward what leaves it beside what is kept, of the backward as much again, the gradients of the widest leaf and of a
+    chunk's logits."""
     inner = whole if stage.module.unroll and kept < whole else whole // len(stage.local.layers)
     mine, definition = stage.parameters, stage.module.definition
     ends = [leaf for part, leaves in mine.trainable.items() if part != LAYERS for leaf in jax.tree.leaves(leaves)]
@@ -131,4 +132,4 @@ def _workspace(stage: Stage, kept: int, whole: int) -> int:
         head = mine.weights[part][leaf]
         ids = memory.local_bytes(head) // head.dtype.itemsize // definition.width
         logits = 2 * tokens * ids * stage.ends["loss"].dtype.itemsize
-    return inner + max(kept + memory.local_bytes(stage.y), inner + widest + logits)
+    return inner + max(memory.local_bytes(stage.y), inner + widest + logits)

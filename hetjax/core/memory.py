@@ -31,11 +31,16 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
     """Memory by device position. Needs compiled programs."""
 
     def of_stage(key: StageKey, stage: Stage) -> DeviceMemory:
+        kept = local_bytes(stage.kept)
+        in_flight = {"forward": kept}  # of what a program puts out, that which is counted as activations
         workspace = max(
-            (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in stage.memory.values()),
+            (
+                m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes - in_flight.get(name, 0)
+                for name, m in stage.memory.items()
+            ),
             default=0,
         )
-        return held(stage, trainer.pipeline.schedule.max_in_flight[key], local_bytes(stage.kept), workspace)
+        return held(stage, trainer.pipeline.schedule.max_in_flight[key], kept, workspace)
 
     return by_device(trainer, of_stage)
 
