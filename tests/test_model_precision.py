@@ -102,8 +102,9 @@ def test_products_over_two_dims_have_the_gradients_of_autodiff(x64: None) -> Non
 
 
 def test_a_checkpoint_policy_sees_the_products() -> None:
-    """One that keeps them keeps the hidden features [tokens, 24]; one that keeps nothing does not. Two weights have that
-    shape too."""
+    """One that keeps them keeps the hidden features [tokens, 24]; one that keeps nothing does not.
+
+    Two weights have that shape too."""
     batch = rows_of(documents(5))
 
     def kept(policy: Any, config: Decoder = DECODER) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from hetjax.core import memory
+from hetjax.core.graph import Graph
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.paths import at, flat
@@ -23,10 +24,17 @@ DATA = tiny.microbatches(SHAPE, ())
 
 
 def trainer(
-    dtype: Any = jnp.bfloat16, masters: Any = jnp.float32, *, frozen: tuple[str, ...] = (), **model: Any
+    dtype: Any = jnp.bfloat16,
+    masters: Any = jnp.float32,
+    *,
+    frozen: tuple[str, ...] = (),
+    copies: bool = True,
+    layout: Layout = Layout(dp=2, tp=2, devices="0-3"),
+    **model: Any,
 ) -> Trainer:
-    """The language model on dp 2 x tp 2."""
-    graph = tiny.graph(Layout(dp=2, tp=2, devices="0-3"), {}, dtype, **model)
+    """The language model."""
+    graph = tiny.graph(layout, {}, dtype, **model)
+    graph = Graph((dataclasses.replace(graph.sink, weight_copies=copies),), ())
     return tiny.trainer(graph, SHAPE, dataclasses.replace(SGD, frozen=frozen), dtype=masters)
 
 
@@ -91,6 +99,21 @@ def test_an_update_gathers_in_the_precision_of_the_products(x64: None) -> None:
     mine = stage.parameters
     uncopied = [path for path, leaf in flat(mine.params).items() if at(mine.weights, path) == leaf]
     assert len(gathers) - len(wide) >= len(flat(mine.copies)) and len(wide) <= len(uncopied)
+
+
+def test_a_module_may_decline_and_trains_the_same(x64: None) -> None:
+    runs = [trainer(jnp.float64, jnp.float64, copies=copies) for copies in (False, True)]
+    assert [bool(run.pipeline.stages["llm", 0].parameters.copies) for run in runs] == [False, True]
+    for run in runs:
+        run.compile()
+    states = [run.step(run.init(), DATA)[0] for run in runs]
+    for mine, theirs in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+    sizes = []
+    for copies in (False, True):
+        mine = trainer(copies=copies, layout=Layout()).pipeline.stages["llm", 0].parameters
+        sizes.append(memory.local_bytes((mine.params, mine.copies)))
+    assert sizes[0] < sizes[1] < 2 * sizes[0], "on one replica no master is cut"
 
 
 def test_a_frozen_weight_is_not_joined(x64: None) -> None:

@@ -16,13 +16,15 @@ from models.contract import ModuleDef
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One node: what it computes, where and how it is laid out. `unroll`: its layers are not scanned."""
+    """One node: what it computes, where and how it is laid out. `unroll`: its layers are not scanned. `weight_copies`:
+    what its products take is made once a step, beside the parameters; else in every program."""
 
     name: str
     definition: ModuleDef
     layout: Layout
     remat: Remat = Remat.FULL
     unroll: bool = False
+    weight_copies: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

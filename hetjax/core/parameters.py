@@ -50,7 +50,8 @@ class Parameters:
         self.leaves = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
         self.trainable, self.frozen = self.split(self.leaves)
         apart = {("last", module.definition.head), *self.borrowed}
-        self.working = Working(module.definition, plan, self.leaves, self.trainable, apart=frozenset(apart))
+        whole = self.leaves, self.trainable
+        self.working = Working(module.definition, plan, *whole, apart=frozenset(apart), copies=module.weight_copies)
         self.params = jax.tree_util.tree_map_with_path(self._master, self.owned(self.leaves))
         self.weights = self.working.abstract
         self.lent_to_it = {leaf: self.weights[part][leaf] for part, leaf in self.borrowed}

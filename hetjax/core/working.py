@@ -52,14 +52,22 @@ class Working:
     """How the parameters of one stage become its working weights.
 
     `leaves`: its abstract parameters, whole, borrowed ones included; `trainable`: those that train. `apart`: leaves
-    that no part is given as a `Weight`, because the trainer multiplies with them.
+    that no part is given as a `Weight`, because the trainer multiplies with them. `copies` False: products take the
+    parameters as they are, and cast them each time.
     """
 
     def __init__(
-        self, definition: ModuleDef, plan: StagePlan, leaves: Tree, trainable: Tree, *, apart: frozenset[Path]
+        self,
+        definition: ModuleDef,
+        plan: StagePlan,
+        leaves: Tree,
+        trainable: Tree,
+        *,
+        apart: frozenset[Path],
+        copies: bool,
     ) -> None:
         self._mesh, self._leaves, self._trainable = plan.mesh, flat(leaves), flat(trainable)
-        self._apart, self._dtype = apart, definition.compute_dtype
+        self._apart, self._copies, self._dtype = apart, copies, definition.compute_dtype
         self.groups = tuple(self._group(members, lead) for members, lead in self._sharing(definition, plan))
         self._group_of = {path: group for group in self.groups for path in group.members}
         self.abstract = nested(self._abstract())
@@ -73,7 +81,7 @@ class Working:
         for path, leaf in self._leaves.items():
             if path in uses:
                 use = uses[path]
-                alone = path in self._apart or path not in self._trainable
+                alone = not self._copies or path in self._apart or path not in self._trainable
                 cut = frozenset(_axes_behind(leaf.sharding.spec, use.lead + _stacked(path)))
                 key = path if alone else (path[:-1], use, cut)
                 found.setdefault(key, []).append(path)
@@ -89,7 +97,7 @@ class Working:
         return Group(members, lead, where, copied, members[0] in self._trainable)
 
     def _precision(self, leaf: jax.ShapeDtypeStruct | jax.Array) -> Any:
-        return leaf.dtype if self._dtype is None else self._dtype
+        return self._dtype if self._copies and self._dtype is not None else leaf.dtype
 
     def _abstract(self) -> dict[Path, jax.ShapeDtypeStruct]:
         found = {path: leaf for path, leaf in self._leaves.items() if path not in self._group_of}

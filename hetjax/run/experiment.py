@@ -55,6 +55,7 @@ class Encoder:
     on_long_clip: str = "truncate"  # a clip longer than the model's context: truncate or skip; sounds alone
     remat: str = "full"  # full, dots, none, or auto: what fits in memory
     unroll: bool = False  # no loop over layers: longer to compile and more workspace, faster or slower: measure it
+    weight_copies: bool = True  # what products take is made once a step; False: in every program, for less memory
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
@@ -107,6 +108,7 @@ class LanguageModel:
     name: str = "llm"
     remat: str = "full"  # full, dots, none, or auto: what fits in memory
     unroll: bool = False  # no loop over layers: longer to compile and more workspace, faster or slower: measure it
+    weight_copies: bool = True  # what products take is made once a step; False: in every program, for less memory
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
@@ -225,15 +227,15 @@ def check_model(module: str, model: Any, fields: tuple[str, ...], kind: str) -> 
 
 def build_graph(experiment: Experiment) -> Graph:
     """The module graph of an experiment."""
+    how = lambda module: (module.layout, Remat(module.remat), module.unroll, module.weight_copies)
     towers = tuple(
-        Module(e.name, e.model.module(jnp.dtype(e.compute_dtype), name=e.name), e.layout, Remat(e.remat), e.unroll)
-        for e in experiment.encoders
+        Module(e.name, e.model.module(jnp.dtype(e.compute_dtype), name=e.name), *how(e)) for e in experiment.encoders
     )
     llm = experiment.llm
     packed = experiment.data.pack or (experiment.held_out is not None and experiment.held_out.pack)
     names = tuple(e.name for e in experiment.encoders)
     definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=names, packed=packed)
-    return vlm(towers, Module(llm.name, definition, llm.layout, Remat(llm.remat), llm.unroll))
+    return vlm(towers, Module(llm.name, definition, *how(llm)))
 
 
 def in_precision(experiment: Experiment, dtype: str) -> Experiment:
