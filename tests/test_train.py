@@ -283,14 +283,16 @@ def test_one_bad_gradient_stops_every_module_and_is_named(
     _, trainer, (first, second, _) = running
     state, _ = trainer.step(trainer.init(), first)
     before = values(trainer, state)
-    reduce = trainer.finish.reduce
+    programs = trainer.pipeline.stages[key].programs
+    name = "reduce" if "reduce" in programs else "measure"
+    complete = programs[name]
 
     def broken(acc: dict) -> Any:
-        leaf = acc[key]["layers"]["attention"]["q"]
-        acc[key]["layers"]["attention"]["q"] = leaf.at[(0,) * leaf.ndim].set(jnp.nan)
-        return reduce(acc)
+        leaf = acc["layers"]["attention"]["q"]
+        acc["layers"]["attention"]["q"] = leaf.at[(0,) * leaf.ndim].set(jnp.nan)
+        return complete(acc)
 
-    monkeypatch.setattr(trainer.finish, "reduce", broken)
+    monkeypatch.setitem(programs, name, broken)
     state, outcome = trainer.step(state, second)
     assert trainer.finish.not_finite(outcome) == [f"{key[0]}/layers/attention/q"]
     assert not bool(outcome.ok) and math.isfinite(float(outcome.loss))

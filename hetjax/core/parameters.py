@@ -145,6 +145,11 @@ class Parameters:
         make = lambda key: self.owned(self._make(key))
         return jax.jit(make, out_shardings=shardings(self.params))(jax.random.key(self._seed))
 
+    def laid(self, params: Params) -> Params:
+        """The parameters of another trainer of this stage, which may have cut others into ZeRO shards: other ones
+        trained."""
+        return jax.jit(lambda params: params, out_shardings=shardings(self.params))(params)
+
     def init_state(self, params: Params) -> Tree:
         """The optimizer's state before the first step."""
         if not self.trains:

@@ -115,7 +115,7 @@ class Trainer:
     def begin(self, state: State) -> State:
         """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
         jax.tree.map(lambda leaf: leaf.delete(), (state.optimizer, state.acc))
-        return self.start(state.params)
+        return self.start({key: self.pipeline.stages[key].parameters.laid(tree) for key, tree in state.params.items()})
 
     def learning_rate(self, step: int) -> float:
         """The rate with which step `step` of the run, counted from 1, is made."""
