@@ -1,6 +1,6 @@
 """From Flax NNX modules to the contract's parts: nested dicts of arrays beside pure functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ from flax import nnx
 
 from models.axes import Axes
 from models.contract import Batch, Params, Part
+from models.paths import at, nested
 
 
 def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
@@ -21,27 +22,11 @@ def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
     variables = dict(nnx.to_flat_state(shapes))
 
     def init(key: jax.Array) -> Params:
-        return _nested({path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(build(key)))})
+        return nested({path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(build(key)))})
 
     def apply(params: Params, x: Any, batch: Batch, axes: Axes) -> Any:
-        values = [(path, v.replace(_at(params, path))) for path, v in variables.items()]
+        values = [(path, v.replace(at(params, path))) for path, v in variables.items()]
         return nnx.merge(definition, nnx.from_flat_state(values))(x, batch, axes)
 
     told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}
-    return Part(init, apply, _nested(told("logical")), {path: use for path, use in told("use").items() if use})
-
-
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> Params:
-    tree: Params = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
-
-
-def _at(tree: Params, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+    return Part(init, apply, nested(told("logical")), {path: use for path, use in told("use").items() if use})

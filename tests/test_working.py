@@ -13,9 +13,9 @@ from hetjax.core import memory
 from hetjax.core.graph import Graph
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
-from hetjax.core.paths import at, flat
 from hetjax.core.trainer import Trainer
 from models.layers import dot, dots
+from models.paths import at, flat
 from models.weight import Weight
 
 SGD = OptimizerConfig(name="sgd", learning_rate=0.5)

@@ -24,10 +24,10 @@ from hetjax.core import optimizer, stacks
 from hetjax.core.graph import Module
 from hetjax.core.layout import DATA_AXES, StagePlan, param_specs, zero_spec
 from hetjax.core.optimizer import OptimizerConfig
-from hetjax.core.paths import at, flat, nested
 from hetjax.core.stacks import LAYERS
 from hetjax.core.working import Working
 from models.contract import Params
+from models.paths import at, flat, nested
 
 Tree = Any
 FIRST_KEY, LAST_KEY = 1 << 20, (1 << 20) + 1  # beside the layers' keys, which are their indices

@@ -24,10 +24,10 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
 from hetjax.core.layout import DATA_AXES, StagePlan, zero_spec
-from hetjax.core.paths import Path, at, flat, nested
 from hetjax.core.stacks import LAYERS
 from models.axes import vary
 from models.contract import ModuleDef, Params, Part
+from models.paths import Path, at, flat, nested
 from models.weight import Use, Weight
 
 Tree = Any
