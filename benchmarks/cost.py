@@ -30,7 +30,7 @@ class Rates(NamedTuple):
     bandwidth: float  # bytes/s
 
 
-# Assumed; with those of the H200 the runs of 2026-11-27 were predicted within 4% (benchmarks/README.md).
+# Assumed; with those of the H200 the runs of 2026-11-27 were predicted within 10% (benchmarks/README.md).
 H100 = Rates(products=700e12, attention=450e12, bandwidth=0.9 * 3.35e12)
 H200 = H100._replace(bandwidth=0.9 * 4.8e12)
 

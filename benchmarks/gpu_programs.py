@@ -3,9 +3,9 @@
     python benchmarks/gpu_programs.py [--size 1b|3b|8b] [--seq_len 4096 32768]
 
 Needs the extra `cuda12` or `cuda13`, whose plugin compiles for a GPU that is only described, and for the kernels of
-models/fused.py the extra `fused`. Nothing runs: figures are
-of `memory_analysis`, of one row on one device (tp 2, rematerialised layers). "whole" is attention with all its weights
-in memory, which the language model's would be without the others.
+models/fused.py the extra `fused`. Nothing runs: figures are of `memory_analysis`, of one row on one device (tp 2,
+rematerialised layers). "whole" is attention with all its weights in memory, which the language model's would be without
+the others.
 """
 
 import argparse

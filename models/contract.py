@@ -26,7 +26,8 @@ class Part:
       each of layers: x is the carry, returns the carry, and batch is what the module's `prepare` made of it;
       last:  x is the carry, returns the module's output.
     `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
-    `uses` has the paths of those that only ever enter products; `apply` may be given a `Weight` there.
+    `uses` has the paths of those that only ever enter products, or are looked up in (see `table` of `ModuleDef`);
+    `apply` may be given a `Weight` there.
     """
 
     init: Callable[[Any], Params]

@@ -13,10 +13,10 @@ import jax
 
 from hetjax.core import memory
 from hetjax.core.memory import DeviceMemory
-from hetjax.core.pipeline import StageKey
 from hetjax.core.remat import Keep, Product, Remat, recorder
 from hetjax.core.stacks import LAYERS
 from hetjax.core.stage import Stage
+from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import Trainer
 
 SHARE = 0.9  # of a device's memory: the workspace is estimated
@@ -69,12 +69,12 @@ class Budget:
 
     @property
     def basis(self) -> dict[str, list]:
-        """By stage, what a choice is made from: where it lies and what it takes."""
+        """By stage, what a choice is made from: what is set, where it lies and what it takes."""
 
         def of_stage(key: StageKey, stage: Stage) -> list:
-            mine = stage.parameters
-            sizes = [memory.local_bytes(tree) for tree in (mine.params, mine.state, mine.acc, stage.x, stage.batch)]
-            return [list(stage.plan.device_ids), self.in_flight[key], self.whole[key], *sizes]
+            takes = memory.held(stage, self.in_flight[key], self.whole[key], workspace=0)
+            set_to = stage.module.remat.value, stage.module.unroll
+            return [*set_to, list(stage.plan.device_ids), self.in_flight[key], self.whole[key], *takes]
 
         return {f"{key[0]}/{key[1]}": of_stage(key, stage) for key, stage in self.stages.items()}
 

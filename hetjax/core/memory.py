@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hetjax.core.pipeline import StageKey
 from hetjax.core.stage import Stage
+from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import Trainer
 
 
@@ -32,10 +32,11 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
 
     def of_stage(key: StageKey, stage: Stage) -> DeviceMemory:
         kept = local_bytes(stage.kept)
-        in_flight = {"forward": kept}  # of what a program puts out, that which is counted as activations
+        # of what a program puts out, that which is counted as activations or weights
+        counted = {"forward": kept, "cast": local_bytes(stage.parameters.copies)}
         workspace = max(
             (
-                m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes - in_flight.get(name, 0)
+                m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes - counted.get(name, 0)
                 for name, m in stage.memory.items()
             ),
             default=0,

@@ -116,14 +116,6 @@ class Parameters:
         shared = self._plan.first and leaf in self.tied
         return ("first", self.tied[leaf]) if shared else ("last", leaf)
 
-    def parted_last(self, leaves: Params) -> tuple[Params, Params]:
-        """(those of `last`, those of `first`) of leaves that `full_last` named."""
-        parts: dict[str, Params] = {"last": {}, "first": {}}
-        for leaf, value in leaves.items():
-            part, name = self.place_in_last(leaf)
-            parts[part][name] = value
-        return parts["last"], parts["first"]
-
     def _make(self, key: jax.Array) -> Params:
         definition, plan = self._module.definition, self._plan
         key = jax.random.fold_in(key, zlib.crc32(self._module.name.encode()) & 0x7FFFFFFF)

@@ -92,8 +92,8 @@ class Stage:
         """Bytes on each device of a microbatch's residuals, if the layers kept what `policy` says."""
         local, found = self._local(policy), [0]
 
-        def probe(params: Params, x: Tree, batch: Tree) -> jax.Array:
-            kept = local.forward(params, dict(x), batch)[1]
+        def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
+            kept = local.forward(weights, dict(x), batch)[1]
             found.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)))
             return jnp.zeros(())
 

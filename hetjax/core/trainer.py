@@ -114,8 +114,11 @@ class Trainer:
 
     def begin(self, state: State) -> State:
         """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
-        jax.tree.map(lambda leaf: leaf.delete(), (state.optimizer, state.acc))
-        return self.start({key: self.pipeline.stages[key].parameters.laid(tree) for key, tree in state.params.items()})
+        drop = lambda trees: jax.tree.map(lambda leaf: leaf.delete(), trees)
+        drop((state.optimizer, state.acc))
+        params = {key: self.pipeline.stages[key].parameters.laid(tree) for key, tree in state.params.items()}
+        drop((state.params, state.weights))  # whoever else holds the state would keep a second copy alive
+        return self.start(params)
 
     def learning_rate(self, step: int) -> float:
         """The rate with which step `step` of the run, counted from 1, is made."""

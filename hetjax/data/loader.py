@@ -45,8 +45,8 @@ class Made(NamedTuple):
 class Loader:
     """Microbatches of a data set. Raises ValueError at once for what can be known before the first file is read.
 
-    `tally` counts what is not trained on as it stands; `prepare` is called with each step's
-    microbatches, in the data thread.
+    `tally` counts what is not trained on as it stands; `prepare` is called with each microbatch of the training, in the
+    data thread.
     """
 
     def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = (), prepare: Prepare = dict) -> None:

@@ -46,7 +46,8 @@ class Placed:
         self.name, self.definition = module.name, module.definition
         (self.plan,) = plan_stages(module.name, module.definition, module.layout, devices)
         self.axes = dataclasses.replace(self.plan.axes, cp=Axis())  # no sequence is cut
-        self.parameters = Parameters(module, self.plan, FROZEN, seed=0, dtype=dtype)
+        whole = dataclasses.replace(module, weight_copies=False)  # else masters would lie in ZeRO shards
+        self.parameters = Parameters(whole, self.plan, FROZEN, seed=0, dtype=dtype)
 
     def whole(self, params: Params) -> Params:
         """The parameters with the leaf that two parts share in both."""

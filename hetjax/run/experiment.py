@@ -55,7 +55,7 @@ class Encoder:
     on_long_clip: str = "truncate"  # a clip longer than the model's context: truncate or skip; sounds alone
     remat: str = "full"  # full, dots, none, or auto: what fits in memory
     unroll: bool = False  # no loop over layers: longer to compile and more workspace, faster or slower: measure it
-    weight_copies: bool = True  # what products take is made once a step; False: in every program, for less memory
+    weight_copies: bool = True  # what products take is made once a step; False: in every program, less memory at dp=1
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class LanguageModel:
     name: str = "llm"
     remat: str = "full"  # full, dots, none, or auto: what fits in memory
     unroll: bool = False  # no loop over layers: longer to compile and more workspace, faster or slower: measure it
-    weight_copies: bool = True  # what products take is made once a step; False: in every program, for less memory
+    weight_copies: bool = True  # what products take is made once a step; False: in every program, less memory at dp=1
     compute_dtype: str = "float32"  # bfloat16, float32 or float64
 
     def __post_init__(self) -> None:
@@ -164,19 +164,9 @@ class Experiment:
     def __post_init__(self) -> None:
         for name in ("encoders", "phases"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        least = dict(
-            steps=1,
-            num_microbatches=1,
-            save_every=1,
-            keep=1,
-            log_every=1,
-            eval_every=0,
-            eval_microbatches=0,
-            eval_samples=0,
-            eval_sample_tokens=1,
-            emulated_devices=0,
-        )
-        for name, low in least.items():
+        ones = ("steps", "num_microbatches", "save_every", "keep", "log_every", "eval_sample_tokens")
+        zeros = ("eval_every", "eval_microbatches", "eval_samples", "emulated_devices")
+        for name, low in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
             if getattr(self, name) < low:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
         for name in ("steps", "optimizer"):

@@ -22,7 +22,7 @@ class Told(NamedTuple):
 
 def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, int]) -> None:
     """Sets what each stage of the modules with `remat="auto"` keeps, on devices with these bytes: as `workdir` has it
-    of this phase, where neither devices, layouts nor model changed."""
+    of this phase, where neither devices, layouts, model nor what is set of its memory changed."""
     if all(module.remat is not Remat.AUTO for module in trainer.graph.modules):
         return
     path, name, budget = workdir / FILE, f"phase {phase + 1}", Budget(trainer)
