@@ -95,6 +95,17 @@ class ModuleDef:
     rows: int = 0
     width: int = 0
 
+    def __post_init__(self) -> None:
+        if self.table and (self.table,) not in self.first.uses:
+            raise ValueError(
+                f"ModuleDef.table={self.table!r} is not among the first part's `uses`, so its gradient would be lost; "
+                "give its parameter a Use, or leave `table` out"
+            )
+        if self.head and self.head not in self.last.logical:
+            raise ValueError(
+                f"ModuleDef.head={self.head!r} is no leaf of the last part, which has {sorted(self.last.logical)}"
+            )
+
     @property
     def num_layers(self) -> int:
         """Layers between `first` and `last`."""

@@ -131,6 +131,13 @@ def test_the_memory_table_counts_both(built: Trainer) -> None:
     assert memory.estimate(built)[2].weights == held
 
 
+def test_a_table_without_a_tap_and_a_head_that_is_none_are_refused() -> None:
+    definition = tiny.decoder().module(jnp.float32)
+    for wrong in ({"table": "norm"}, {"head": "embed"}):
+        with pytest.raises(ValueError, match=f"ModuleDef.{next(iter(wrong))}="):
+            dataclasses.replace(definition, **wrong)
+
+
 def test_products_of_weights_side_by_side_are_those_of_each(x64: None) -> None:
     """In whatever order they are asked for, and one by one."""
     rng = np.random.default_rng(0)
