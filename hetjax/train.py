@@ -121,7 +121,7 @@ def _draw(trainer: Trainer) -> None:
     for name, boundary in trainer.pipeline.boundaries.items():
         sizes = (boundary.payload_bytes, boundary.wire_bytes)
         payload, wire = (n * trainer.spec.num_microbatches / 2**20 for n in sizes)
-        print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB of them between device sets")
+        print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB are put between devices")
 
 
 def _starts(run: Experiment, trainer: Trainer) -> Mapping[str, initial.Start]:

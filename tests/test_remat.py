@@ -126,12 +126,22 @@ def test_a_run_that_resumes_keeps_what_was_chosen_unless_the_devices_or_the_layo
     assert settle(trainer_of("0", "1"), size, phase=1)[1].startswith("remat, chosen: ")
     more, said = settle(trainer_of("0", "1"), {n: 100 * bytes for n, bytes in size.items()})
     assert set(more.values()) == {Keep(Remat.NONE)} and "chosen anew, for other devices than in" in said
-    assert "chosen anew, for other devices and stages than in" in settle(trainer_of("2", "1"), size)[1]
+    said = settle(trainer_of("2", "1"), size)[1]
+    assert "chosen anew, for other devices and layouts, models or settings of memory than in" in said
+    file = tmp_path / recompute.FILE
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"phase 1": found["phase 1"] | {"keep": {}}}))
+    assert settle(trainer_of("2", "1"), size)[1].startswith("remat, chosen: ")
     assert not settle(trainer_of(remat=Remat.DOTS), size)[1]
-    for broken in ("{", "[1]", '{"phase 1": {"basis": {}, "keep": {"llm/0": ["all", null]}}}'):
-        (tmp_path / recompute.FILE).write_text(broken)
-        with pytest.raises(ValueError, match=r"remat.json: .*; remove it, and the run chooses anew"):
+    wrong = [json.dumps({"phase 1": {"basis": {}, "keep": {"llm/0": [what, None]}}}) for what in ("all", "auto")]
+    for broken in ("{", "[1]", *wrong):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match=r"remat.json is not what a run writes .*; remove it, and the run chooses"):
             settle(trainer_of("0", "1"), size)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match="is not what a run writes"):
+        settle(trainer_of("0", "1"), size)
 
 
 def test_the_cost_of_a_product_is_its_flops_for_each_byte_of_its_result() -> None:

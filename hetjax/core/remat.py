@@ -86,6 +86,8 @@ class Keep:
     def from_json(cls, found: list) -> "Keep":
         """Raises ValueError or TypeError for what `to_json` does not write."""
         what, least = found
+        if what == Remat.AUTO:
+            raise ValueError("a choice is none, dots or full")
         return cls(Remat(what), None if least is None else Product(*least))
 
 

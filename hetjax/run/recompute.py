@@ -11,6 +11,7 @@ from hetjax.core.remat import Keep, Remat
 from hetjax.core.trainer import Trainer
 
 FILE = "remat.json"
+CHANGED = {"devices": "devices", "stages": "layouts, models or settings of memory"}  # by part of the basis
 
 
 class Told(NamedTuple):
@@ -29,10 +30,11 @@ def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, 
     basis = {"devices": {str(n): size for n, size in available.items()}, "stages": budget.basis}
     before = _read(path)
     told = before.get(name)
-    if told is not None and told.basis == basis:
+    stages = [f"{module}/{index}" for module, index in trainer.pipeline.stages]
+    if told is not None and told.basis == basis and sorted(told.keep) == sorted(stages):
         said, chosen = f"as {path} has it", told.keep
     else:
-        changed = [what for what in basis if told is not None and told.basis.get(what) != basis[what]]
+        changed = [CHANGED[what] for what in basis if told is not None and told.basis.get(what) != basis[what]]
         said = f"chosen anew, for other {' and '.join(changed)} than in {path}" if changed else "chosen"
         chosen = {f"{module}/{index}": keep for (module, index), keep in budget.choose(available).items()}
         _write(path, before | {name: Told(basis, chosen)})
@@ -43,7 +45,7 @@ def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, 
 
 def _read(path: Path) -> dict[str, Told]:
     """By phase. Raises ValueError for a file that no run wrote."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -51,8 +53,9 @@ def _read(path: Path) -> dict[str, Told]:
             phase: Told(told["basis"], {stage: Keep.from_json(keep) for stage, keep in told["keep"].items()})
             for phase, told in found.items()
         }
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}; remove it, and the run chooses anew") from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not what a run writes ({reason}); remove it, and the run chooses anew") from error
 
 
 def _write(path: Path, found: Mapping[str, Told]) -> None:
