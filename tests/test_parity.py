@@ -157,9 +157,8 @@ PAPER_CASES = {
     for place in ("colocated", "disjoint")
 }
 DEFAULT = [
-    "encoder pp 2, features of three layers, unrolled", "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2",
-    "fan-out 1 to 4", "ratio 3 to 2", "overlapping", "two encoders", "frozen encoder", "projector only",
-    "text-only microbatches, and some without targets", "2/2/1|2/1/2 colocated", "1/4/1|1/1/4 disjoint",
+    "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2", "ratio 3 to 2", "overlapping", "two encoders",
+    "projector only", "text-only microbatches, and some without targets", "2/2/1|2/1/2 colocated",
     "experts, llm tp 2 cp 2 pp 2",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
