@@ -158,7 +158,7 @@ def test_the_cost_of_a_product_is_its_flops_for_each_byte_of_its_result() -> Non
     assert Keep.from_json(json.loads(json.dumps(keep.to_json()))) == keep
 
 
-@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("place", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)), -1])
 def test_estimates_are_near_what_the_compiled_programs_take(apart: Budget, place: int) -> None:
     trainer = trainer_of("0", "1")
     for key, stage in trainer.pipeline.stages.items():
