@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 
 from hetjax.core import budget, memory
-from hetjax.core.remat import Remat
 from hetjax.judge.compare import StepReport, Worst, compare, compare_initial
 from hetjax.judge.reference import Reference
 from hetjax.run import command, config, experiment
@@ -62,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         experiment.start(run)
         jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would take float32 products in tf32
         trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
-        if any(module.remat is Remat.AUTO for module in trainers[0].graph.modules):
+        if budget.asked(trainers[0]):
             for trainer in trainers:  # as a run on these devices would
                 budget.settle(trainer, memory.available(jax.devices()))
         print(f"{trainers[0].picture()}\n", flush=True)

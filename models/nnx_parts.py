@@ -1,5 +1,7 @@
 """From Flax NNX modules to the contract's parts: nested dicts of arrays beside pure functions."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,7 @@ from flax import nnx
 
 from models.axes import Axes
 from models.contract import Batch, Params, Part
-from models.paths import at, nested
+from models.paths import nested
 
 
 def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
@@ -25,7 +27,7 @@ def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
         return nested({path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(build(key)))})
 
     def apply(params: Params, x: Any, batch: Batch, axes: Axes) -> Any:
-        values = [(path, v.replace(at(params, path))) for path, v in variables.items()]
+        values = [(path, v.replace(functools.reduce(operator.getitem, path, params))) for path, v in variables.items()]
         return nnx.merge(definition, nnx.from_flat_state(values))(x, batch, axes)
 
     told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}

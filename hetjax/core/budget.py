@@ -104,6 +104,11 @@ class Budget:
         return self._by_device(of_stage)
 
 
+def asked(trainer: Trainer) -> bool:
+    """Whether a module leaves the choice to the budget."""
+    return any(module.remat is Remat.AUTO for module in trainer.graph.modules)
+
+
 def settle(trainer: Trainer, available: Mapping[int, int]) -> dict[StageKey, Keep]:
     """Sets what each stage keeps to what is chosen, and returns it."""
     chosen = Budget(trainer).choose(available)

@@ -27,7 +27,6 @@ from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.stacks import LAYERS
 from hetjax.core.working import Working
 from models.contract import Params
-from models.paths import at, flat, nested
 
 Tree = Any
 FIRST_KEY, LAST_KEY = 1 << 20, (1 << 20) + 1  # beside the layers' keys, which are their indices
@@ -86,7 +85,7 @@ class Parameters:
 
     def moving_of(self, weights: Params) -> Params:
         """What of concrete working weights `moving` describes."""
-        return nested({path: at(weights, path) for path in flat(self.moving)})
+        return _at_paths(weights, self.moving)
 
     def multipliers(self, params: Params) -> Tree:
         """Learning-rate multiplier of every leaf."""

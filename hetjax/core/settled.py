@@ -5,6 +5,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core.layout import AXES
+from hetjax.core.transfer import axis_names
 from models.axes import vary, varying_axes
 
 
@@ -25,4 +26,4 @@ def settle(y: jax.Array, names: frozenset[str]) -> jax.Array:
 
 def axes_of(where: P) -> frozenset[str]:
     """The mesh axes that a partition spec names."""
-    return frozenset(a for part in where if part for a in ((part,) if isinstance(part, str) else part))
+    return frozenset(axis for entry in where for axis in axis_names(entry))

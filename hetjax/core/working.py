@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from hetjax.core import optimizer
 from hetjax.core.layout import DATA_AXES, StagePlan, zero_spec
 from hetjax.core.stacks import LAYERS
+from hetjax.core.transfer import axis_names
 from models.axes import vary
 from models.contract import ModuleDef, Params, Part
 from models.paths import Path, at, flat, nested
@@ -208,8 +209,7 @@ def _uses(definition: ModuleDef, plan: StagePlan) -> dict[Path, Use]:
 
 def _axes_behind(where: P, dim: int) -> tuple[str, ...]:
     """The mesh axes that cut the dims from `dim` on."""
-    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in tuple(where)[dim:]]
-    return tuple(axis for entry in entries for axis in entry)
+    return tuple(axis for entry in tuple(where)[dim:] for axis in axis_names(entry))
 
 
 def _stacked(path: Path) -> bool:

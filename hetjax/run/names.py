@@ -3,23 +3,15 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from models import paths
+
 
 def nested(names: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of what is named by path."""
-    tree: dict[str, Any] = {}
-    for name, leaf in names.items():
-        *parents, last = name.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
+    return paths.nested({tuple(name.split("/")): leaf for name, leaf in names.items()})
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(path, leaf) of nested dicts."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
+    for path, leaf in paths.flat(tree).items():
+        yield "/".join(path), leaf

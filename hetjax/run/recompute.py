@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hetjax.core.budget import Budget
-from hetjax.core.remat import Keep, Remat
+from hetjax.core import budget
+from hetjax.core.remat import Keep
 from hetjax.core.trainer import Trainer
 
 FILE = "remat.json"
@@ -24,10 +24,10 @@ class Told(NamedTuple):
 def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, int]) -> None:
     """Sets what each stage of the modules with `remat="auto"` keeps, on devices with these bytes: as `workdir` has it
     of this phase, where neither devices, layouts, model nor what is set of its memory changed."""
-    if all(module.remat is not Remat.AUTO for module in trainer.graph.modules):
+    if not budget.asked(trainer):
         return
-    path, name, budget = workdir / FILE, f"phase {phase + 1}", Budget(trainer)
-    basis = {"devices": {str(n): size for n, size in available.items()}, "stages": budget.basis}
+    path, name, choice = workdir / FILE, f"phase {phase + 1}", budget.Budget(trainer)
+    basis = {"devices": {str(n): size for n, size in available.items()}, "stages": choice.basis}
     before = _read(path)
     told = before.get(name)
     stages = [f"{module}/{index}" for module, index in trainer.pipeline.stages]
@@ -36,7 +36,7 @@ def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, 
     else:
         changed = [CHANGED[what] for what in basis if told is not None and told.basis.get(what) != basis[what]]
         said = f"chosen anew, for other {' and '.join(changed)} than in {path}" if changed else "chosen"
-        chosen = {f"{module}/{index}": keep for (module, index), keep in budget.choose(available).items()}
+        chosen = {f"{module}/{index}": keep for (module, index), keep in choice.choose(available).items()}
         _write(path, before | {name: Told(basis, chosen)})
     print(f"remat, {said}: {', '.join(f'{stage} {keep}' for stage, keep in chosen.items())}", flush=True)
     for (module, index), stage in trainer.pipeline.stages.items():
