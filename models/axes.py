@@ -12,30 +12,31 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One mesh axis. `name` None means absent: every collective is the identity, the index is 0."""
+    """One axis of a layout, and the mesh axes that it is made of, outermost first. None means that it is absent: every
+    collective is the identity, the index is 0."""
 
-    name: str | None = None
+    names: tuple[str, ...] = ()
     size: int = 1
 
     def vary(self, x: jax.Array) -> jax.Array:
         """`x`, typed as varying over the axis."""
-        return vary(x, (self.name,)) if self.name else x
+        return vary(x, self.names) if self.names else x
 
     def psum(self, x: jax.Array) -> jax.Array:
         """Sum of `x` over the axis, the same on each of its devices."""
-        return lax.psum(x, self.name) if self.name else x
+        return lax.psum(x, self.names) if self.names else x
 
     def pmax(self, x: jax.Array) -> jax.Array:
         """Largest `x` over the axis (not differentiable: stop the gradient first)."""
-        return lax.pmax(x, self.name) if self.name else x
+        return lax.pmax(x, self.names) if self.names else x
 
     def gather(self, x: jax.Array, dim: int) -> jax.Array:
         """All shards of `x`, concatenated along `dim` in axis order; its transpose is a reduce-scatter."""
-        return lax.all_gather(x, self.name, axis=dim, tiled=True) if self.name else x
+        return lax.all_gather(x, self.names, axis=dim, tiled=True) if self.names else x
 
     def index(self) -> jax.Array | int:
         """This device's position on the axis."""
-        return lax.axis_index(self.name) if self.name else 0
+        return lax.axis_index(self.names) if self.names else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from test_models import DECODER, LLAMA3, VIT, WHISPER, close, documents, random_params, rows_of, run
 
 from hetjax.core import loss
-from hetjax.core.layout import DATA_AXES, Layout, param_specs, plan_stages, spec
+from hetjax.core.layout import Layout, plan_stages
+from hetjax.core.parameters import param_specs
 from models.axes import ONE_DEVICE, Axes, vary, vary_like
 from models.contract import ModuleDef
 from models.decoder import Decoder
@@ -93,16 +94,17 @@ def judged(name: str) -> Tree:
 def on_mesh(definition: ModuleDef, layout: Layout, params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
     """Outputs and gradients as a stage computes them: per device, of parameters cast to varying over the replicas."""
     plan = plan_stages("model", definition, layout, jax.devices())[0]
+    spec, data = plan.grid.spec, plan.grid.data
     g_specs = {k: spec(definition.output[k]) for k in g}
     y_specs = g_specs | ({"loss": P()} if "tokens" in batch else {})
     x_specs = {k: spec(("items", None, None)) for k in x}
     batch_specs = {k: spec(definition.reads[k]) for k in batch}
 
     def program(params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
-        params = jax.tree.map(lambda p: vary(p, DATA_AXES), params)
+        params = jax.tree.map(lambda p: vary(p, data), params)
         y, g_params, g_x = scored(definition, plan.axes, params, x, batch, g)
-        y = {k: lax.psum(a, DATA_AXES) if k == "loss" else a for k, a in y.items()}
-        return y, jax.tree.map(lambda a: lax.psum(a, DATA_AXES), g_params), g_x
+        y = {k: lax.psum(a, data) if k == "loss" else a for k, a in y.items()}
+        return y, jax.tree.map(lambda a: lax.psum(a, data), g_params), g_x
 
     specs = param_specs(definition, plan)
     ins, outs = (specs, x_specs, batch_specs, g_specs), (y_specs, specs, x_specs)

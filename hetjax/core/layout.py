@@ -1,4 +1,4 @@
-"""Where a module stands and how it is cut: layouts, placement, stage meshes. The only file that builds a mesh.
+"""Where a module stands and how it is cut: layouts, placement, stages. The only file that builds a mesh.
 
 A stage's devices form a grid of four axes, outermost first:
 
@@ -14,31 +14,18 @@ eight devices, dp=2, tp=2, pp=2:
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from hetjax.core import stacks
-from models.axes import Axes, Axis
-from models.contract import Dims, ModuleDef
+from hetjax.core.mesh import Grid
+from models.axes import Axes
+from models.contract import ModuleDef
 
 AXES = ("dp", "copies", "cp", "tp")
-DATA_AXES = ("dp", "cp")  # axes over which a parameter's gradient is summed
-LOGICAL = {
-    "batch": "dp",
-    "items": "dp",
-    "seq": "cp",
-    "heads": "tp",
-    "kv_heads": "tp",
-    "mlp": "tp",
-    "vocab": "tp",
-    "experts": None,  # every device of a stage holds all of them
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +105,14 @@ def _parse_devices(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage of a module: layers `lo` to `hi` on `mesh`."""
+    """One pipeline stage of a module: layers `lo` to `hi` on the mesh of `grid`."""
 
     module: str
     index: int
     num_stages: int
     lo: int
     hi: int
-    mesh: Mesh
+    grid: Grid
     device_ids: tuple[int, ...]
 
     @property
@@ -141,7 +128,12 @@ class StagePlan:
     @property
     def axes(self) -> Axes:
         """What the module's code sees of the mesh."""
-        return Axes(**{name: Axis(name, self.mesh.shape[name]) for name in ("dp", "cp", "tp")})
+        return self.grid.axes
+
+    @property
+    def mesh(self) -> Mesh:
+        """Its devices."""
+        return self.grid.mesh
 
 
 def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Sequence[jax.Device]) -> list[StagePlan]:
@@ -152,10 +144,16 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
     plans = []
     for index in range(layout.pp):
         ids = layout.device_ids[index * layout.stage_size : (index + 1) * layout.stage_size]
-        grid = np.array([devices[i] for i in ids]).reshape(layout.dp, layout.copies, layout.cp, layout.tp)
+        grid = make_grid(layout, [devices[i] for i in ids])
         lo = sum(counts[:index])
-        plans.append(StagePlan(name, index, layout.pp, lo, lo + counts[index], Mesh(grid, AXES), ids))
+        plans.append(StagePlan(name, index, layout.pp, lo, lo + counts[index], grid, ids))
     return plans
+
+
+def make_grid(layout: Layout, devices: Sequence[jax.Device]) -> Grid:
+    """The mesh of one stage of a layout on these devices."""
+    sizes = [getattr(layout, name) for name in AXES]
+    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), {name: (name,) for name in AXES})
 
 
 def _check_devices(name: str, layout: Layout, available: int) -> None:
@@ -225,50 +223,6 @@ def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items:
             f"{name}: cp={layout.cp} cuts the sequence into {2 * layout.cp} chunks (zig-zag), which do not divide "
             f"seq_len={seq}; make seq_len a multiple of {2 * layout.cp}"
         )
-
-
-def spec(dims: Dims) -> P:
-    """The partition spec of a tensor with these logical dims."""
-    return P(*(LOGICAL[d] if d else None for d in dims))
-
-
-def sharding(mesh: Mesh, dims: Dims) -> NamedSharding:
-    """The sharding on `mesh` of a tensor with these logical dims."""
-    return NamedSharding(mesh, spec(dims))
-
-
-def param_specs(definition: ModuleDef, plan: StagePlan) -> dict:
-    """Partition specs of a stage's parameters: {"first", "layers", "last"}, as far as the stage has them."""
-    specs = {}
-    if plan.first:
-        specs["first"] = _specs(definition.first.logical)
-    if plan.hi > plan.lo:
-        kinds = [_specs(part.logical, stacked=True) for part in definition.layers[plan.lo : plan.hi]]
-        specs[stacks.LAYERS] = stacks.join(kinds, lambda same: same[0])
-    if plan.last:
-        specs["last"] = _specs(definition.last.logical)
-    return specs
-
-
-def _specs(logical: Mapping, *, stacked: bool = False) -> dict:
-    lead = (None,) if stacked else ()
-    return {k: _specs(v, stacked=stacked) if isinstance(v, Mapping) else spec((*lead, *v)) for k, v in logical.items()}
-
-
-def zero_spec(shape: tuple[int, ...], where: P, mesh: Mesh, *, skip: bool = False) -> tuple[P, int | None]:
-    """(spec, dim) of a parameter cut over its data replicas too, on the first dim whose shard divides (ZeRO-1).
-
-    dim None: there is one replica, or none divides, and every replica keeps the whole leaf. `skip` leaves the first dim
-    alone: stacked layers are stored one by one.
-    """
-    replicas = math.prod(mesh.shape[a] for a in DATA_AXES)
-    entries = [*where, *[None] * (len(shape) - len(where))]
-    for dim, (size, entry) in enumerate(zip(shape, entries, strict=True)):
-        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        local = size // math.prod(mesh.shape[a] for a in names)
-        if replicas > 1 and local % replicas == 0 and not (skip and dim == 0):
-            return P(*entries[:dim], (*names, *DATA_AXES), *entries[dim + 1 :]), dim
-    return where, None
 
 
 def zigzag(seq: int, cp: int) -> np.ndarray:
