@@ -5,6 +5,7 @@ and writes `axes.tp.psum(x)` or `axes.cp.gather(k, dim=1)`. With `ONE_DEVICE` th
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -64,3 +65,8 @@ def vary(x: jax.Array, names: frozenset[str] | tuple[str, ...]) -> jax.Array:
 def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x`, typed as varying over all that `other` varies over (a scan carry must have its body's type)."""
     return vary(x, varying_axes(other))
+
+
+def program_device() -> Any:
+    """A device that the program is for: of the mesh, which need not be of this process, or of the process."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
