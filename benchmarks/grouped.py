@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from synthetic import median_seconds
 
+from models.grouped import grouped_dot
 from models.layers import dot
-from models.moe import grouped_dot
 
 CASES = ((8, 4096, 4096, 14336), (128, 8192, 2048, 768))  # experts, rows, features, hidden: Mixtral's, Qwen3-MoE's
 

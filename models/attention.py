@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.axes import vary_like
+from models.axes import program_device, vary_like
 from models.blockwise import blockwise
 from models.fused import fused, refusal, say
 from models.layers import wide
@@ -100,7 +100,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=sight is not None, local_window_size=window, implementation="cudnn"
         )
-    device = _device()
+    device = program_device()  # one kernel is traced: a branch in the program would keep the residuals of all
     if device.platform == "gpu" and sight is not None and sight.zigzag is not None:
         reason = refusal(q, k, device.device_kind)
         if reason is None:
@@ -114,18 +114,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
 
 def prepared(sight: Sight) -> Sight:
     """`sight`, whose `zigzag` is known, with what kernels want of it once per program, not in each layer."""
-    return sight if sight.ordered or _device().platform != "gpu" else sight.ranged()
-
-
-def _device() -> Any:
-    """One that the program is for: of the mesh, which need not be of this process, or of the process."""
-    # One kernel is traced: a platform-dependent branch in the program would keep the residuals of all.
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return sight if sight.ordered or program_device().platform != "gpu" else sight.ranged()
 
 
 def _cudnn_serves(q: jax.Array, sight: Sight | None) -> bool:
     """Whether cuDNN can stand in: it is causal by order, and knows no segments."""
-    known = (sight is None or (sight.ordered and sight.causal)) and _device().platform == "gpu"
+    known = (sight is None or (sight.ordered and sight.causal)) and program_device().platform == "gpu"
     return known and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 

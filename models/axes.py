@@ -5,6 +5,7 @@ and writes `axes.tp.psum(x)` or `axes.cp.gather(k, dim=1)`. With `ONE_DEVICE` th
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -89,3 +90,8 @@ def sum_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x`, summed over the axes over which `other` does not vary: the transpose of casting `other` to its type."""
     extra = tuple(sorted(varying_axes(x) - varying_axes(other)))
     return lax.psum(x, extra) if extra else x
+
+
+def program_device() -> Any:
+    """A device that the program is for: of the mesh, which need not be of this process, or of the process."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

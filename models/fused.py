@@ -17,13 +17,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
-from jax.interpreters import mlir
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from models.axes import vary, varying_axes
+from models.opaque import opaque
 from models.sight import Ranges, Sight, in_order
 
 LOG = logging.getLogger(__name__)
@@ -166,34 +163,12 @@ def _run_backward(
     return jax.vmap(call)(q, k, v, first, end, y, top, total, g)
 
 
-def _primitive(name: str, run: Any, results: Any) -> Any:
-    """`run` as one primitive: a Pallas kernel of Mosaic takes no array that varies over a mesh, its lowering does."""
-    primitive = jax.extend.core.Primitive(name)
-    primitive.multiple_results = True
-
-    def abstract(*given: Any, same: bool) -> list[Any]:
-        mesh, varying = given[0].sharding.mesh, given[0].manual_axis_type
-        whole = lambda shape: NamedSharding(mesh, P(*[None] * len(shape)))
-        return [
-            jax.core.ShapedArray(shape, dtype, sharding=whole(shape), manual_axis_type=varying)
-            for shape, dtype in results(*given)
-        ]
-
-    def lower(context: Any, *given: Any, same: bool) -> Any:
-        bare = lambda arrays: [jax.core.ShapedArray(a.shape, a.dtype) for a in arrays]
-        context = context.replace(avals_in=bare(context.avals_in), avals_out=bare(context.avals_out))
-        with jax.enable_x64(False):  # in which the kernels are written
-            return mlir.lower_fun(functools.partial(run, same=same), multiple_results=True)(context, *given)
-
-    primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, lower)
-    return primitive
-
-
-def _forward_results(q: Any, *others: Any) -> list[tuple[tuple[int, ...], Any]]:
+def _forward_results(q: Any, *others: Any, same: bool) -> list[tuple[tuple[int, ...], Any]]:
     b, s, h, _ = q.shape
     return [(q.shape, q.dtype), *[((b, h, s), jnp.float32)] * 2]
 
 
-FORWARD = _primitive("fused_attention", _run_forward, _forward_results)
-BACKWARD = _primitive("fused_attention_vjp", _run_backward, lambda *given: [(x.shape, x.dtype) for x in given[:3]])
+FORWARD = opaque("fused_attention", _run_forward, _forward_results, narrow=True)
+BACKWARD = opaque(
+    "fused_attention_vjp", _run_backward, lambda *given, same: [(x.shape, x.dtype) for x in given[:3]], narrow=True
+)

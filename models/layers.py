@@ -20,6 +20,7 @@ from models.recompute import keeps_arguments
 from models.weight import Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array]
+GROUPED = "grouped_dot"  # the primitive of the product of models/grouped.py
 MOST_LAYERS = 10_000  # of a module: their numbers in a checkpoint's names have four digits
 
 
@@ -115,7 +116,7 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 def is_product(primitive: Any, *arguments: Any, **settings: Any) -> bool:
     """A checkpoint policy: whether this is the product of `dot`, or the grouped one of experts."""
-    grouped = primitive.name == "ragged_dot_general"
+    grouped = primitive.name == GROUPED
     return grouped or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **settings)
 
 

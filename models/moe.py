@@ -6,8 +6,6 @@ sorted by expert, and a grouped matrix product takes each expert's rows, however
 """
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +13,10 @@ from flax import nnx
 from jax import lax
 
 from models.axes import Axes, vary_like
+from models.grouped import grouped_dot, grouped_dots
 from models.layers import check_counts, dot, gated, normal, wide
 from models.recompute import keeps_arguments
-from models.weight import Use, Weight, in_order, products, split
-
-Kept = tuple[jax.Array, jax.Array, jax.Array]
-How = tuple[tuple[int, ...], Any]  # columns of each weight, and the precision of their gradients (None: none is wanted)
+from models.weight import Use, products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,50 +99,3 @@ permute.defvjp(
     lambda x, order, inverse: (x[order], inverse),
     lambda inverse, g: (g[inverse], None, None),
 )
-
-
-def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Array:
-    """`x` [n, a] times `w` [g, a, b], the first `sizes[0]` rows with `w[0]`, the next `sizes[1]` with `w[1]`, ...
-
-    `sizes` [g] add up to n. Precision is that of `models.layers.dot`.
-    """
-    (y,) = grouped_dots(x, sizes, w)
-    return y
-
-
-def grouped_dots(x: jax.Array, sizes: jax.Array, *weights: jax.Array | Weight) -> list[jax.Array]:
-    """`grouped_dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
-    found = []
-    for value, taps, shapes, places in products(weights):
-        x = vary_like(x, value)
-        like = functools.partial(vary_like, other=x)
-        widths = tuple(shape[-1] for shape in shapes)
-        y = _grouped_dot((widths, taps[0].dtype if taps else None), x, like(value), tuple(map(like, taps)), sizes)
-        found.append((places, split(y, widths)))
-    return in_order(found)
-
-
-def _product(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> jax.Array:
-    return lax.ragged_dot(x, w.astype(x.dtype), sizes, preferred_element_type=x.dtype)
-
-
-def _grouped_forward(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> tuple[jax.Array, Kept]:
-    # not through `_grouped_dot`: a checkpoint policy that keeps products would not see this one
-    return _product(how, x, w, taps, sizes), (x, w, sizes)
-
-
-def _grouped_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...], None]:
-    x, w, sizes = kept
-    widths, gradient = how
-    g = g.astype(x.dtype)
-    g_x = _product(how, g, w.swapaxes(1, 2), (), sizes)
-    if gradient is None:
-        return g_x, None, (), None
-    per_group = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    precise = wide(jnp.promote_types(x.dtype, gradient))
-    g_w = lax.ragged_dot_general(x, g, sizes, per_group, preferred_element_type=precise).astype(gradient)
-    return g_x, None, tuple(split(g_w, widths)), None
-
-
-_grouped_dot = jax.custom_vjp(_product, nondiff_argnums=(0,))
-_grouped_dot.defvjp(_grouped_forward, _grouped_backward)

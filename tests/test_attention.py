@@ -242,7 +242,7 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_and_a_fused_kernel_the_other
     packed: bool, cp: int, dtype: Any, refused: str | None, served: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(attention, "_device", lambda: device)
+    monkeypatch.setattr(attention, "program_device", lambda: device)
     monkeypatch.setattr(attention, "refusal", lambda q, k, kind: refused if kind == device.device_kind else "")
     given, said = [], []
     monkeypatch.setattr(

@@ -14,7 +14,8 @@ from hetjax.core.remat import Keep, Remat
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.layers import dot
-from models.moe import Experts, grouped_dot
+from models.grouped import grouped_dot
+from models.moe import Experts
 from models.vit import ViT
 
 Tree = Any

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.layers import is_product
+from models.layers import GROUPED, is_product
 
 Policy = Callable[..., bool]
 
@@ -37,7 +37,7 @@ class Product(NamedTuple):
     @classmethod
     def of(cls, primitive: Any, lhs: Any, rhs: Any, **settings: Any) -> "Product":
         """That of an equation for which `is_product` holds."""
-        if primitive.name == "ragged_dot_general":
+        if primitive.name == GROUPED:
             contracted, elements = lhs.shape[-1], lhs.size // lhs.shape[-1] * rhs.shape[-1]
         else:
             contracted = math.prod(lhs.shape[dim] for dim in settings["dimension_numbers"][0][0])

@@ -1,0 +1,181 @@
+"""The grouped product: rows sorted by group, each group's rows times the group's own matrix.
+
+Rows are cut into blocks of one group each, whose last one is not full. A loop over the blocks slices a block's rows and
+its group's matrix, multiplies them, and writes what belongs to the group: work grows with the rows and not with the
+groups, but for a block of each, and no row is copied into another order. `lax.ragged_dot` would do all rows with all
+groups: XLA expands it into a masked dense product, on CPUs and, as programs compiled for an H100 show (jax 0.10.2 and
+0.12.0.1, all three products, with its options for grouped kernels too), on GPUs.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from models.axes import program_device, vary_like
+from models.layers import GROUPED, wide
+from models.opaque import opaque
+from models.weight import Weight, in_order, products, split
+
+Kept = tuple[jax.Array, jax.Array, jax.Array]
+BLOCKS = {"cpu": (64, 64), "gpu": (64, 512)}
+
+
+class How(NamedTuple):
+    """A product of `grouped_dots`: columns of each weight, precision of their gradients (None: none is wanted), and
+    how it is computed."""
+
+    widths: tuple[int, ...]
+    gradient: Any
+    form: "Form"
+
+
+class Form(NamedTuple):
+    """Blocks of `rows` rows. `every`: the loop visits as many as there can be, not as many as there are."""
+
+    rows: int
+    every: bool
+
+
+def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Array:
+    """`x` [n, a] times `w` [g, a, b], the first `sizes[0]` rows with `w[0]`, the next `sizes[1]` with `w[1]`, ...
+
+    Rows behind the sum of `sizes` [g] yield 0, and what they hold reaches no gradient. Precision is that of
+    `models.layers.dot`.
+    """
+    (y,) = grouped_dots(x, sizes, w)
+    return y
+
+
+def grouped_dots(x: jax.Array, sizes: jax.Array, *weights: jax.Array | Weight) -> list[jax.Array]:
+    """`grouped_dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
+    found = []
+    for value, taps, shapes, places in products(weights):
+        x = vary_like(x, value)
+        like = functools.partial(vary_like, other=x)
+        widths = tuple(shape[-1] for shape in shapes)
+        how = How(widths, taps[0].dtype if taps else None, form(len(x), len(sizes)))
+        y = _grouped_dot(how, x, like(value), tuple(map(like, taps)), sizes)
+        found.append((places, split(y, widths)))
+    return in_order(found)
+
+
+def form(rows: int, groups: int) -> Form:
+    """How `rows` rows in `groups` groups are multiplied, by the platform that the program is for.
+
+    Blocks hold half the rows of a mean group, as a power of two within the bounds of BLOCKS. On a GPU the loop has a
+    fixed number of turns, as many as any sizes need: the host would wait for the device at each turn of another.
+    """
+    platform = program_device().platform
+    least, most = BLOCKS.get(platform, BLOCKS["gpu"])
+    half = 1 << max(rows // (2 * groups), 1).bit_length() - 1
+    return Form(min(rows, max(least, min(most, half))), platform != "cpu")
+
+
+# -- in blocks ---------------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """The rows from `start` on, of which those of the group `group` are `mine` [rows, 1]."""
+
+    group: jax.Array
+    start: jax.Array
+    mine: jax.Array
+
+
+class Blocks:
+    """Those of all groups, one behind another."""
+
+    def __init__(self, how: Form, n: int, sizes: jax.Array) -> None:
+        self.rows, groups = how.rows, len(sizes)
+        filled = min(n, groups)  # groups that can have rows
+        most = (n + filled * (self.rows - 1)) // self.rows
+        ends, counts = jnp.cumsum(sizes), -(-sizes // self.rows)
+        last = jnp.cumsum(counts)
+        number = jnp.arange(most, dtype=jnp.int32)
+        self.group = jnp.minimum(jnp.searchsorted(last, number, side="right"), groups - 1).astype(jnp.int32)
+        # Behind the last block: no row is within
+        self.first = (ends - sizes)[self.group] + (number - (last - counts)[self.group]) * self.rows
+        self.end = ends[self.group]
+        self.start = jnp.minimum(self.first, n - self.rows)
+        self.count = most if how.every else last[-1]
+
+    def __getitem__(self, number: jax.Array) -> Block:
+        start = self.start[number]
+        row = start + jnp.arange(self.rows, dtype=jnp.int32)
+        mine = (row >= self.first[number]) & (row < self.end[number])
+        return Block(self.group[number], start, mine[:, None])
+
+    def of(self, x: jax.Array, block: Block) -> jax.Array:
+        """The rows of `x` in a block."""
+        return lax.dynamic_slice_in_dim(x, block.start, self.rows)
+
+
+def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, how: Form, transposed: bool) -> list[jax.Array]:
+    blocks = Blocks(how, len(x), sizes)
+    summed, kept = (2, 1) if transposed else (1, 2)
+
+    def step(number: jax.Array, y: jax.Array) -> jax.Array:
+        block = blocks[number]
+        matrix = lax.dynamic_index_in_dim(w, block.group, keepdims=False).astype(x.dtype)
+        new = lax.dot_general(
+            blocks.of(x, block), matrix, (((1,), (summed - 1,)), ((), ())), preferred_element_type=x.dtype
+        )
+        new = jnp.where(block.mine, new, blocks.of(y, block))
+        return lax.dynamic_update_slice_in_dim(y, new, block.start, 0)
+
+    return [lax.fori_loop(0, blocks.count, step, jnp.zeros((len(x), w.shape[kept]), x.dtype))]
+
+
+def _run_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, *, how: Form, dtype: Any) -> list[jax.Array]:
+    blocks = Blocks(how, len(x), sizes)
+
+    def step(number: jax.Array, total: jax.Array) -> jax.Array:
+        block = blocks[number]
+        # both: another group's rows may be no numbers
+        ours, theirs = (jnp.where(block.mine, blocks.of(a, block), 0) for a in (x, g))
+        new = lax.dot_general(ours, theirs, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        return total.at[block.group].add(new)
+
+    return [lax.fori_loop(0, blocks.count, step, jnp.zeros((len(sizes), x.shape[1], g.shape[1]), dtype))]
+
+
+PRODUCT = opaque(
+    GROUPED,
+    _run_product,
+    lambda x, w, sizes, *, how, transposed: [((x.shape[0], w.shape[1 if transposed else 2]), x.dtype)],
+)
+GRADIENT = opaque(
+    "grouped_dot_gradient",
+    _run_gradient,
+    lambda x, g, sizes, *, how, dtype: [((*sizes.shape, x.shape[1], g.shape[1]), dtype)],
+)
+
+
+# -- the product and its gradients -------------------------------------------------------------------------------------
+
+
+def _product(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> jax.Array:
+    return PRODUCT.bind(x, w, sizes, how=how.form, transposed=False)[0]
+
+
+def _grouped_forward(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> tuple[jax.Array, Kept]:
+    # not through `_grouped_dot`: a checkpoint policy that keeps products would not see this one
+    return _product(how, x, w, taps, sizes), (x, w, sizes)
+
+
+def _grouped_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...], None]:
+    x, w, sizes = kept
+    g = g.astype(x.dtype)
+    (g_x,) = PRODUCT.bind(g, w, sizes, how=how.form, transposed=True)
+    if how.gradient is None:
+        return g_x, None, (), None
+    precise = wide(jnp.promote_types(x.dtype, how.gradient))
+    (g_w,) = GRADIENT.bind(x, g, sizes, how=how.form, dtype=precise)
+    return g_x, None, tuple(split(g_w.astype(how.gradient), how.widths)), None
+
+
+_grouped_dot = jax.custom_vjp(_product, nondiff_argnums=(0,))
+_grouped_dot.defvjp(_grouped_forward, _grouped_backward)
