@@ -113,12 +113,13 @@ class Decoder:
             divisible={
                 "tp": {
                     "heads": self.num_heads,
-                    "kv_heads": self.num_kv_heads,
                     **hidden,
                     "vocab": self.vocab_size,
-                }
+                },
+                "kv": {"kv_heads": self.num_kv_heads},
+                "ep": {"experts": self.experts.count if self.experts else 1},
             },
-            axes=frozenset({"dp", "pp", "copies", "cp", "tp", "sp"}),
+            axes=frozenset({"dp", "pp", "copies", "cp", "tp", "sp", *(["ep"] if self.experts else [])}),
             head="head",
             table="embed",
             tied={"head": "embed"} if self.tied else {},

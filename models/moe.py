@@ -13,8 +13,9 @@ from flax import nnx
 from jax import lax
 
 from models.axes import Axes, vary_like
+from models.exchange import exchanged, placed
 from models.grouped import grouped_dot, grouped_dots
-from models.layers import check_counts, dot, gated, normal, wide
+from models.layers import check_counts, dot, gated, normal, own, wide
 from models.recompute import keeps_arguments
 from models.weight import Use, products
 
@@ -53,33 +54,35 @@ class Experts:
 
 
 class Mixture(nnx.Module):
-    """SwiGLU experts behind a router; each expert's hidden features are cut over tp."""
+    """SwiGLU experts behind a router. Experts are cut over ep, the hidden features of each over the rest of tp."""
 
     def __init__(self, config: Experts, width: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
         e, d, f = config.count, width, config.width
         self.router = normal(rngs, (d, e), (None, None), d**-0.5)
-        self.gate = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5, Use("rows", lead=2))
-        self.up = normal(rngs, (e, d, f), ("experts", None, "mlp"), d**-0.5, Use("rows", lead=2))
-        self.down = normal(rngs, (e, f, d), ("experts", "mlp", None), f**-0.5, Use("hidden"))
+        self.gate = normal(rngs, (e, d, f), ("experts", None, "expert_mlp"), d**-0.5, Use("rows", lead=2))
+        self.up = normal(rngs, (e, d, f), ("experts", None, "expert_mlp"), d**-0.5, Use("rows", lead=2))
+        self.down = normal(rngs, (e, f, d), ("experts", "expert_mlp", None), f**-0.5, Use("hidden"))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        x = axes.sp.gather(x, dim=1)
+        """`x` [b, s, d] of the stream, and the result too."""
+        if axes.sp.names:
+            x = axes.etp.gather(x, dim=1)  # what is left of the stream's cut is that of ep
         tokens = x.reshape(-1, x.shape[-1])
-        weights, chosen = route(tokens, self.router.get_value(), self.config)
-        into, down = (self.gate.get_value(), self.up.get_value()), self.down.get_value()
-        for value, *_ in products(into):
-            tokens = vary_like(tokens, value)  # here: one all-reduce of the gradient over tp, of tokens, not of copies
-        order = jnp.argsort(chosen.reshape(-1)).astype(jnp.int32)
-        inverse = jnp.argsort(order).astype(jnp.int32)
-        sizes = jnp.sum(jax.nn.one_hot(chosen.reshape(-1), self.config.count, dtype=jnp.int32), 0, dtype=jnp.int32)
-        copies = jnp.broadcast_to(tokens[:, None], (*chosen.shape, tokens.shape[1])).reshape(-1, tokens.shape[1])
-        rows = permute(copies, order, inverse)
+        mine = tokens if axes.sp.names else own(tokens, 0, axes.tp_of_ep)
+        weights, chosen = route(mine, self.router.get_value(), self.config)
+        for value, *_ in products((self.gate.get_value(), self.up.get_value())):
+            mine = vary_like(mine, value)  # here: one all-reduce of the gradient over tp, of tokens, not of copies
+        y = exchanged(self._experts, mine, weights, chosen, self.config.count, axes)
+        if axes.sp.names:
+            return axes.etp.scatter(y.reshape(x.shape), dim=1)
+        return axes.tp.psum(placed(y, axes.tp_of_ep)).reshape(x.shape)
+
+    def _experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Rows sorted by expert, each through its own; this device's part of the sum over hidden features."""
         last = keeps_arguments(lambda gate, up, w, sizes: grouped_dot(gated(gate, up), w, sizes))
-        gate, up = grouped_dots(rows, sizes, *into)
-        y = permute(last(gate, up, down, sizes), inverse, order).reshape(*chosen.shape, -1)
-        y = jnp.sum(y.astype(weights.dtype) * weights[..., None], 1).astype(x.dtype)
-        return axes.total(y.reshape(x.shape))
+        gate, up = grouped_dots(rows, sizes, self.gate.get_value(), self.up.get_value())
+        return last(gate, up, self.down.get_value(), sizes)
 
 
 def route(tokens: jax.Array, router: jax.Array, config: Experts) -> tuple[jax.Array, jax.Array]:
@@ -87,15 +90,3 @@ def route(tokens: jax.Array, router: jax.Array, config: Experts) -> tuple[jax.Ar
     logits = dot(tokens, router, dtype=wide(tokens.dtype))
     weights, chosen = lax.top_k(jax.nn.softmax(logits, -1), config.per_token)
     return weights / jnp.sum(weights, -1, keepdims=True) if config.renormalise else weights, chosen
-
-
-@jax.custom_vjp
-def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows of `x` in this order. Its gradient is a gather too: autodiff's scatter would add rows one by one."""
-    return x[order]
-
-
-permute.defvjp(
-    lambda x, order, inverse: (x[order], inverse),
-    lambda inverse, g: (g[inverse], None, None),
-)

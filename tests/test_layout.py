@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core.layout import AXES, Layout, check_batch, like, picture, plan_stages, zigzag
+from hetjax.core.layout import AXES, Layout, check_batch, like, zigzag
 from hetjax.core.mesh import Spread
+from hetjax.core.plan import picture, plan_stages
 from models.contract import ModuleDef, Part
 
 EMPTY = Part(lambda key: {}, lambda params, x, batch, axes: x, {})

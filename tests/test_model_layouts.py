@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from test_models import DECODER, LLAMA3, VIT, WHISPER, close, documents, random_params, rows_of, run
 
 from hetjax.core import loss
-from hetjax.core.layout import Layout, plan_stages
+from hetjax.core.layout import Layout
 from hetjax.core.parameters import param_specs
+from hetjax.core.plan import plan_stages
 from models.axes import ONE_DEVICE, Axes, vary, vary_like
 from models.contract import ModuleDef
 from models.decoder import Decoder
@@ -37,7 +38,8 @@ RICH = dataclasses.replace(
 CONFIGS = {
     "rich": RICH,
     "tied": dataclasses.replace(DECODER, tied=True),
-    "experts": dataclasses.replace(RICH, num_layers=3, experts=Experts(6, 2, 8, dense_layers=(1,))),
+    "experts": dataclasses.replace(RICH, num_layers=3, experts=Experts(8, 2, 8, dense_layers=(1,))),
+    "three": dataclasses.replace(DECODER, num_heads=12, num_kv_heads=3),
     "siglip": VIT,
     "audio": dataclasses.replace(WHISPER, variant="qwen2_audio", projector="mlp"),
     "clip": dataclasses.replace(VIT, variant="clip", select="default", feature_layer=-2),
@@ -102,7 +104,7 @@ def on_mesh(definition: ModuleDef, layout: Layout, params: Tree, x: Tree, batch:
     batch_specs = {k: spec(definition.reads[k]) for k in batch}
 
     def program(params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
-        params = jax.tree.map(lambda p: vary(p, plan.grid.data), params)
+        params = jax.tree.map(lambda p, where: vary(p, plan.grid.meets(where)), params, specs)
         y, g_params, g_x = scored(definition, plan.axes, params, x, batch, g)
         y = {k: lax.psum(a, plan.grid.tokens) if k == "loss" else a for k, a in y.items()}
         total = lambda a, where: lax.psum(a, plan.grid.spread(a.shape, where).replicas)
@@ -132,6 +134,10 @@ def zigzag(cp: int) -> np.ndarray:
         ("audio", Layout(dp=2, cp=2, tp=2)),
         ("rich", Layout(dp=2, cp=2, tp=2, sp=True)),
         ("several layers", Layout(cp=2, tp=2, sp=True)),
+        ("tied", Layout(dp=2, tp=4)),
+        ("experts", Layout(dp=2, cp=2, ep=2)),
+        ("experts", Layout(dp=2, tp=2, ep=4)),
+        ("experts", Layout(tp=4, ep=2, sp=True)),
     ],
     ids=str,
 )
@@ -151,7 +157,9 @@ def test_a_layout_changes_neither_outputs_nor_gradients(name: str, layout: Layou
 @pytest.mark.parametrize(
     ("name", "layout", "message"),
     [
-        ("tied", Layout(tp=4), "tp=4 does not divide kv_heads=2; use tp of 1, 2"),
+        ("three", Layout(tp=2), "of tp=2 and kv_heads=3 neither divides the other; use tp of 1, 3, 6"),
+        ("rich", Layout(tp=2, ep=2), "ep=2, but the model's code does not handle ep"),
+        ("experts", Layout(dp=3, ep=3), "ep=3 does not divide experts=8; use ep of 1, 2, 4, 8"),
         ("experts", Layout(tp=3), "tp=3 does not divide heads=8"),
         ("siglip", Layout(cp=8), "cp=8 does not divide tokens=4; use cp of 1, 2, 4"),
         ("siglip", Layout(cp=4, tp=2, sp=True), "sp=True cuts tokens=4 over cp x tp = 8 devices"),

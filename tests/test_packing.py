@@ -7,8 +7,8 @@ import pytest
 import tiny
 from conftest import Counter
 
-from hetjax.core.layout import Layout, make_grid, zigzag
-from hetjax.core.mesh import Grid
+from hetjax.core.layout import Layout, zigzag
+from hetjax.core.mesh import Grid, make_grid
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.packing import Packing, Prepared, packings, unpack
 from hetjax.core.remat import Remat

@@ -37,6 +37,7 @@ class Case:
     audio: Layout | None = None
     shape: tiny.Shape = tiny.Shape()
     tied: bool = False
+    kv_heads: int = 4
     feature_layer: int | tuple[int, ...] = -1
     blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
     experts: Experts | None = None
@@ -185,6 +186,7 @@ def reference(encoders: tuple[str, ...], dtype: Any, **model: Any) -> Reference:
 def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
     config = dataclasses.replace(config, **dict(case.changes))
     model = dict(tied=case.tied, feature_layer=case.feature_layer, experts=case.experts)
+    model |= {"kv_heads": case.kv_heads} if case.kv_heads != 4 else {}
     graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, unroll=case.unroll, **model)
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
     # the reference is traced later, and knows neither blocks nor chunks

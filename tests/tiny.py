@@ -70,12 +70,13 @@ def graph(
     feature_layer: int | tuple[int, ...] = -1,
     experts: Experts | None = None,
     unroll: bool = False,
+    kv_heads: int = 4,
 ) -> Graph:
     """The tiny model under these layouts. An encoder called audio hears, all others see."""
     models = {name: whisper() if name == "audio" else vit(feature_layer=feature_layer) for name in encoders}
     how = dict(remat=remat, unroll=unroll)
     towers = tuple(Module(n, models[n].module(dtype, name=n), layout, **how) for n, layout in encoders.items())
-    language = decoder(tied=tied, experts=experts).module(dtype, encoders=tuple(encoders))
+    language = decoder(tied=tied, experts=experts, num_kv_heads=kv_heads).module(dtype, encoders=tuple(encoders))
     return vlm(towers, Module("llm", language, llm, **how))
 
 

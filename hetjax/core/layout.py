@@ -1,4 +1,4 @@
-"""Where a module stands and how it is cut: layouts, placement, stages. The only file that builds a mesh.
+"""How a module is cut and where it stands, as its user writes it.
 
 A stage's devices form a grid of four axes, outermost first:
 
@@ -15,15 +15,8 @@ eight devices, dp=2, tp=2, pp=2:
 
 import dataclasses
 import re
-from collections.abc import Sequence
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
-
-from hetjax.core.mesh import Grid
-from models.axes import Axes
-from models.contract import ModuleDef
 
 AXES = ("dp", "copies", "cp", "tp")
 
@@ -34,7 +27,9 @@ class Layout:
 
     `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
-    `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the tokens are cut over tp.
+    `ep`: experts are cut over so many of a stage's devices: those of tp or a part of them; if that is too few, those of
+    cp or of the inner part of dp too. `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the
+    tokens are cut over tp.
     """
 
     dp: int = 1
@@ -42,17 +37,19 @@ class Layout:
     tp: int = 1
     pp: int = 1
     copies: int = 1
+    ep: int = 1
     sp: bool = False
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp", "cp", "tp", "pp", "copies"):
+        for name in ("dp", "cp", "tp", "pp", "copies", "ep"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
         if self.sp and self.tp == 1:
             raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
+        self.expert_shares  # noqa: B018 - is checked
         if isinstance(self.devices, str):
             object.__setattr__(self, "devices", _parse_devices(self.devices))
         elif self.devices is not None:
@@ -77,8 +74,25 @@ class Layout:
             return tuple(range(self.num_devices))
         return tuple(int(i) for i in self.devices)
 
+    @property
+    def expert_shares(self) -> dict[str, int]:
+        """How much ep takes of tp, cp and dp, in this order. Raises ValueError where that is no whole part."""
+        shares, left = {}, self.ep
+        for name in ("tp", "cp", "dp"):
+            size = getattr(self, name)
+            shares[name] = left if size % left == 0 else size
+            if left % shares[name]:
+                raise ValueError(
+                    f"Layout.ep={self.ep} takes its devices from tp={self.tp}, then cp={self.cp}, then dp={self.dp}, "
+                    f"and of {name} it would take {left} of {size}; make one a multiple of the other"
+                )
+            left //= shares[name]
+        if left > 1:
+            raise ValueError(f"Layout.ep={self.ep} is more than tp x cp x dp = {self.ep // left}; make it smaller")
+        return shares
+
     def __str__(self) -> str:
-        sizes = [f"{n}={getattr(self, n)}" for n in ("dp", "copies", "cp", "tp", "pp") if getattr(self, n) > 1]
+        sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "ep") if getattr(self, n) > 1]
         sizes += ["sp"] * self.sp
         return " x ".join(sizes) or "dp=1"
 
@@ -108,115 +122,6 @@ def _parse_devices(text: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-@dataclasses.dataclass(frozen=True)
-class StagePlan:
-    """One pipeline stage of a module: layers `lo` to `hi` on the mesh of `grid`."""
-
-    module: str
-    index: int
-    num_stages: int
-    lo: int
-    hi: int
-    grid: Grid
-    device_ids: tuple[int, ...]
-
-    @property
-    def first(self) -> bool:
-        """Whether the stage holds the module's `first` part."""
-        return self.index == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether the stage holds the module's `last` part."""
-        return self.index == self.num_stages - 1
-
-    @property
-    def axes(self) -> Axes:
-        """What the module's code sees of the mesh."""
-        return self.grid.axes
-
-    @property
-    def mesh(self) -> Mesh:
-        """Its devices."""
-        return self.grid.mesh
-
-
-def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Sequence[jax.Device]) -> list[StagePlan]:
-    """The stages of a module. Raises ValueError, before anything compiles, for a layout that the module cannot have."""
-    _check_devices(name, layout, len(devices))
-    _check_module(name, definition, layout)
-    counts = _layer_counts(name, definition.num_layers, layout)
-    plans = []
-    for index in range(layout.pp):
-        ids = layout.device_ids[index * layout.stage_size : (index + 1) * layout.stage_size]
-        grid = make_grid(layout, [devices[i] for i in ids])
-        lo = sum(counts[:index])
-        plans.append(StagePlan(name, index, layout.pp, lo, lo + counts[index], grid, ids))
-    return plans
-
-
-def make_grid(layout: Layout, devices: Sequence[jax.Device]) -> Grid:
-    """The mesh of one stage of a layout on these devices."""
-    sizes = [getattr(layout, name) for name in AXES]
-    parts = {name: (name,) for name in AXES} | {"sp": ("tp",) if layout.sp else ()}
-    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), parts)
-
-
-def _check_devices(name: str, layout: Layout, available: int) -> None:
-    ids, needed = layout.device_ids, layout.num_devices
-    if len(ids) != needed:
-        raise ValueError(
-            f"{name}: {layout} needs {needed} devices, Layout.devices names {len(ids)}; name {needed}, "
-            "or change the layout"
-        )
-    for i in ids:
-        if ids.count(i) > 1:
-            raise ValueError(f"{name}: Layout.devices names device {i} {ids.count(i)} times; name each device once")
-        if not 0 <= i < available:
-            raise ValueError(
-                f"{name}: {layout} stands on device {i}, but there are {available} (0 to {available - 1}); "
-                "use fewer devices, or emulate more (emulated_devices)"
-            )
-
-
-def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
-    for axis in ("dp", "copies", "cp", "tp", "pp"):
-        if getattr(layout, axis) > 1 and axis not in definition.axes:
-            raise ValueError(
-                f"{name}: {axis}={getattr(layout, axis)}, but the model's code does not handle {axis} "
-                f"(it handles {', '.join(sorted(definition.axes))}); set {axis}=1"
-            )
-    if layout.sp and "sp" not in definition.axes:
-        raise ValueError(f"{name}: sp=True, but the model's tokens cannot be cut over tp; set sp=False")
-    for what, count in definition.divisible.get("sp", {}).items():
-        if layout.sp and count % (layout.cp * layout.tp):
-            raise ValueError(
-                f"{name}: sp=True cuts {what}={count} over cp x tp = {layout.cp * layout.tp} devices, which do not "
-                "divide them; set sp=False, or make cp or tp smaller"
-            )
-    for axis, counts in definition.divisible.items():
-        size = 1 if axis == "sp" else getattr(layout, axis)
-        for what, count in counts.items():
-            if count % size:
-                fits = [str(n) for n in range(1, count + 1) if count % n == 0]
-                raise ValueError(
-                    f"{name}: {axis}={size} does not divide {what}={count}; use {axis} of {', '.join(fits[:8])}"
-                )
-
-
-def _layer_counts(name: str, num_layers: int, layout: Layout) -> tuple[int, ...]:
-    if layout.pp > num_layers:
-        raise ValueError(f"{name}: pp={layout.pp} stages for {num_layers} layers; use pp of at most {num_layers}")
-    if layout.layers is None:
-        return tuple(num_layers // layout.pp + (i < num_layers % layout.pp) for i in range(layout.pp))
-    if len(layout.layers) != layout.pp or sum(layout.layers) != num_layers or min(layout.layers) < 1:
-        raise ValueError(
-            f"{name}: Layout.layers={list(layout.layers)} must be pp={layout.pp} counts of at least 1 that add up to "
-            f"{num_layers} layers"
-        )
-    return layout.layers
-
-
 def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items: int, seq: int) -> None:
     """Raises ValueError unless a module's layout divides the microbatch.
 
@@ -237,6 +142,12 @@ def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items:
             f"{name}: cp={layout.cp} cuts the sequence into {2 * layout.cp} chunks (zig-zag), which do not divide "
             f"seq_len={seq}; make seq_len a multiple of {2 * layout.cp}"
         )
+    ways = layout.cp * layout.expert_shares["tp"]
+    if is_sink and layout.ep > 1 and seq % ways:
+        raise ValueError(
+            f"{name}: ep={layout.ep} cuts the tokens of experts over {ways} devices of cp and tp, which do not divide "
+            f"seq_len={seq}; make seq_len a multiple of {ways}, or ep smaller"
+        )
     if is_sink and layout.sp and seq % (layout.cp * layout.tp):
         raise ValueError(
             f"{name}: sp=True cuts the sequence over cp x tp = {layout.cp * layout.tp} devices, which do not divide "
@@ -248,17 +159,3 @@ def zigzag(seq: int, cp: int) -> np.ndarray:
     """The order of positions that gives cp contiguous shards equal causal work: shard r gets chunks r and 2cp-1-r."""
     chunks = np.arange(seq).reshape(2 * cp, -1)
     return np.concatenate([chunks[[r, 2 * cp - 1 - r]].reshape(-1) for r in range(cp)])
-
-
-def picture(stages: Sequence[StagePlan], num_devices: int) -> str:
-    """A table: which device holds which part of which module."""
-    modules = list(dict.fromkeys(s.module for s in stages))
-    cells = {(i, m): "" for i in range(num_devices) for m in modules}
-    for stage in stages:
-        held = f"layers {stage.lo}-{stage.hi - 1}" if stage.hi > stage.lo + 1 else f"layer {stage.lo}"
-        for place, device in zip(np.ndindex(*stage.mesh.devices.shape), stage.device_ids, strict=True):
-            part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if stage.mesh.shape[a] > 1]
-            cells[device, stage.module] = " ".join([held, *part])
-    rows = [["device", *modules], *[[str(i), *(cells[i, m] or "-" for m in modules)] for i in range(num_devices)]]
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

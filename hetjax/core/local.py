@@ -19,9 +19,9 @@ from jax import lax
 
 from hetjax.core import accumulators, loss, residuals, stacks
 from hetjax.core.graph import Module
-from hetjax.core.layout import StagePlan
 from hetjax.core.mesh import axes_of
 from hetjax.core.parameters import Parameters
+from hetjax.core.plan import StagePlan
 from hetjax.core.remat import Policy
 from hetjax.core.residuals import Kept
 from hetjax.core.settled import settle
@@ -198,7 +198,12 @@ class Local:
         return loss.chunk_size(self.plan.mesh.devices.flat[0].platform, ids)
 
     def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
-        return Given(jax.tree.map(self._vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))
+        return Given(
+            jax.tree.map(self._vary_weight, weights, self.parameters.weights),
+            x,
+            batch,
+            self.module.definition.prepare(batch, self.plan.axes),
+        )
 
     def _first(self, given: Given) -> Params:
         """What of the first part is differentiated."""
@@ -226,6 +231,9 @@ class Local:
         last = self._remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes))
         y = last(w, carry) if self.plan.last else carry
         return {k: settle(v, axes_of(self.plan.grid.spec(self.dims[k]))) for k, v in y.items()}
+
+    def _vary_weight(self, x: jax.Array, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        return vary(x, self.plan.grid.meets(struct.sharding.spec))
 
     def _vary(self, x: jax.Array) -> jax.Array:
         return vary(x, self.plan.grid.data)

@@ -1,16 +1,21 @@
 """The mesh of a stage, and what its axes cut: activations, parameters, gradients, optimizer state.
 
 A layout's axes are made of mesh axes, one each as long as nothing needs a part of them. `Grid` is the one place that
-knows which; a model sees a layout's axes (`models/axes.py`), the trainer's programs the names of mesh axes.
+knows which; a model sees a layout's axes (`models/axes.py`), the trainer's programs the names of mesh axes. With
+tp=4, of which ep=2 takes the inner half, tp is made of "tp0" and "tp1", and ep of "tp1".
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax.core.layout import AXES, Layout
 from models.axes import Axes, Axis
 from models.contract import Dims
 
@@ -20,18 +25,22 @@ LOGICAL: dict[str, tuple[str, ...]] = {
     "seq": ("cp",),
     "stream": ("cp", "sp"),  # the tokens between the blocks of a layer
     "heads": ("tp",),
-    "kv_heads": ("tp",),
+    "kv_heads": ("kv",),
     "mlp": ("tp",),
     "vocab": ("tp",),
-    "experts": (),  # every device of a stage holds all of them
+    "experts": ("ep",),
+    "expert_mlp": ("etp",),
 }
+SEEN = ("dp", "cp", "tp", "sp", "ep", "etp", "tp_of_ep")  # by models
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """A stage's mesh, and the mesh axes that each axis of its layout is made of, outermost first.
 
-    "sp", of sequence parallelism, is made of what tp is made of, or of nothing.
+    Beside them: "sp", of sequence parallelism, all of tp or nothing. "ep", over which experts are cut; "tp_of_ep", what
+    it has of tp; "etp", the rest of tp, which cuts each expert. "kv", that part of tp over which heads of keys and
+    values are cut; over the rest they are repeated.
     """
 
     mesh: Mesh
@@ -40,12 +49,18 @@ class Grid:
     @property
     def axes(self) -> Axes:
         """What a model sees."""
-        return Axes(**{name: self._axis(name) for name in ("dp", "cp", "tp", "sp")})
+        return Axes(**{name: self._axis(name) for name in SEEN})
 
     @property
     def data(self) -> tuple[str, ...]:
         """The mesh axes along which devices see other data where data meet parameters."""
         return self._parts("dp", "cp", "sp")
+
+    def meets(self, where: P) -> tuple[str, ...]:
+        """The mesh axes along which a parameter that lies so, or the data that it meets, differ."""
+        own = axes_of(where)
+        tp = self.parts["tp"] if own & set(self.parts["tp"]) else ()  # cut over a part of it: what it meets, over all
+        return tuple(dict.fromkeys((*self.data, *tp, *sorted(own))))
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -70,7 +85,7 @@ class Grid:
         ZeRO-1 takes the first dim of which the shards divide. `stacked`: the first dim counts layers, which are stored
         one by one, and is left alone.
         """
-        replicas = tuple(name for name in self.data if name not in axes_of(where))
+        replicas = tuple(name for name in self.meets(where) if name not in axes_of(where))
         count, entries = self.size(replicas), [*where, *[None] * (len(shape) - len(where))]
         for dim, (size, entry) in enumerate(zip(shape, entries, strict=True)):
             names = axis_names(entry)
@@ -105,6 +120,48 @@ class Spread:
     def accumulator(self) -> P:
         """The spec of its accumulator with a leading dim over the replicas."""
         return P(self.replicas, *self.where)
+
+
+def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 0) -> Grid:
+    """The mesh of one stage of a layout on these devices; fewer `kv_heads` than tp, but not 0, are repeated.
+
+    Raises ValueError where ep and the repeats of heads take parts of tp that do not nest.
+    """
+    experts = layout.expert_shares
+    repeats = layout.tp // kv_heads if 0 < kv_heads < layout.tp else 1
+    folded = {name: fold(name, getattr(layout, name), [experts.get(name, 1)]) for name in AXES}
+    folded["tp"] = fold("tp", layout.tp, [experts["tp"], repeats])
+    parts = {name: tuple(axes) for name, axes in folded.items()}
+    inner = {name: innermost(folded[name], size) for name, size in experts.items()}
+    parts["ep"] = tuple(axis for name in AXES for axis in inner.get(name, ()))
+    parts["tp_of_ep"], parts["sp"] = inner["tp"], parts["tp"] if layout.sp else ()
+    parts["etp"] = parts["tp"][: len(parts["tp"]) - len(inner["tp"])]
+    parts["kv"] = parts["tp"][: len(parts["tp"]) - len(innermost(folded["tp"], repeats))]
+    sizes = {axis: size for axes in folded.values() for axis, size in axes.items()}
+    return Grid(Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes)), parts)
+
+
+def fold(axis: str, size: int, inner: Iterable[int]) -> dict[str, int]:
+    """The mesh axes, outermost first, that make up an axis of a layout of which `inner` parts are used alone.
+
+    Raises ValueError where two of these parts do not nest.
+    """
+    sizes = []
+    for small, large in itertools.pairwise(sorted({1, *inner, size})):
+        if large % small:
+            raise ValueError(f"inner parts of {axis}={size} of {small} and of {large} devices do not nest")
+        sizes.append(large // small)
+    if len(sizes) <= 1:
+        return {axis: size}
+    return {f"{axis}{n}": part for n, part in enumerate(reversed(sizes))}
+
+
+def innermost(parts: Mapping[str, int], size: int) -> tuple[str, ...]:
+    """Those of the mesh axes `parts` that make up the inner `size` devices."""
+    names = list(parts)
+    while names and math.prod(parts[name] for name in names) > size:
+        names.pop(0)
+    return tuple(names) if size > 1 else ()
 
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:

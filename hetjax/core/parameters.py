@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer, stacks
 from hetjax.core.graph import Module
-from hetjax.core.layout import StagePlan
 from hetjax.core.mesh import Grid, Spread
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.plan import StagePlan
 from hetjax.core.stacks import LAYERS
 from hetjax.core.working import Working
 from models.contract import ModuleDef, Params

@@ -27,9 +27,9 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import accumulators, optimizer, packing
 from hetjax.core.graph import Module
-from hetjax.core.layout import StagePlan
 from hetjax.core.local import Local
 from hetjax.core.parameters import Parameters, shardings, spec_tree
+from hetjax.core.plan import StagePlan
 from hetjax.core.remat import Keep, Policy, Remat
 from hetjax.core.residuals import Crossing
 from models.contract import Params

@@ -10,9 +10,10 @@ import numpy as np
 
 from hetjax.core import optimizer
 from hetjax.core.finish import Outcome, Reduced
-from hetjax.core.layout import check_batch, picture
+from hetjax.core.layout import check_batch
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
+from hetjax.core.plan import picture
 from hetjax.core.stacks import LAYERS
 from hetjax.core.stage import Abstract
 from hetjax.core.tasks import HostTimes, StageKey

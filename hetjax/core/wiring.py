@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Module
-from hetjax.core.layout import StagePlan, plan_stages
 from hetjax.core.packing import Packing
 from hetjax.core.parameters import Parameters
+from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
 from hetjax.core.tasks import Kind, StageKey, StageNode
 from hetjax.core.train_spec import TrainSpec

@@ -23,8 +23,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
-from hetjax.core.layout import StagePlan
 from hetjax.core.mesh import axis_names
+from hetjax.core.plan import StagePlan
 from hetjax.core.stacks import LAYERS
 from models.axes import vary
 from models.contract import ModuleDef, Params, Part
@@ -180,8 +180,7 @@ class Working:
     def _tap(self, path: Path) -> jax.Array:
         """Zeros like the parameter at `path` on one device."""
         leaf = self._leaves[path]
-        axes = (*self._grid.data, *_axes_behind(leaf.sharding.spec, 0))
-        return vary(jnp.zeros(self._local(path), leaf.dtype), axes)
+        return vary(jnp.zeros(self._local(path), leaf.dtype), self._grid.meets(leaf.sharding.spec))
 
     def _local(self, path: Path) -> tuple[int, ...]:
         """One device's shape of the leaf at `path`, of one layer."""

@@ -23,9 +23,9 @@ from jax.sharding import PartitionSpec as P
 from hetjax.core import stacks
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Graph, Module
-from hetjax.core.layout import plan_stages
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.parameters import Parameters
+from hetjax.core.plan import plan_stages
 from hetjax.generate import cached
 from hetjax.generate.cached import Memory
 from hetjax.generate.defaults import Penalties

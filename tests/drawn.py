@@ -1,0 +1,114 @@
+"""Runs drawn with a fixed seed from all that layouts allow, so that every pair of kinds of parallelism meets.
+
+Kinds are what a layout or a run can have (dp of the language model, sp of an encoder, frozen parts, ...). Cases are
+drawn at random; of those, the ones that bring pairs together which have not met yet come first.
+"""
+
+import dataclasses
+import functools
+import itertools
+import random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tiny
+from test_parity import FROZEN_LLM, FROZEN_VISION, PROJECTOR, Case
+
+from hetjax.core.layout import Layout, check_batch
+from hetjax.core.plan import plan_stages
+from hetjax.core.remat import Remat
+from models.contract import ModuleDef
+
+SHAPE = tiny.Shape(microbatches=2)
+EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8)
+MODELS: list[dict[str, Any]] = [dict(), dict(experts=EXPERTS), dict(tied=True, kv_heads=2)]
+SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
+
+
+def draw(rng: random.Random) -> Case | None:
+    """A run, or None where what was drawn is not legal."""
+    number = rng.randrange(len(MODELS))
+    names = ("vision", "audio") if rng.random() < 0.25 else ("vision",)
+    try:
+        layouts = {name: layout(rng, most=4 if name == "audio" else 8) for name in ("llm", *names)}
+        placed = place(rng, layouts)
+        for name, mine in placed.items():
+            plan_stages(name, definition(name, number), mine, jax.devices())
+            sizes = dict(is_sink=name == "llm", groups=SHAPE.groups, items=SHAPE.slots, seq=tiny.SEQ)
+            check_batch(name, mine, **sizes)
+    except ValueError:
+        return None
+    changes = rng.choice([(), (), FROZEN_LLM, FROZEN_VISION, PROJECTOR])
+    how = dict(remat=rng.choice(list(Remat)[:3]), schedule=rng.choice(["1f1b", "gpipe"]))
+    audio = placed.get("audio")
+    return Case(placed["llm"], placed["vision"], audio, shape=SHAPE, changes=changes, **how, **MODELS[number])
+
+
+@functools.cache
+def definition(name: str, number: int) -> ModuleDef:
+    """A module of the run with MODELS[number]."""
+    if name != "llm":
+        return (tiny.whisper() if name == "audio" else tiny.vit()).module(jnp.float64)
+    sizes = {("num_kv_heads" if key == "kv_heads" else key): value for key, value in MODELS[number].items()}
+    return tiny.decoder(**sizes).module(jnp.float64)
+
+
+def layout(rng: random.Random, most: int) -> Layout:
+    """A layout of at most `most` devices."""
+    while True:
+        sizes = {name: rng.choice(options) for name, options in SIZES.items()}
+        if sizes["dp"] * sizes["cp"] * sizes["tp"] * sizes["pp"] * sizes["copies"] <= most:
+            return Layout(**sizes, sp=rng.random() < 0.4)
+
+
+def place(rng: random.Random, layouts: dict[str, Layout]) -> dict[str, Layout]:
+    """The layouts on devices: side by side, on the same ones or anywhere, in order or shuffled."""
+    order = rng.sample(range(8), 8) if rng.random() < 0.5 else list(range(8))
+    beside, next_free, found = rng.random() < 0.4, 0, {}
+    for name, mine in layouts.items():
+        start = next_free if beside else 0 if rng.random() < 0.6 else rng.randrange(9 - mine.num_devices)
+        ids = order[start : start + mine.num_devices]
+        next_free = start + mine.num_devices
+        found[name] = dataclasses.replace(mine, devices=tuple(ids))
+    return found
+
+
+def kinds(case: Case) -> set[str]:
+    """What comes together in a run."""
+    found = {case.remat.value and f"remat {case.remat.value}", case.schedule}
+    found.add("experts" if case.experts else "repeated heads" if case.kv_heads < case.llm.tp else "dense")
+    found.add(
+        {FROZEN_LLM: "frozen llm", FROZEN_VISION: "frozen vision", PROJECTOR: "projector alone"}.get(
+            case.changes, "all trained"
+        )
+    )
+    found |= {"two encoders"} if case.audio else set()
+    for side, mine in (("llm", case.llm), ("vision", case.vision)):
+        found |= {f"{side} {name}" for name in SIZES if getattr(mine, name) > 1}
+        found |= {f"{side} sp"} if mine.sp else set()
+        ids = mine.device_ids
+        found |= {"shuffled"} if list(ids) != sorted(ids) else set()
+    llm, vision = set(case.llm.device_ids), set(case.vision.device_ids)
+    found.add("disjoint" if not llm & vision else "colocated" if llm == vision else "overlapping")
+    return found
+
+
+def cases(count: int, seed: int = 0, tries: int = 12000) -> list[Case]:
+    """`count` distinct runs: first those that bring most new pairs of kinds, then any."""
+    rng = random.Random(seed)
+    drawn = dict.fromkeys(filter(None, (draw(rng) for _ in range(tries))))
+    left = {case: set(itertools.combinations(sorted(kinds(case)), 2)) for case in drawn}
+    found, met = [], set()
+    while len(found) < count:
+        case = max(left, key=lambda case: len(left[case] - met))  # of equal ones the first
+        met |= left.pop(case)
+        found.append(case)
+    return found
+
+
+def possible(seed: int = 1, tries: int = 12000) -> set[tuple[str, str]]:
+    """Pairs of kinds that meet in any legal run of a great many."""
+    rng = random.Random(seed)
+    drawn = filter(None, (draw(rng) for _ in range(tries)))
+    return {pair for case in drawn for pair in itertools.combinations(sorted(kinds(case)), 2)}
