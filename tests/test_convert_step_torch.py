@@ -30,10 +30,10 @@ LAYOUTS = {  # of the decoder, and of the encoder
     "dp 2 x tp 2 | tp 2 x pp 2": (Layout(dp=2, tp=2, devices="0-3"), Layout(tp=2, pp=2, devices="4-7")),
 }
 CASES = [
-    ("clip + llama", "tp 2 x pp 2 | dp 2"),
+    pytest.param("clip + llama", "tp 2 x pp 2 | dp 2", marks=pytest.mark.slow),
     ("siglip + qwen2, tied", "dp 2 x tp 2 | tp 2 x pp 2"),
-    ("siglip + qwen3_moe, every other layer", "tp 2 x pp 2 | dp 2"),
-    ("qwen2_audio", "tp 2 x pp 2 | dp 2"),
+    pytest.param("siglip + qwen3_moe, every other layer", "tp 2 x pp 2 | dp 2", marks=pytest.mark.slow),
+    pytest.param("qwen2_audio", "tp 2 x pp 2 | dp 2", marks=pytest.mark.slow),
     pytest.param("qwen2_audio", "dp 2 x tp 2 | tp 2 x pp 2", marks=pytest.mark.slow),
 ]
 

@@ -18,7 +18,7 @@ from models.moe import Experts
 
 @pytest.mark.parametrize(
     "experts",
-    [pytest.param(None, marks=pytest.mark.slow), tiny.EXPERTS],
+    [None, pytest.param(tiny.EXPERTS, marks=pytest.mark.slow)],
     ids=["one kind of layer", "two kinds"],
 )
 def test_values_at_step_0_are_those_of_one_device_whatever_the_layouts(experts: Experts | None) -> None:

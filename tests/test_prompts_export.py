@@ -66,7 +66,7 @@ def base(directory: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("template", [PLAIN, CHAT], ids=["plain", "the folder's"])
+@pytest.mark.parametrize("template", [pytest.param(PLAIN, marks=pytest.mark.slow), CHAT], ids=["plain", "the folder's"])
 def test_three_prompts_at_once_are_answered_by_the_export_as_by_the_run(template: str, tmp_path: Path) -> None:
     folder = base(tmp_path)
     (tmp_path / "run.gin").write_text(GIN.replace("TEMPLATE", template).replace("FOLDER", str(folder)))
