@@ -13,8 +13,8 @@ from test_models import DECODER, RICH, SEQ, VIT, close, compiled, documents, ran
 from hetjax.core.remat import Keep, Remat
 from models.axes import ONE_DEVICE
 from models.decoder import Decoder
-from models.layers import dot
 from models.grouped import grouped_dot
+from models.layers import dot
 from models.moe import Experts
 from models.vit import ViT
 

@@ -20,6 +20,7 @@ from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Keep, Product, Remat, recorder
 from hetjax.core.trainer import Trainer
 from hetjax.run import recompute
+from models.grouped import grouped_dot
 
 pytest_plugins = ["one_trainer"]
 SGD = OptimizerConfig(name="sgd", learning_rate=0.1)
