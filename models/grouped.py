@@ -105,10 +105,8 @@ class Blocks:
         ends, counts = jnp.cumsum(sizes), -(-sizes // self.rows)
         last = jnp.cumsum(counts)
         number = jnp.arange(most, dtype=jnp.int32)
-        self.group = jnp.minimum(jnp.searchsorted(last, number, side="right", method="compare_all"), groups - 1).astype(
-            jnp.int32
-        )
-        # Behind the last block: no row is within
+        group = jnp.searchsorted(last, number, side="right", method="compare_all").astype(jnp.int32)
+        self.group = jnp.minimum(group, groups - 1)  # of numbers behind the last block: then no row is within
         self.first = (ends - sizes)[self.group] + (number - (last - counts)[self.group]) * self.rows
         self.end = ends[self.group]
         self.start = jnp.minimum(self.first, n - self.rows)
