@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,13 +97,9 @@ def test_a_program_of_more_experts_has_no_larger_workspace() -> None:
     """Nor a copy of all weights in the precision of the rows."""
 
     def workspace(groups: int) -> int:
-        shapes = (
-            ((256, 32), jnp.bfloat16),
-            ((groups, 32, 64), jnp.float32),
-            ((256, 64), jnp.bfloat16),
-            (groups, "int32"),
-        )
-        compiled = jax.jit(outputs).lower(*(jax.ShapeDtypeStruct(*given) for given in shapes)).compile()
+        x, w, g = (256, 32), (groups, 32, 64), (256, 64)
+        given = (x, jnp.bfloat16), (w, jnp.float32), (g, jnp.bfloat16), ((groups,), jnp.int32)
+        compiled = jax.jit(outputs).lower(*(jax.ShapeDtypeStruct(*of) for of in given)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert workspace(64) < 1.3 * workspace(8)
@@ -121,9 +117,7 @@ def test_a_platform_has_its_form(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert form("gpu", "NVIDIA A100", 4096, 8) == Form(256, True)
     assert form("gpu", "NVIDIA A100", 128, 64) == Form(least, True)
     assert form("gpu", "NVIDIA A100", 65536, 8) == Form(most, True)
-    assert [r.getMessage().split(": ")[1] for r in caplog.records] == [
-        "its kernels are for Hopper GPUs, not NVIDIA A100"
-    ]
+    assert [r.getMessage().split(", not ")[1] for r in caplog.records] == ["NVIDIA A100"]
     monkeypatch.setattr(hopper, "missing", lambda modules: None)
     assert form("gpu", "NVIDIA H100", 4096, 8) is None and form("gpu", "NVIDIA H100", 4000, 8) == Form(128, True)
 
@@ -138,7 +132,7 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In place of the kernels, plain products that leave NaN behind the last group and read what is there, as theirs
     do; what they were asked for."""
     asked: list[str] = []
@@ -160,17 +154,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name, module in zip(grouped_kernels.KERNELS, (fake, names), strict=True):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(grouped, "pick", lambda x, w: None)
-    yield asked
-    jax.clear_caches()  # of programs with the stand-in
+    return asked
 
 
 def test_kernels_give_what_blocks_do(stand_in: list[str], given: Arrays) -> None:
     """In the kernels' 16 bits; weights of 32 bits have gradients of 32 bits."""
-    x, w, g = (
-        jnp.asarray(given[0], jnp.bfloat16),
-        jnp.asarray(given[1], jnp.float32),
-        jnp.asarray(given[2], jnp.bfloat16),
-    )
+    x, w, g = (jnp.asarray(a, t) for a, t in zip(given, (jnp.bfloat16, jnp.float32, jnp.bfloat16), strict=True))
     sizes, behind = [7, 9, 0, 11, 3, 0], slice(30, None)
     expected = definition(*(np.asarray(a, np.float64) for a in (x, w.astype(jnp.bfloat16), g)), sizes)
     x, g = x.at[behind].set(jnp.nan), g.at[behind].set(jnp.nan)
