@@ -24,9 +24,9 @@ from models.weight import Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array, jax.Array]
 # Platform -> least and most rows of a block. On a CPU core 4,096 tokens of 4 experts each (float32, 512 x 1,024
-# features, forward and back) took 0.66, 0.57 and 0.50 s of its time in blocks of 64, 96 and 256 rows with 8 experts, 0.77,
-# 0.71 and 0.67 s with 64: in small blocks it matters least over how many experts the rows are spread. On a GPU a turn is
-# five kernels, each as long as its launch while blocks are small, so blocks grow with the rows of an expert.
+# features, forward and back) took 0.66, 0.57 and 0.50 s of its time in blocks of 64, 96 and 256 rows with 8 experts,
+# 0.77, 0.71 and 0.67 s with 64: in small ones it matters least over how many experts the rows are spread. On a GPU a
+# turn is five kernels, each as long as its launch while blocks are small, so blocks grow with the rows of an expert.
 BLOCKS = {"cpu": (64, 64), "gpu": (64, 512)}
 
 
