@@ -81,6 +81,10 @@ def products(program: Program, computation: Computation, op: Operation) -> tuple
     if target in ATTENTION:
         half = '"CAUSAL"' in op.attributes
         return ATTENTION[target] * _attention(computation, op, half), False
+    if _grouped(op):  # rows [n, a], or [a, n] of the weights' gradient, times what has the last dim of the result
+        operands = (computation.operand(op, i).results[0] for i in range(len(op.operands)))
+        rows = next(a for a in operands if len(a.dims) == 2)
+        return 2.0 * rows.size * op.results[0].dims[-1], False
     if target.startswith("mosaic"):  # without the ends of ranges, each query's last key is itself
         half = sum(computation.operations[name].results[0].dtype == "s32" for name in op.operands) in (1, 3)
         return MOSAIC[len(op.results)] * _attention(computation, op, half), False
@@ -99,7 +103,12 @@ def _attends(program: Program, op: Operation) -> bool:
     """Whether this is an attention kernel, or one whose operands are sliced within the operation."""
     if op.opcode == "fusion":
         return any(_attends(program, inner) for inner in program.called(op).operations.values())
-    return _target(op) in ATTENTION or _target(op).startswith("mosaic")
+    return _target(op) in ATTENTION or (_target(op).startswith("mosaic") and not _grouped(op))
+
+
+def _grouped(op: Operation) -> bool:
+    """Whether this is a kernel of grouped products; they visit each row once, but for parts of tiles."""
+    return _target(op).startswith("mosaic") and "ragged" in op.source
 
 
 def _attention(computation: Computation, op: Operation, half: bool) -> float:

@@ -1,8 +1,11 @@
-"""The grouped product of experts against one dense product of the same FLOPs: forward and both gradients.
+"""The grouped product of experts: it costs what the active ones cost, however many there are.
 
-    python benchmarks/grouped.py [--json FILE] [--tiny]
+    python benchmarks/grouped.py [--json FILE] [--tiny] [--described] [--repeats 6]
 
-Tokens are spread evenly over the experts; bfloat16 activations and float32 weights, float32 on a CPU.
+Forward and both gradients for tokens that each go to 4 experts, of 8 or of 64, drawn evenly; then beside one dense
+product of the same FLOPs. bfloat16 with float32 gradients of the weights, float32 on a CPU, where the second part takes
+minutes and is left out unless `--tiny`. `--described` compiles the first part for an H100 that is only described
+instead (needs the extra `cuda12` or `cuda13`), and runs nothing: FLOPs by cost.py, workspace by `memory_analysis`.
 """
 
 import argparse
@@ -12,43 +15,116 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cost
+import hlo
 import jax
 import jax.numpy as jnp
-from synthetic import median_seconds
+import numpy as np
+from gpu_programs import described
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from synthetic import measured, median_seconds
 
-from models.grouped import grouped_dot
+from models.grouped import grouped_dot, pick
 from models.layers import dot
+from models.weight import Weight
 
 CASES = ((8, 4096, 4096, 14336), (128, 8192, 2048, 768))  # experts, rows, features, hidden: Mixtral's, Qwen3-MoE's
+ACTIVE, FEW, MANY = 4, 8, 64  # experts
+SIZES, TINY = (4096, 512, 1024), (64, 16, 32)  # tokens, features, hidden
 
 
 def main() -> None:
-    """Prints a line per case."""
+    """Prints a line per program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--described", action="store_true")
+    parser.add_argument("--repeats", type=int, default=6)
     flags = parser.parse_args()
-    found = [measure(*((8, 64, 16, 32) if flags.tiny else case)) for case in CASES]
-    for row in found:
-        print("{experts} experts, {rows} rows: {ratio:.2f} of the dense products".format(**row))
-        print(*(f"  {name:<22} {ms:9.3f} ms" for name, ms in row["ms"].items()), sep="\n", flush=True)
+    sizes = TINY if flags.tiny else SIZES
+    print("{} tokens, {} x {} features, {} active experts, forward and backward".format(*sizes, ACTIVE))
+    found: list[dict[str, Any]] = [compiled(*sizes) if flags.described else active(*sizes, flags.repeats)]
+    if not flags.described and (flags.tiny or jax.default_backend() != "cpu"):
+        found += [beside_dense(*((8, 64, 16, 32) if flags.tiny else case)) for case in CASES]
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))
 
 
-def measure(experts: int, rows: int, features: int, hidden: int) -> dict[str, Any]:
+def dtype() -> Any:
+    """Of activations."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def drawn(experts: int, tokens: int) -> np.ndarray:
+    """Rows of each expert, where each token goes to different ones."""
+    chosen = np.argsort(np.random.default_rng(experts).random((tokens, experts)), 1)[:, :ACTIVE]
+    return np.bincount(chosen.reshape(-1), minlength=experts).astype(np.int32)
+
+
+def both(
+    x: jax.Array, w: jax.Array, tap: jax.Array, g: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The product and its gradients, of the weights in the precision of `tap`, as in a training step."""
+    y, pull = jax.vjp(lambda x, tap: grouped_dot(x, Weight(w, tap, w.shape), sizes), x, tap)
+    return y, *pull(g)
+
+
+def active(tokens: int, features: int, hidden: int, repeats: int) -> dict[str, Any]:
+    """Time with few and with many experts, in turns."""
+    x = jax.random.normal(jax.random.key(0), (tokens * ACTIVE, features), dtype())
+    g = jax.random.normal(jax.random.key(1), (tokens * ACTIVE, hidden), dtype())
+    program, runs = jax.jit(both), {}
+    for experts in (FEW, MANY):
+        w = jax.random.normal(jax.random.key(2), (experts, features, hidden), dtype())
+        given = x, w, w.astype(jnp.float32), g, jnp.asarray(drawn(experts, tokens))
+        runs[str(experts)] = functools.partial(lambda given: jax.block_until_ready(program(*given)), given)
+    times = measured(runs, repeats=repeats)
+    for experts, time in times.items():
+        print(f"  {experts:>3} experts  CPU time {1e3 * time.cpu:9.2f} ms  wall {1e3 * time.wall:9.2f} ms")
+    few, many = times[str(FEW)], times[str(MANY)]
+    ratio = {"cpu": many.cpu / few.cpu, "wall": many.wall / few.wall}
+    print(f"  ratio of CPU time {ratio['cpu']:.2f}, of wall time {ratio['wall']:.2f}", flush=True)
+    return {"times": {experts: time._asdict() for experts, time in times.items()}, "ratio": ratio}
+
+
+def compiled(tokens: int, features: int, hidden: int) -> dict[str, Any]:
+    """FLOPs and workspace with few and with many experts on a described H100, in bfloat16."""
+    mesh = jax.sharding.Mesh(described("1x1x1"), ("device",))
+    abstract = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+    program = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P(), out_specs=P()))
+    rows, found = tokens * ACTIVE, {}
+    for experts in (FEW, MANY):
+        x, g = abstract(jnp.bfloat16, rows, features), abstract(jnp.bfloat16, rows, hidden)
+        w, tap = (abstract(dtype, experts, features, hidden) for dtype in (jnp.bfloat16, jnp.float32))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            form = str(pick(x, w) or "the kernels of tokamax")
+        built = program.lower(x, w, tap, g, abstract(jnp.int32, experts)).compile()
+        flops = sum(op.times * op.flops for op in cost.costs(hlo.parse(built.as_text())))
+        workspace = built.memory_analysis().temp_size_in_bytes
+        found[experts] = {"form": form, "flops": flops, "workspace": workspace}
+        each, mib = flops / (6 * rows * features * hidden), workspace / 2**20
+        print(f"  {experts:>3} experts  FLOPs {each:.2f} of the active ones', workspace {mib:.1f} MiB: {form}")
+    ratio = {name: found[MANY][name] / found[FEW][name] for name in ("flops", "workspace")}
+    print(f"  ratio of FLOPs {ratio['flops']:.2f}, of workspace {ratio['workspace']:.2f}", flush=True)
+    return {"programs": found, "ratio": ratio}
+
+
+def beside_dense(experts: int, rows: int, features: int, hidden: int) -> dict[str, Any]:
     """Milliseconds of each product, grouped and dense, and the ratio of their sums."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (rows, features), dtype)
+    x = jax.random.normal(keys[0], (rows, features), dtype())
     w = jax.random.normal(keys[1], (experts, features, hidden), jnp.float32)
-    g = jax.random.normal(keys[2], (rows, hidden), dtype)
+    g = jax.random.normal(keys[2], (rows, hidden), dtype())
     sizes = jnp.full(experts, rows // experts, jnp.int32)
     forms = {"grouped": (lambda x, w: grouped_dot(x, w, sizes), w), "dense": (dot, w[0])}
     runs = {f"{name} {part}": run for name, (form, w) in forms.items() for part, run in products(form, x, w, g).items()}
     ms = {name: 1e3 * seconds for name, seconds in median_seconds(runs, repeats=5).items()}
     total = {name: sum(v for key, v in ms.items() if key.startswith(name)) for name in forms}
-    return {"experts": experts, "rows": rows, "ms": ms, "ratio": total["grouped"] / total["dense"]}
+    ratio = total["grouped"] / total["dense"]
+    print(f"{experts} experts, {rows} rows: {ratio:.2f} of the dense products")
+    print(*(f"  {name:<22} {taken:9.3f} ms" for name, taken in ms.items()), sep="\n", flush=True)
+    return {"experts": experts, "rows": rows, "ms": ms, "ratio": ratio}
 
 
 def products(form: Callable[..., jax.Array], x: jax.Array, w: jax.Array, g: jax.Array) -> dict[str, Callable[[], Any]]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from models.axes import program_device, vary_like
 from models.blockwise import blockwise
-from models.fused import fused, refusal, say
+from models.fused import fused, refusal
+from models.hopper import say
 from models.layers import wide
 from models.recompute import keeps_arguments
 from models.sight import Sight, everywhere
@@ -105,7 +106,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
         reason = refusal(q, k, device.device_kind)
         if reason is None:
             return fused(q, k, v, sight)
-        say(reason)
+        say("attention goes", reason)
     block, large = BLOCKS.get(device.platform, BLOCKS["gpu"])
     if q.shape[1] * k.shape[1] >= (large if sight is not None and sight.causal else UNRULED * large):
         return blockwise(q, k, v, sight or everywhere(q, k), block=block)

@@ -4,63 +4,36 @@ Where documents stand one behind another, what a query sees is a range of the ro
 [b, q] numbers, in place of a mask. They need no workspace, give the same bits again, and skip blocks of keys in the
 forward; the backward skips what is behind a query where queries and keys are the same tokens.
 
-They are private to tokamax 0.0.17, so that version alone is taken; its public operation has neither ranges nor a rule
-for `jax.shard_map`, which comes from a primitive here.
+The public operation of tokamax has neither ranges nor a rule for `jax.shard_map`, which comes from a primitive here.
 """
 
 import functools
 import importlib
-import importlib.metadata
-import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from models import hopper
 from models.axes import vary, varying_axes
 from models.opaque import opaque
 from models.sight import Ranges, Sight, in_order
 
-LOG = logging.getLogger(__name__)
-VERSION = "0.0.17"
-KERNELS = [f"tokamax._src.ops.attention.pallas_mosaic_gpu_{part}_sm90" for part in ("kernel", "vjp_kernel")]
-HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+KERNELS = tuple(f"tokamax._src.ops.attention.pallas_mosaic_gpu_{part}_sm90" for part in ("kernel", "vjp_kernel"))
 FEATURES, TILE = (64, 128), 128  # of a head; tokens of a kernel's tile
 
 
 def refusal(q: jax.Array, k: jax.Array, device_kind: str) -> str | None:
     """Why the kernels cannot serve where ranges are known; None where they can."""
-    if not HOPPER.search(device_kind):
-        return f"its kernels are for Hopper GPUs, not {device_kind}"
-    if q.dtype.itemsize != 2:
-        return f"its kernels are for 16 bits, not {q.dtype}"
+    reason = hopper.refusal(device_kind, q.dtype)
+    if reason is not None:
+        return reason
     if q.shape[-1] not in FEATURES:
         return f"heads have {q.shape[-1]} features, not {' or '.join(map(str, FEATURES))}"
     if q.shape[1] % TILE or k.shape[1] % TILE:
         return f"{q.shape[1]} queries over {k.shape[1]} keys are not both multiples of {TILE}"
-    return _missing()
-
-
-@functools.cache
-def _missing() -> str | None:
-    """What of tokamax is not here."""
-    try:
-        found = importlib.metadata.version("tokamax")
-        if found != VERSION:
-            return f"tokamax {VERSION} is needed (the extra `fused`), not {found}"
-        for name in KERNELS:
-            importlib.import_module(name)
-    except ImportError as failure:
-        return f"tokamax {VERSION} is needed (the extra `fused`, Python 3.12): {failure}"
-    return None
-
-
-@functools.cache
-def say(reason: str) -> None:
-    """Logs once that attention goes without the kernels."""
-    LOG.warning("attention goes in blocks of plain XLA, several times slower than a fused kernel: %s", reason)
+    return hopper.missing(KERNELS)
 
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:

@@ -14,22 +14,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from models import grouped_kernels
 from models.axes import program_device, vary_like
+from models.grouped_kernels import refusal
+from models.hopper import say
 from models.layers import GROUPED, wide
 from models.opaque import opaque
 from models.weight import Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array, jax.Array]
+# Platform -> least and most rows of a block. On a CPU core 4,096 tokens of 4 experts each (float32, 512 x 1,024
+# features, forward and back) took 0.66, 0.57 and 0.50 s of its time in blocks of 64, 96 and 256 rows with 8 experts,
+# 0.77, 0.71 and 0.67 s with 64: in small ones it matters least over how many experts the rows are spread. On a GPU a
+# turn is five kernels, each as long as its launch while blocks are small, so blocks grow with the rows of an expert.
 BLOCKS = {"cpu": (64, 64), "gpu": (64, 512)}
 
 
 class How(NamedTuple):
     """A product of `grouped_dots`: columns of each weight, precision of their gradients (None: none is wanted), and
-    how it is computed."""
+    its form (None: the kernels of models/grouped_kernels.py)."""
 
     widths: tuple[int, ...]
     gradient: Any
-    form: "Form"
+    form: "Form | None"
 
 
 class Form(NamedTuple):
@@ -56,22 +63,29 @@ def grouped_dots(x: jax.Array, sizes: jax.Array, *weights: jax.Array | Weight) -
         x = vary_like(x, value)
         like = functools.partial(vary_like, other=x)
         widths = tuple(shape[-1] for shape in shapes)
-        how = How(widths, taps[0].dtype if taps else None, form(len(x), len(sizes)))
+        how = How(widths, taps[0].dtype if taps else None, pick(x, value))
         y = _grouped_dot(how, x, like(value), tuple(map(like, taps)), sizes)
         found.append((places, split(y, widths)))
     return in_order(found)
 
 
-def form(rows: int, groups: int) -> Form:
-    """How `rows` rows in `groups` groups are multiplied, by the platform that the program is for.
+def pick(x: jax.Array, w: jax.Array) -> Form | None:
+    """How `x` [n, a] is multiplied with `w` [g, a, b] on the platform that the program is for.
 
-    Blocks hold half the rows of a mean group, as a power of two within the bounds of BLOCKS. On a GPU the loop has a
-    fixed number of turns, as many as any sizes need: the host would wait for the device at each turn of another.
+    On Hopper GPUs the kernels of tokamax serve, where it is installed, in 16 bits, if n, a and b are multiples of 128.
+    Anything else goes in blocks of half the rows of a mean group, as a power of two within the bounds of BLOCKS. On a
+    GPU their loop has a fixed number of turns, as many as any sizes need: the host would wait for the device at each
+    turn of another. `lax.ragged_dot` is never picked (see above).
     """
-    platform = program_device().platform
-    least, most = BLOCKS.get(platform, BLOCKS["gpu"])
-    half = 1 << max(rows // (2 * groups), 1).bit_length() - 1
-    return Form(min(rows, max(least, min(most, half))), platform != "cpu")
+    device, (groups, _, columns) = program_device(), w.shape
+    if device.platform == "gpu":
+        reason = refusal(device.device_kind, x.dtype, *x.shape, columns)
+        if reason is None:
+            return None
+        say("products of experts go", reason)
+    least, most = BLOCKS.get(device.platform, BLOCKS["gpu"])
+    half = 1 << max(len(x) // (2 * groups), 1).bit_length() - 1
+    return Form(min(len(x), max(least, min(most, half))), device.platform != "cpu")
 
 
 # -- in blocks ---------------------------------------------------------------------------------------------------------
@@ -88,19 +102,19 @@ class Block(NamedTuple):
 class Blocks:
     """Those of all groups, one behind another."""
 
-    def __init__(self, how: Form, n: int, sizes: jax.Array) -> None:
-        self.rows, groups = how.rows, len(sizes)
+    def __init__(self, form: Form, n: int, sizes: jax.Array) -> None:
+        self.rows, groups = form.rows, len(sizes)
         filled = min(n, groups)  # groups that can have rows
         most = (n + filled * (self.rows - 1)) // self.rows
         ends, counts = jnp.cumsum(sizes), -(-sizes // self.rows)
         last = jnp.cumsum(counts)
         number = jnp.arange(most, dtype=jnp.int32)
-        self.group = jnp.minimum(jnp.searchsorted(last, number, side="right"), groups - 1).astype(jnp.int32)
-        # Behind the last block: no row is within
+        group = jnp.searchsorted(last, number, side="right", method="compare_all").astype(jnp.int32)
+        self.group = jnp.minimum(group, groups - 1)  # of numbers behind the last block: then no row is within
         self.first = (ends - sizes)[self.group] + (number - (last - counts)[self.group]) * self.rows
         self.end = ends[self.group]
         self.start = jnp.minimum(self.first, n - self.rows)
-        self.count = most if how.every else last[-1]
+        self.count = most if form.every else last[-1]
 
     def __getitem__(self, number: jax.Array) -> Block:
         start = self.start[number]
@@ -113,8 +127,8 @@ class Blocks:
         return lax.dynamic_slice_in_dim(x, block.start, self.rows)
 
 
-def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, how: Form, transposed: bool) -> list[jax.Array]:
-    blocks = Blocks(how, len(x), sizes)
+def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, form: Form, transposed: bool) -> list[jax.Array]:
+    blocks = Blocks(form, len(x), sizes)
     summed, kept = (2, 1) if transposed else (1, 2)
 
     def step(number: jax.Array, y: jax.Array) -> jax.Array:
@@ -129,8 +143,8 @@ def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, how: Form, tra
     return [lax.fori_loop(0, blocks.count, step, jnp.zeros((len(x), w.shape[kept]), x.dtype))]
 
 
-def _run_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, *, how: Form, dtype: Any) -> list[jax.Array]:
-    blocks = Blocks(how, len(x), sizes)
+def _run_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, *, form: Form, dtype: Any) -> list[jax.Array]:
+    blocks = Blocks(form, len(x), sizes)
 
     def step(number: jax.Array, total: jax.Array) -> jax.Array:
         block = blocks[number]
@@ -145,12 +159,12 @@ def _run_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, *, how: Form, dt
 PRODUCT = opaque(
     GROUPED,
     _run_product,
-    lambda x, w, sizes, *, how, transposed: [((x.shape[0], w.shape[1 if transposed else 2]), x.dtype)],
+    lambda x, w, sizes, *, form, transposed: [((x.shape[0], w.shape[1 if transposed else 2]), x.dtype)],
 )
 GRADIENT = opaque(
-    "grouped_dot_gradient",
+    f"{GROUPED}_gradient",
     _run_gradient,
-    lambda x, g, sizes, *, how, dtype: [((*sizes.shape, x.shape[1], g.shape[1]), dtype)],
+    lambda x, g, sizes, *, form, dtype: [((*sizes.shape, x.shape[1], g.shape[1]), dtype)],
 )
 
 
@@ -158,7 +172,20 @@ GRADIENT = opaque(
 
 
 def _product(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> jax.Array:
-    return PRODUCT.bind(x, w, sizes, how=how.form, transposed=False)[0]
+    return _multiply(how, x, w, sizes, transposed=False)
+
+
+def _multiply(how: How, x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool) -> jax.Array:
+    if how.form is None:
+        return grouped_kernels.PRODUCT.bind(x, w, sizes, transposed=transposed)[0]
+    return PRODUCT.bind(x, w, sizes, form=how.form, transposed=transposed)[0]
+
+
+def _gradient(how: How, x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    precise = wide(jnp.promote_types(x.dtype, how.gradient))
+    if how.form is None:
+        return grouped_kernels.GRADIENT.bind(x, g, sizes, dtype=precise)[0]
+    return GRADIENT.bind(x, g, sizes, form=how.form, dtype=precise)[0]
 
 
 def _grouped_forward(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax.Array) -> tuple[jax.Array, Kept]:
@@ -169,12 +196,11 @@ def _grouped_forward(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax
 def _grouped_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...], None]:
     x, w, sizes = kept
     g = g.astype(x.dtype)
-    (g_x,) = PRODUCT.bind(g, w, sizes, how=how.form, transposed=True)
+    g_x = _multiply(how, g, w, sizes, transposed=True)
     if how.gradient is None:
         return g_x, None, (), None
-    precise = wide(jnp.promote_types(x.dtype, how.gradient))
-    (g_w,) = GRADIENT.bind(x, g, sizes, how=how.form, dtype=precise)
-    return g_x, None, tuple(split(g_w.astype(how.gradient), how.widths)), None
+    g_w = _gradient(how, x, g, sizes).astype(how.gradient)
+    return g_x, None, tuple(split(g_w, how.widths)), None
 
 
 _grouped_dot = jax.custom_vjp(_product, nondiff_argnums=(0,))

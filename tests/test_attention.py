@@ -250,7 +250,7 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_and_a_fused_kernel_the_other
         "fused",
         lambda q, k, v, sight: given.append((sight.zigzag, sight.window, sight.ranges.end.shape)) or q,
     )
-    monkeypatch.setattr(attention, "say", said.append)
+    monkeypatch.setattr(attention, "say", lambda what, reason: said.append(reason))
     asked = stand_in(monkeypatch)
     config = Decoder(vocab_size=8, width=32, num_layers=1, num_heads=4, num_kv_heads=2, mlp_width=8, sliding_window=5)
     definition = config.module(dtype, packed=packed)

@@ -15,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 from test_attention import Arrays, arrays, close, outputs, packed, zigzag
 
 from models import fused as module
+from models import hopper
 from models.attention import whole
 from models.axes import Axis
-from models.fused import BACKWARD, FORWARD, fused, refusal, say, within
+from models.fused import BACKWARD, FORWARD, fused, refusal, within
+from models.hopper import say
 from models.sight import Sight, in_order
 
 
@@ -157,8 +159,8 @@ def test_what_the_kernels_cannot_do_is_said(
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
-    monkeypatch.setattr(module, "KERNELS", ["json"] if kernels else ["json", "no_such_module"])
-    monkeypatch.setattr(module, "_missing", module._missing.__wrapped__)
+    monkeypatch.setattr(module, "KERNELS", ("json",) if kernels else ("json", "no_such_module"))
+    monkeypatch.setattr(hopper, "missing", hopper.missing.__wrapped__)
     q, k = jax.ShapeDtypeStruct((1, 128, 4, features), dtype), jax.ShapeDtypeStruct((1, tokens, 2, features), dtype)
     found = refusal(q, k, device)
     assert found is None if reason is None else reason.lower() in found.lower()
@@ -166,6 +168,6 @@ def test_what_the_kernels_cannot_do_is_said(
 
 def test_the_log_says_once_that_attention_goes_in_plain_blocks(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        say("a reason")
-        say("a reason")
+        say("attention goes", "a reason")
+        say("attention goes", "a reason")
     assert [r.getMessage().split(": ")[1] for r in caplog.records] == ["a reason"]

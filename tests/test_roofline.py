@@ -169,3 +169,27 @@ ENTRY %main (q: bf16[2,64,8,16], k: bf16[2,32,4,16], i: s32[2,1,64]) -> bf16[2,6
 """)
     [found] = cost.costs(program)
     assert found.kind == "attention" and found.flops == products * 2 * 2 * 64 * 8 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "operands"),
+    [
+        ("ragged_dot_sm90", "bf16[64,32]", "%x, %w, %sizes, %sizes"),
+        ("ragged_contracting_dim_dot_sm90", "f32[4,16,32]", "%sizes, %sizes, %xt, %g"),
+    ],
+)
+def test_kernels_of_grouped_products_count_each_row_once(name: str, result: str, operands: str) -> None:
+    program = hlo.parse(f"""\
+HloModule grouped, entry_computation_layout={{}}
+
+ENTRY %main (x: bf16[64,16], xt: bf16[16,64], g: bf16[64,32], w: bf16[4,16,32], sizes: s32[4]) -> {result} {{
+  %x = bf16[64,16]{{1,0}} parameter(0)
+  %xt = bf16[16,64]{{1,0}} parameter(1)
+  %g = bf16[64,32]{{1,0}} parameter(2)
+  %w = bf16[4,16,32]{{2,1,0}} parameter(3)
+  %sizes = s32[4]{{0}} parameter(4)
+  ROOT %y = {result} custom-call({operands}), {MOSAIC}, metadata={{op_name="jit(f)/{name}/mpmd_map"}}
+}}
+""")
+    [found] = cost.costs(program)
+    assert (found.kind, found.flops, found.wide) == ("products", 2 * 64 * 16 * 32, False)

@@ -1,0 +1,73 @@
+"""The grouped product on Hopper GPUs: the kernels of tokamax for the product and for the weights' gradient.
+
+They visit the rows that there are, in tiles of one group each, and give the same bits again. The input's gradient is a
+product with the weights transposed, of which the kernel wants a copy.
+"""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models import hopper
+from models.layers import GROUPED
+from models.opaque import opaque
+
+PACKAGE = "tokamax._src.ops.ragged_dot.pallas_mosaic_gpu"
+KERNELS = (f"{PACKAGE}_kernel_sm90", f"{PACKAGE}_common")
+TILE = 128  # of rows and of features: a kernel's largest
+
+
+def refusal(device_kind: str, dtype: Any, *sizes: int) -> str | None:
+    """Why they cannot serve rows and features of these `sizes`; None where they can."""
+    reason = hopper.refusal(device_kind, dtype)
+    if reason is None and any(size % TILE for size in sizes):
+        rows, *features = sizes
+        reason = f"{rows} rows of {' and '.join(map(str, features))} features are not all multiples of {TILE}"
+    return reason or hopper.missing(KERNELS)
+
+
+def _config() -> Any:
+    """What tokamax takes on Hopper GPUs where it has not measured."""
+    common = importlib.import_module(KERNELS[1])
+    return common.Config(
+        block_m=64,
+        block_n=64,
+        block_k=128,
+        num_stages=2,
+        split_k=1,
+        persistent=False,
+        grid_minor_dim=common.MatmulDimension.M,
+        grid_tile_width=1,
+    )
+
+
+def _filled(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`x`, and 0 in the rows of no group: the kernels leave there what was in memory, and read it."""
+    return jnp.where((jnp.arange(len(x), dtype=jnp.int32) < jnp.sum(sizes))[:, None], x, 0)
+
+
+def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool) -> list[jax.Array]:
+    kernel = importlib.import_module(KERNELS[0]).ragged_dot_kernel
+    w = (w.swapaxes(1, 2) if transposed else w).astype(x.dtype)
+    return [_filled(kernel(x, w, sizes, x.dtype, _config()), sizes)]
+
+
+def _run_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, *, dtype: Any) -> list[jax.Array]:
+    kernel = importlib.import_module(KERNELS[0]).ragged_contracting_dim_dot_kernel
+    return [kernel(_filled(x, sizes), _filled(g, sizes), sizes, jnp.dtype(dtype), _config())]
+
+
+PRODUCT = opaque(
+    GROUPED,
+    _run_product,
+    lambda x, w, sizes, *, transposed: [((x.shape[0], w.shape[1 if transposed else 2]), x.dtype)],
+    narrow=True,
+)
+GRADIENT = opaque(
+    f"{GROUPED}_gradient",
+    _run_gradient,
+    lambda x, g, sizes, *, dtype: [((*sizes.shape, x.shape[1], g.shape[1]), dtype)],
+    narrow=True,
+)
