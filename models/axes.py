@@ -13,41 +13,60 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One mesh axis. `name` None means absent: every collective is the identity, the index is 0."""
+    """One axis of a layout, and the mesh axes that it is made of, outermost first. None means that it is absent: every
+    collective is the identity, the index is 0."""
 
-    name: str | None = None
+    names: tuple[str, ...] = ()
     size: int = 1
 
     def vary(self, x: jax.Array) -> jax.Array:
         """`x`, typed as varying over the axis."""
-        return vary(x, (self.name,)) if self.name else x
+        return vary(x, self.names) if self.names else x
 
     def psum(self, x: jax.Array) -> jax.Array:
         """Sum of `x` over the axis, the same on each of its devices."""
-        return lax.psum(x, self.name) if self.name else x
+        return lax.psum(x, self.names) if self.names else x
 
     def pmax(self, x: jax.Array) -> jax.Array:
         """Largest `x` over the axis (not differentiable: stop the gradient first)."""
-        return lax.pmax(x, self.name) if self.name else x
+        return lax.pmax(x, self.names) if self.names else x
 
     def gather(self, x: jax.Array, dim: int) -> jax.Array:
         """All shards of `x`, concatenated along `dim` in axis order; its transpose is a reduce-scatter."""
-        return lax.all_gather(x, self.name, axis=dim, tiled=True) if self.name else x
+        return lax.all_gather(x, self.names, axis=dim, tiled=True) if self.names else x
+
+    def scatter(self, x: jax.Array, dim: int) -> jax.Array:
+        """The sum of `x` over the axis, of which each device takes its part along `dim`."""
+        return lax.psum_scatter(x, self.names, scatter_dimension=dim, tiled=True) if self.names else x
 
     def index(self) -> jax.Array | int:
         """This device's position on the axis."""
-        return lax.axis_index(self.name) if self.name else 0
+        return lax.axis_index(self.names) if self.names else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes of one stage: data (dp), context (cp) and tensor (tp)."""
+    """The axes of one stage: data (dp), context (cp) and tensor (tp).
+
+    sp: tp again where, between the blocks of a layer, tokens are cut over it (sequence parallelism), else absent.
+    """
 
     dp: Axis = Axis()
     cp: Axis = Axis()
     tp: Axis = Axis()
+    sp: Axis = Axis()
+
+    @property
+    def stream(self) -> Axis:
+        """What cuts the tokens between the blocks of a layer."""
+        return Axis(self.cp.names + self.sp.names, self.cp.size * self.sp.size)
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum over tp of partial results `x` [b, s, d]; where sp cuts the tokens, this device's of it."""
+        return self.sp.scatter(x, dim=1) if self.sp.names else self.tp.psum(x)
 
 
+ABSENT = Axis()
 ONE_DEVICE = Axes()
 
 
@@ -70,3 +89,9 @@ def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
 def program_device() -> Any:
     """A device that the program is for: of the mesh, which need not be of this process, or of the process."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def sum_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x`, summed over the axes over which `other` does not vary: the transpose of casting `other` to its type."""
+    extra = tuple(sorted(varying_axes(x) - varying_axes(other)))
+    return lax.psum(x, extra) if extra else x

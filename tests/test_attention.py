@@ -149,7 +149,7 @@ def test_on_a_mesh_gradients_are_those_of_one_device(form: Any, remat: bool, x64
     positions, segments = packed(rng, 2, s)
     expected = outputs(lambda *x: whole(*x, Sight(positions, segments, positions, segments)), q, k, v, g)
     mesh = jax.make_mesh((2, 2, 2), ("dp", "cp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    cp = Axis("cp", 2)
+    cp = Axis(("cp",), 2)
 
     def program(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, *places: jax.Array) -> Arrays:
         def function(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -256,7 +256,7 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_and_a_fused_kernel_the_other
     definition = config.module(dtype, packed=packed)
     layer = definition.layers[0]
     mesh = jax.sharding.AbstractMesh((cp,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
-    axes = Axes(cp=Axis("cp", cp))
+    axes = Axes(cp=Axis(("cp",), cp))
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     carry = {"x": jax.ShapeDtypeStruct((2, 8, 32), dtype)}
     run = jax.shard_map(

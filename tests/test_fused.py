@@ -97,7 +97,7 @@ def test_on_a_mesh_values_and_gradients_are_those_of_one_device(remat: bool, win
     rule = Sight(positions, segments, positions, segments, window=window)
     expected = outputs(lambda *x: whole(*x, rule), q, k, v, g)
     mesh = jax.make_mesh((2, 2, 2), ("dp", "cp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    cp = Axis("cp", 2)
+    cp = Axis(("cp",), 2)
 
     def program(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, *places: jax.Array) -> Arrays:
         def function(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core.layout import AXES, Layout, check_batch, like, picture, plan_stages, zero_spec, zigzag
+from hetjax.core.layout import AXES, Layout, check_batch, like, picture, plan_stages, zigzag
+from hetjax.core.mesh import Spread
 from models.contract import ModuleDef, Part
 
 EMPTY = Part(lambda key: {}, lambda params, x, batch, axes: x, {})
@@ -83,13 +84,22 @@ def test_zigzag_is_a_permutation_with_equal_causal_work(cp: int) -> None:
     assert (work == work[0]).all()
 
 
-def test_zero_spec_cuts_the_first_dim_whose_shard_divides() -> None:
-    mesh = plan_stages("m", module(), Layout(dp=2, cp=2, tp=2), jax.devices())[0].mesh
-    assert zero_spec((3, 8, 6), P(None, None, "tp"), mesh) == (P(None, ("dp", "cp"), "tp"), 1)
-    assert zero_spec((3, 8), P(None, "tp"), mesh) == (P(None, ("tp", "dp", "cp")), 1)
-    assert zero_spec((3, 6), P(None, "tp"), mesh) == (P(None, "tp"), None)
-    alone = plan_stages("m", module(), Layout(tp=2), jax.devices())[0].mesh
-    assert zero_spec((3, 8), P(None, "tp"), alone) == (P(None, "tp"), None)
+def test_zero_1_cuts_the_first_dim_whose_shard_divides() -> None:
+    grid = plan_stages("m", module(), Layout(dp=2, cp=2, tp=2), jax.devices())[0].grid
+    replicas, last = ("dp", "cp"), P(None, "tp")
+    assert grid.spread((3, 8, 6), P(None, None, "tp")).cut == P(None, replicas, "tp")
+    assert grid.spread((3, 8), last) == Spread(last, replicas, 4, P(None, ("tp", *replicas)), 1)
+    assert grid.spread((3, 6), last) == Spread(last, replicas, 4, last, None)
+    assert grid.spread((8, 3), P(), stacked=True).dim is None
+    alone = plan_stages("m", module(), Layout(tp=2), jax.devices())[0].grid
+    assert alone.spread((3, 8), last) == Spread(last, replicas, 1, last, None)
+
+
+def test_a_parameter_is_no_replica_along_axes_that_cut_it() -> None:
+    grid = plan_stages("m", module(), Layout(dp=2, cp=2), jax.devices())[0].grid
+    spread = grid.spread((4, 8), P("cp"))
+    assert spread == Spread(P("cp"), ("dp",), 2, P(("cp", "dp"), None), 0)
+    assert spread.accumulator == P(("dp",), "cp")
 
 
 REFUSED = [

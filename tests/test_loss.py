@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 from test_model_precision import jaxprs
 from test_models import close
 
-from hetjax.core.layout import DATA_AXES
 from hetjax.core.loss import Head, add_gradients, token_scores
 from models.axes import ONE_DEVICE, Axes, Axis, vary
 
 Tree = Any
+DATA = ("dp", "cp")
 B, S, D, V = 3, 8, 6, 16
 Inputs = tuple[np.ndarray, ...]
 
@@ -63,7 +63,7 @@ def in_chunks(
 def over_tp(function: Any, tp: int, out: Any) -> Any:
     """`function(..., axes=)` as one program on `tp` devices, the head's vocabulary cut."""
     mesh = Mesh(np.array(jax.devices()[:tp]), ("tp",))
-    function = functools.partial(function, axes=Axes(tp=Axis("tp", tp)))
+    function = functools.partial(function, axes=Axes(tp=Axis(("tp",), tp)))
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P(), P(None, "tp"), P(), P()), out_specs=out))
 
 
@@ -88,14 +88,14 @@ def test_replicas_may_have_more_or_fewer_tokens_with_weight_or_none(x64: None) -
     weights = np.ones_like(weights)
     weights[B:] = 0
     weights[B + 1, 3] = 0.5
-    mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 1, 2), (*DATA_AXES, "tp"))
-    axes = Axes(dp=Axis("dp", 3), cp=Axis("cp", 1), tp=Axis("tp", 2))
+    mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 1, 2), (*DATA, "tp"))
+    axes = Axes(dp=Axis(("dp",), 3), cp=Axis(("cp",), 1), tp=Axis(("tp",), 2))
 
     def program(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> Tree:
-        found = in_chunks(x, vary(head, DATA_AXES), targets, weights, axes=axes, chunk=5)
-        return jax.lax.psum(found[0], DATA_AXES), found[1], jax.lax.psum(found[2], DATA_AXES)
+        found = in_chunks(x, vary(head, DATA), targets, weights, axes=axes, chunk=5)
+        return jax.lax.psum(found[0], DATA), found[1], jax.lax.psum(found[2], DATA)
 
-    cut, columns = P(*DATA_AXES), P(None, "tp")
+    cut, columns = P(*DATA), P(None, "tp")
     run = jax.shard_map(program, mesh=mesh, in_specs=(cut, columns, cut, cut), out_specs=(P(), cut, columns))
     close(jax.jit(run)(x, head, targets, weights), right((x, head, targets, weights)))
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 from conftest import Counter
-from jax.sharding import Mesh
 
-from hetjax.core.layout import AXES, Layout, sharding, spec, zigzag
+from hetjax.core.layout import Layout, make_grid, zigzag
+from hetjax.core.mesh import Grid
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.packing import Packing, Prepared, packings, unpack
 from hetjax.core.remat import Remat
@@ -37,30 +37,29 @@ def microbatch(*, wide: bool) -> dict[str, np.ndarray]:
     return arrays
 
 
-def mesh_of(layout: Layout) -> Mesh:
-    grid = np.array(jax.devices()[: layout.stage_size])
-    return Mesh(grid.reshape(layout.dp, layout.copies, layout.cp, layout.tp), AXES)
+def grid_of(layout: Layout) -> Grid:
+    return make_grid(layout, jax.devices()[: layout.stage_size])
 
 
-def packed_for(mesh: Mesh, arrays: dict[str, np.ndarray]) -> tuple[Packing, ...]:
+def packed_for(grid: Grid, arrays: dict[str, np.ndarray]) -> tuple[Packing, ...]:
     dims = {name: DIMS[name.split(".")[0]] for name in arrays}
-    abstract = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh, dims[k])) for k, a in arrays.items()}
-    return packings(abstract, {k: 1 for k in arrays if "seq" in dims[k] and mesh.shape["cp"] > 1})
+    abstract = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=grid.sharding(dims[k])) for k, a in arrays.items()}
+    return packings(abstract, {k: 1 for k in arrays if "seq" in dims[k] and grid.axes.cp.size > 1})
 
 
-def arrived(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def arrived(grid: Grid, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The arrays behind a program that took them apart."""
-    mine = packed_for(mesh, arrays)
+    mine = packed_for(grid, arrays)
     placed = [p.place(p.pack(arrays)) for p in mine]
-    specs = {name: spec(DIMS[name.split(".")[0]]) for name in arrays}
+    specs = {name: grid.spec(DIMS[name.split(".")[0]]) for name in arrays}
     in_specs = ([p.sharding.spec for p in mine],)
-    program = jax.shard_map(lambda words: unpack(mine, words), mesh=mesh, in_specs=in_specs, out_specs=specs)
+    program = jax.shard_map(lambda words: unpack(mine, words), mesh=grid.mesh, in_specs=in_specs, out_specs=specs)
     return jax.jit(program)(placed)
 
 
 def check(layout: Layout, *, wide: bool) -> None:
-    mesh, arrays = mesh_of(layout), microbatch(wide=wide)
-    got = arrived(mesh, arrays)
+    arrays = microbatch(wide=wide)
+    got = arrived(grid_of(layout), arrays)
     assert got.keys() == arrays.keys()
     for name, array in arrays.items():
         if name.startswith("text") and layout.cp > 1:
@@ -84,7 +83,7 @@ def test_numbers_of_64_bits_arrive_where_jax_has_them(x64: None) -> None:
 
 def test_arrays_cut_alike_are_one() -> None:
     arrays = {k: a for k, a in microbatch(wide=False).items() if k.startswith("text")}
-    (packing,) = packed_for(mesh_of(Layout(dp=2, cp=2, tp=2)), arrays)
+    (packing,) = packed_for(grid_of(Layout(dp=2, cp=2, tp=2)), arrays)
     assert packing.struct.shape == (2, 2, 24 + 24 + 6 + 6) and packing.axes == ("dp", "cp")
 
 
@@ -92,12 +91,12 @@ def test_types_that_jax_would_change_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"'text\.float64' is float64; set jax_enable_x64, or make it a type of 32 bits"
     ):
-        packed_for(mesh_of(Layout()), {"text.float64": np.zeros((4, 24))})
+        packed_for(grid_of(Layout()), {"text.float64": np.zeros((4, 24))})
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((4, 23), np.int32), np.zeros((4, 24), np.int64)], ids=["shape", "type"])
 def test_a_microbatch_of_another_shape_is_refused(wrong: np.ndarray) -> None:
-    (packing,) = packed_for(mesh_of(Layout()), {"text.a": np.zeros((4, 24), np.int32)})
+    (packing,) = packed_for(grid_of(Layout()), {"text.a": np.zeros((4, 24), np.int32)})
     with pytest.raises(ValueError, match=r"'text.a' is int.*, the trainer was built for int32\[4, 24\]; give it"):
         packing.pack({"text.a": wrong})
 

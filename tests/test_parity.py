@@ -149,6 +149,17 @@ KINDS = {
     "pp 2, attention in blocks, products kept": Case(
         Layout(pp=2, cp=2, devices=LOW), Layout(tp=2, pp=2, devices=HIGH), blocks=(5, 1), remat=Remat.DOTS
     ),
+    "sp: pp 2, tied; encoder cp 2, no remat": Case(
+        Layout(tp=2, pp=2, sp=True, devices=LOW), Layout(cp=2, tp=2, sp=True), tied=True, remat=Remat.NONE
+    ),
+    "sp: dp 2 cp 2, experts; encoder pp 2, features of two layers": Case(
+        Layout(dp=2, cp=2, tp=2, sp=True),
+        Layout(tp=2, pp=2, sp=True, devices=LOW),
+        experts=tiny.EXPERTS,
+        feature_layer=(-1, 0),
+        remat=Remat.DOTS,
+    ),
+    "sp: tp 4; audio": Case(Layout(tp=4, sp=True), Layout(dp=2), Layout(tp=2, sp=True, devices=LOW[:1] + "-1")),
     "uneven stages, tied": Case(Layout(pp=2, layers=(1, 3), dp=2, devices=LOW), Layout(tp=4, devices=HIGH), tied=True),
 }
 PAPER_CASES = {
@@ -159,7 +170,7 @@ PAPER_CASES = {
 DEFAULT = [
     "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2", "ratio 3 to 2", "overlapping", "two encoders",
     "projector only", "text-only microbatches, and some without targets", "2/2/1|2/1/2 colocated",
-    "experts, llm tp 2 cp 2 pp 2",
+    "experts, llm tp 2 cp 2 pp 2", "sp: pp 2, tied; encoder cp 2, no remat",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 

@@ -1,7 +1,7 @@
 """Gradient accumulators: each data replica adds its microbatches' gradients in place; the step's end sums and measures.
 
 Inside of the per-device programs an accumulator has a leading dim of 1, which is this replica's part of a dim over
-(dp, cp). Nothing empties one: the first microbatch of a step writes where the others add.
+the replicas. Nothing empties one: the first microbatch of a step writes where the others add.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hetjax.core.layout import DATA_AXES
+from hetjax.core.mesh import Spread
 from models.axes import varying_axes
 from models.layers import wide
 
@@ -50,15 +50,15 @@ def _sum(old: jax.Array, new: jax.Array, first: jax.Array | bool) -> jax.Array:
     return jnp.where(first, new, old + new)
 
 
-def reduce(acc: Tree, zero_dims: Tree) -> Tree:
-    """The sum over the data replicas, cut over them along each leaf's dim of `zero_dims`; -1: whole on each."""
+def reduce(acc: Tree, spreads: Tree) -> Tree:
+    """The sums over the replicas of each leaf, cut over them as its `Spread` says."""
 
-    def reduce_leaf(leaf: jax.Array, dim: int) -> jax.Array:
-        if dim < 0:
-            return lax.psum(leaf[0], DATA_AXES)
-        return lax.psum_scatter(leaf[0], DATA_AXES, scatter_dimension=dim, tiled=True)
+    def reduce_leaf(leaf: jax.Array, spread: Spread) -> jax.Array:
+        if spread.dim is None:
+            return lax.psum(leaf[0], spread.replicas)
+        return lax.psum_scatter(leaf[0], spread.replicas, scatter_dimension=spread.dim, tiled=True)
 
-    return jax.tree.map(reduce_leaf, acc, zero_dims)
+    return jax.tree.map(reduce_leaf, acc, spreads)
 
 
 def squares(grads: Tree, dtype: Any) -> jax.Array:

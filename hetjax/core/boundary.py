@@ -26,7 +26,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from hetjax.core import wire
-from hetjax.core.transfer import Leaf, Pieces, Program, Route, axis_names, landing
+from hetjax.core.mesh import axis_names
+from hetjax.core.transfer import Leaf, Pieces, Program, Route, landing
 
 Tree = dict[str, jax.Array]
 

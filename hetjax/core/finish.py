@@ -37,7 +37,7 @@ class Reduced(NamedTuple):
     """The step's gradients, sharded over the data replicas."""
 
     grads: dict[StageKey, Tree]
-    acc: dict[StageKey, Tree]  # accumulators of the next step; of a stage with one replica, the gradients themselves
+    acc: dict[StageKey, Tree]  # accumulators of the next step; of a leaf without replicas, the gradient itself
     squares: list[jax.Array]  # of each stage's complete leaves, then of each tie's
 
 

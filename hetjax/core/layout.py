@@ -1,4 +1,4 @@
-"""Where a module stands and how it is cut: layouts, placement, stage meshes. The only file that builds a mesh.
+"""Where a module stands and how it is cut: layouts, placement, stages. The only file that builds a mesh.
 
 A stage's devices form a grid of four axes, outermost first:
 
@@ -14,31 +14,18 @@ eight devices, dp=2, tp=2, pp=2:
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from hetjax.core import stacks
-from models.axes import Axes, Axis
-from models.contract import Dims, ModuleDef
+from hetjax.core.mesh import Grid
+from models.axes import Axes
+from models.contract import ModuleDef
 
 AXES = ("dp", "copies", "cp", "tp")
-DATA_AXES = ("dp", "cp")  # axes over which a parameter's gradient is summed
-LOGICAL = {
-    "batch": "dp",
-    "items": "dp",
-    "seq": "cp",
-    "heads": "tp",
-    "kv_heads": "tp",
-    "mlp": "tp",
-    "vocab": "tp",
-    "experts": None,  # every device of a stage holds all of them
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +34,7 @@ class Layout:
 
     `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
+    `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the tokens are cut over tp.
     """
 
     dp: int = 1
@@ -54,6 +42,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     copies: int = 1
+    sp: bool = False
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
 
@@ -62,6 +51,8 @@ class Layout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
+        if self.sp and self.tp == 1:
+            raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
         if isinstance(self.devices, str):
             object.__setattr__(self, "devices", _parse_devices(self.devices))
         elif self.devices is not None:
@@ -88,6 +79,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = [f"{n}={getattr(self, n)}" for n in ("dp", "copies", "cp", "tp", "pp") if getattr(self, n) > 1]
+        sizes += ["sp"] * self.sp
         return " x ".join(sizes) or "dp=1"
 
 
@@ -118,14 +110,14 @@ def _parse_devices(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage of a module: layers `lo` to `hi` on `mesh`."""
+    """One pipeline stage of a module: layers `lo` to `hi` on the mesh of `grid`."""
 
     module: str
     index: int
     num_stages: int
     lo: int
     hi: int
-    mesh: Mesh
+    grid: Grid
     device_ids: tuple[int, ...]
 
     @property
@@ -141,7 +133,12 @@ class StagePlan:
     @property
     def axes(self) -> Axes:
         """What the module's code sees of the mesh."""
-        return Axes(**{name: Axis(name, self.mesh.shape[name]) for name in ("dp", "cp", "tp")})
+        return self.grid.axes
+
+    @property
+    def mesh(self) -> Mesh:
+        """Its devices."""
+        return self.grid.mesh
 
 
 def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Sequence[jax.Device]) -> list[StagePlan]:
@@ -152,10 +149,17 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
     plans = []
     for index in range(layout.pp):
         ids = layout.device_ids[index * layout.stage_size : (index + 1) * layout.stage_size]
-        grid = np.array([devices[i] for i in ids]).reshape(layout.dp, layout.copies, layout.cp, layout.tp)
+        grid = make_grid(layout, [devices[i] for i in ids])
         lo = sum(counts[:index])
-        plans.append(StagePlan(name, index, layout.pp, lo, lo + counts[index], Mesh(grid, AXES), ids))
+        plans.append(StagePlan(name, index, layout.pp, lo, lo + counts[index], grid, ids))
     return plans
+
+
+def make_grid(layout: Layout, devices: Sequence[jax.Device]) -> Grid:
+    """The mesh of one stage of a layout on these devices."""
+    sizes = [getattr(layout, name) for name in AXES]
+    parts = {name: (name,) for name in AXES} | {"sp": ("tp",) if layout.sp else ()}
+    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), parts)
 
 
 def _check_devices(name: str, layout: Layout, available: int) -> None:
@@ -182,8 +186,16 @@ def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
                 f"{name}: {axis}={getattr(layout, axis)}, but the model's code does not handle {axis} "
                 f"(it handles {', '.join(sorted(definition.axes))}); set {axis}=1"
             )
+    if layout.sp and "sp" not in definition.axes:
+        raise ValueError(f"{name}: sp=True, but the model's tokens cannot be cut over tp; set sp=False")
+    for what, count in definition.divisible.get("sp", {}).items():
+        if layout.sp and count % (layout.cp * layout.tp):
+            raise ValueError(
+                f"{name}: sp=True cuts {what}={count} over cp x tp = {layout.cp * layout.tp} devices, which do not "
+                "divide them; set sp=False, or make cp or tp smaller"
+            )
     for axis, counts in definition.divisible.items():
-        size = getattr(layout, axis)
+        size = 1 if axis == "sp" else getattr(layout, axis)
         for what, count in counts.items():
             if count % size:
                 fits = [str(n) for n in range(1, count + 1) if count % n == 0]
@@ -225,50 +237,11 @@ def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items:
             f"{name}: cp={layout.cp} cuts the sequence into {2 * layout.cp} chunks (zig-zag), which do not divide "
             f"seq_len={seq}; make seq_len a multiple of {2 * layout.cp}"
         )
-
-
-def spec(dims: Dims) -> P:
-    """The partition spec of a tensor with these logical dims."""
-    return P(*(LOGICAL[d] if d else None for d in dims))
-
-
-def sharding(mesh: Mesh, dims: Dims) -> NamedSharding:
-    """The sharding on `mesh` of a tensor with these logical dims."""
-    return NamedSharding(mesh, spec(dims))
-
-
-def param_specs(definition: ModuleDef, plan: StagePlan) -> dict:
-    """Partition specs of a stage's parameters: {"first", "layers", "last"}, as far as the stage has them."""
-    specs = {}
-    if plan.first:
-        specs["first"] = _specs(definition.first.logical)
-    if plan.hi > plan.lo:
-        kinds = [_specs(part.logical, stacked=True) for part in definition.layers[plan.lo : plan.hi]]
-        specs[stacks.LAYERS] = stacks.join(kinds, lambda same: same[0])
-    if plan.last:
-        specs["last"] = _specs(definition.last.logical)
-    return specs
-
-
-def _specs(logical: Mapping, *, stacked: bool = False) -> dict:
-    lead = (None,) if stacked else ()
-    return {k: _specs(v, stacked=stacked) if isinstance(v, Mapping) else spec((*lead, *v)) for k, v in logical.items()}
-
-
-def zero_spec(shape: tuple[int, ...], where: P, mesh: Mesh, *, skip: bool = False) -> tuple[P, int | None]:
-    """(spec, dim) of a parameter cut over its data replicas too, on the first dim whose shard divides (ZeRO-1).
-
-    dim None: there is one replica, or none divides, and every replica keeps the whole leaf. `skip` leaves the first dim
-    alone: stacked layers are stored one by one.
-    """
-    replicas = math.prod(mesh.shape[a] for a in DATA_AXES)
-    entries = [*where, *[None] * (len(shape) - len(where))]
-    for dim, (size, entry) in enumerate(zip(shape, entries, strict=True)):
-        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        local = size // math.prod(mesh.shape[a] for a in names)
-        if replicas > 1 and local % replicas == 0 and not (skip and dim == 0):
-            return P(*entries[:dim], (*names, *DATA_AXES), *entries[dim + 1 :]), dim
-    return where, None
+    if is_sink and layout.sp and seq % (layout.cp * layout.tp):
+        raise ValueError(
+            f"{name}: sp=True cuts the sequence over cp x tp = {layout.cp * layout.tp} devices, which do not divide "
+            f"seq_len={seq}; make seq_len a multiple of that, or set sp=False"
+        )
 
 
 def zigzag(seq: int, cp: int) -> np.ndarray:

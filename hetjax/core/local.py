@@ -19,11 +19,12 @@ from jax import lax
 
 from hetjax.core import accumulators, loss, residuals, stacks
 from hetjax.core.graph import Module
-from hetjax.core.layout import DATA_AXES, StagePlan, spec
+from hetjax.core.layout import StagePlan
+from hetjax.core.mesh import axes_of
 from hetjax.core.parameters import Parameters
 from hetjax.core.remat import Policy
 from hetjax.core.residuals import Kept
-from hetjax.core.settled import axes_of, settle
+from hetjax.core.settled import settle
 from hetjax.core.stacks import LAYERS, Run
 from models.axes import vary
 from models.contract import Batch, Params
@@ -97,7 +98,7 @@ class Local:
         y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
         total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
-        return {k: settle(v, frozenset(DATA_AXES)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": ids}.items()}
 
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
@@ -177,7 +178,7 @@ class Local:
         def features(w: Params, carry: Tree) -> jax.Array:
             last = self.working.given("last", weights, w)
             x = definition.last.apply(last, carry, given.batch, self.plan.axes)["x"]
-            return settle(x, axes_of(spec(definition.output["x"])))
+            return settle(x, axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names))
 
         x, pull = jax.vjp(features, w, carry)
         head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
@@ -197,7 +198,7 @@ class Local:
         return loss.chunk_size(self.plan.mesh.devices.flat[0].platform, ids)
 
     def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
-        return Given(jax.tree.map(_vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))
+        return Given(jax.tree.map(self._vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))
 
     def _first(self, given: Given) -> Params:
         """What of the first part is differentiated."""
@@ -211,7 +212,7 @@ class Local:
     def _start(self, w: Params, x: Tree, batch: Batch) -> Tree:
         """The carry in front of the layers."""
         first = self._remat(lambda w, x: self.module.definition.first.apply(w, x, batch, self.plan.axes))
-        carry = jax.tree.map(_vary, first(w, x) if self.plan.first else x)  # as what meets parameters is
+        carry = jax.tree.map(self._vary, first(w, x) if self.plan.first else x)  # as what meets parameters is
         for name, c in carry.items():
             if not jnp.issubdtype(c.dtype, jnp.floating):
                 raise ValueError(
@@ -224,7 +225,10 @@ class Local:
         """What leaves a stage that does not end in the loss; `w` are the parameters of `last`."""
         last = self._remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes))
         y = last(w, carry) if self.plan.last else carry
-        return {k: settle(v, axes_of(spec(self.dims[k]))) for k, v in y.items()}
+        return {k: settle(v, axes_of(self.plan.grid.spec(self.dims[k]))) for k, v in y.items()}
+
+    def _vary(self, x: jax.Array) -> jax.Array:
+        return vary(x, self.plan.grid.data)
 
     def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         """`function`, of whose inner results the backward keeps what the policy says."""
@@ -293,7 +297,3 @@ def _vjp(function: Callable[[Params, Tree], Tree], w: Params, x: Tree, inputs: l
 
 def _repetitions(run: Run) -> jax.Array:
     return jnp.arange(run.times, dtype=jnp.int32)
-
-
-def _vary(x: jax.Array) -> jax.Array:
-    return vary(x, DATA_AXES)

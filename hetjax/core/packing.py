@@ -19,7 +19,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core.layout import AXES, zigzag
+from hetjax.core.layout import zigzag
+from hetjax.core.mesh import axis_names
 from hetjax.core.tasks import StageKey
 
 WORD = np.dtype(np.uint32)
@@ -46,13 +47,13 @@ class Packing:
     """Arrays that are cut over the same `axes`. Equal packings pack alike."""
 
     sharding: NamedSharding
-    axes: tuple[str, ...]
+    axes: tuple[str | tuple[str, ...], ...]  # entries of a partition spec
     parts: tuple[Part, ...]
 
     @property
     def counts(self) -> tuple[int, ...]:
         """In how many parts each axis cuts."""
-        return tuple(self.sharding.mesh.shape[axis] for axis in self.axes)
+        return tuple(math.prod(self.sharding.mesh.shape[n] for n in axis_names(axis)) for axis in self.axes)
 
     @property
     def struct(self) -> jax.ShapeDtypeStruct:
@@ -113,13 +114,13 @@ def packings(batch: Mapping[str, jax.ShapeDtypeStruct], zigzags: Mapping[str, in
 
     Raises ValueError for a type of 64 bits where jax has them off.
     """
-    found: dict[tuple[str, ...], list[Part]] = {}
+    found: dict[tuple[str | tuple[str, ...], ...], list[Part]] = {}
     for name, struct in batch.items():
         dtype = np.dtype(struct.dtype)
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise ValueError(f"microbatch: {name!r} is {dtype}; set jax_enable_x64, or make it a type of 32 bits")
         cut = {axis: dim for dim, axis in enumerate(struct.sharding.spec) if axis is not None}
-        axes = tuple(axis for axis in AXES if axis in cut)
+        axes = tuple(sorted(cut, key=lambda axis: struct.sharding.mesh.axis_names.index(axis_names(axis)[0])))
         parts = found.setdefault(axes, [])
         start = sum(part.words for part in parts)
         size = math.prod(struct.sharding.shard_shape(struct.shape)) * dtype.itemsize

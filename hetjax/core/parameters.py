@@ -3,16 +3,18 @@
     leaves   the module's specs: cut over tp, repeated over the data replicas
     params   the same, but those with a working weight beside them (`working.py`) are cut over the data replicas too
     weights  what the programs are given: working weights, and the other parameters as they are
-    acc      one gradient per data replica: a leading dim over (dp, cp), where there is more than one
+    acc      one gradient per data replica: a leading dim over them, where there is more than one
     grads    their sum, cut over the data replicas too (ZeRO-1), like the optimizer's state; `acc` itself where there is
              one replica
+
+Which replicas a leaf has is its own (`Spread` in `mesh.py`).
 
 A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage, which lends
 it; the last one borrows its working weight: it has gradients there, and neither parameter nor optimizer state.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +24,13 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer, stacks
 from hetjax.core.graph import Module
-from hetjax.core.layout import DATA_AXES, StagePlan, param_specs, zero_spec
+from hetjax.core.layout import StagePlan
+from hetjax.core.mesh import Grid, Spread
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.stacks import LAYERS
 from hetjax.core.working import Working
-from models.contract import Params
+from models.contract import ModuleDef, Params
+from models.paths import flat, nested
 
 Tree = Any
 FIRST_KEY, LAST_KEY = 1 << 20, (1 << 20) + 1  # beside the layers' keys, which are their indices
@@ -57,18 +61,10 @@ class Parameters:
         self.copies = self.working.abstract_copies(self.params)  # what of the weights are not parameters themselves
         self.moving = self.working.abstract_copies(self.params, moving=True)  # and change with each step
         self.trains = bool(self.trainable)
-        self.num_replicas = plan.mesh.shape["dp"] * plan.mesh.shape["cp"]
-        specs = _at_paths(self.specs, self.trainable)
-        self.replica_specs = jax.tree.map(lambda s: P(DATA_AXES, *s), specs, is_leaf=lambda s: isinstance(s, P))
-        leaves, tree = jax.tree_util.tree_flatten_with_path(self.trainable)
-        zero = [
-            zero_spec(a.shape, s, plan.mesh, skip=path[0].key == LAYERS)
-            for (path, a), s in zip(leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)), strict=True)
-        ]
-        self.zero_dims = jax.tree.unflatten(tree, [-1 if dim is None else dim for _, dim in zero])
-        self.grads = jax.tree.map(self._at, self.trainable, jax.tree.unflatten(tree, [s for s, _ in zero]))
-        each = lambda a, s: self._at(jax.ShapeDtypeStruct((self.num_replicas, *a.shape), a.dtype), s)
-        self.acc = self.grads if self.num_replicas == 1 else jax.tree.map(each, self.trainable, self.replica_specs)
+        self.spreads = jax.tree_util.tree_map_with_path(self._spread, self.trainable)
+        self.are_repeated = any(spread.count > 1 for spread in jax.tree.leaves(self.spreads))
+        self.grads = jax.tree.map(lambda a, spread: self._at(a, spread.cut), self.trainable, self.spreads)
+        self.acc = jax.tree.map(self._accumulator, self.trainable, self.spreads)
         self.tx = optimizer.transformation(config, module.name)
         self.state = self._abstract_state() if self.trains else ()
 
@@ -98,6 +94,11 @@ class Parameters:
     def complete(self, tree: Tree) -> Tree:
         """Of nested dicts of gradients, those to which no other stage adds: all owned leaves but the lent ones."""
         return _without(tree, self.borrowed | self.lent)
+
+    def repeated(self, tree: Tree) -> Tree:
+        """Of nested dicts with what belongs to trainable leaves, that of those which have several replicas."""
+        spreads = flat(self.spreads)
+        return nested({path: leaf for path, leaf in flat(tree).items() if spreads[path].count > 1})
 
     def layers_of(self, path: Sequence[str]) -> list[int]:
         """The module's layers whose rows the stacked leaf at `path` holds; `path` begins behind "layers"."""
@@ -169,8 +170,37 @@ class Parameters:
     def _master(self, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.working.master(tuple(k.key for k in path)))
 
+    def _spread(self, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Spread:
+        return self._plan.grid.spread(leaf.shape, leaf.sharding.spec, stacked=path[0].key == LAYERS)
+
+    def _accumulator(self, leaf: jax.ShapeDtypeStruct, spread: Spread) -> jax.ShapeDtypeStruct:
+        if spread.count == 1:
+            return leaf
+        return self._at(jax.ShapeDtypeStruct((spread.count, *leaf.shape), leaf.dtype), spread.accumulator)
+
     def _at(self, a: Any, where: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(self._plan.mesh, where))
+
+
+def param_specs(definition: ModuleDef, plan: StagePlan) -> dict:
+    """Partition specs of a stage's parameters: {"first", "layers", "last"}, as far as the stage has them."""
+    specs = {}
+    if plan.first:
+        specs["first"] = _specs(plan.grid, definition.first.logical)
+    if plan.hi > plan.lo:
+        kinds = [_specs(plan.grid, part.logical, stacked=True) for part in definition.layers[plan.lo : plan.hi]]
+        specs[LAYERS] = stacks.join(kinds, lambda same: same[0])
+    if plan.last:
+        specs["last"] = _specs(plan.grid, definition.last.logical)
+    return specs
+
+
+def _specs(grid: Grid, logical: Mapping, *, stacked: bool = False) -> dict:
+    lead = (None,) if stacked else ()
+    return {
+        k: _specs(grid, v, stacked=stacked) if isinstance(v, Mapping) else grid.spec((*lead, *v))
+        for k, v in logical.items()
+    }
 
 
 def shardings(tree: Tree) -> Tree:

@@ -164,8 +164,11 @@ class _Gradients:
     def reduced(self) -> Reduced:
         """The outcome."""
         stages = self.pipeline.finish.stages
-        alone = {key: self.grads[key] for key, stage in stages.items() if stage.parameters.num_replicas == 1}
-        return Reduced(self.grads, {**self.acc, **alone}, [*(self.squares[key] for key in stages), *self.tied])
+        acc = {
+            key: optimizer.merge(stage.parameters.repeated(self.acc[key]), self.grads[key])
+            for key, stage in stages.items()
+        }
+        return Reduced(self.grads, acc, [*(self.squares[key] for key in stages), *self.tied])
 
     def _forward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
@@ -210,7 +213,8 @@ class _Gradients:
 
     def _reduce(self, task: Task) -> None:
         key = task.stage
-        self.grads[key], self.squares[key] = self.pipeline.stages[key].programs["reduce"](self.acc[key])
+        reduced, self.squares[key] = self.pipeline.stages[key].programs["reduce"](self.acc[key])
+        self.grads[key] = optimizer.merge(reduced, self.acc[key])
 
     def _measure(self, task: Task) -> None:
         key = task.stage

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core.layout import AXES
 from models.axes import varying_axes
 
 Tree = Any
@@ -60,7 +59,7 @@ class Crossing:
     def of(cls, kept: Tree) -> "Crossing":
         """That of VJPs inside of the shard_map."""
         arrays, tree = jax.tree.flatten(kept)
-        return cls(tree, tuple(tuple(a for a in AXES if a in varying_axes(x)) for x in arrays))
+        return cls(tree, tuple(tuple(sorted(varying_axes(x))) for x in arrays))
 
     @property
     def specs(self) -> list[P]:

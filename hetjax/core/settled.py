@@ -2,10 +2,7 @@
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from hetjax.core.layout import AXES
-from hetjax.core.transfer import axis_names
 from models.axes import vary, varying_axes
 
 
@@ -15,15 +12,10 @@ def settle(y: jax.Array, names: frozenset[str]) -> jax.Array:
     Raises ValueError if the model left it different along another axis of size > 1, which would lose values.
     """
     y = vary(y, names)
-    extra = tuple(a for a in AXES if a in varying_axes(y) - names)
+    extra = tuple(sorted(varying_axes(y) - names))
     for axis in extra:
         if lax.axis_size(axis) > 1:
             raise ValueError(
                 f"a model output of shape {y.shape} differs along {axis}; it may differ along {sorted(names)}"
             )
     return lax.psum(y, extra) if extra else y
-
-
-def axes_of(where: P) -> frozenset[str]:
-    """The mesh axes that a partition spec names."""
-    return frozenset(axis for entry in where for axis in axis_names(entry))

@@ -3,8 +3,8 @@
     forward   (weights, x, packed)                       -> (y, residuals, done) no y where the stage ends in the loss
     backward  (weights, x, packed, residuals, g, acc, first) -> (gx, acc, done)  acc is donated; done: a loss
     evaluate  (weights, x, packed)                       -> y                    nothing kept; the sink: loss and ids
-    reduce    (acc)                                      -> (grads, squares)     once a step, of several data replicas
-    measure   (acc)                                      -> squares              once a step, of one: acc are its grads
+    reduce    (acc)                                      -> (grads, squares)     once a step, where leaves have replicas
+    measure   (acc)                                      -> squares              once a step, where none has
     update    (params, state, copies, grads, decision)   -> (params, state, copies)    the first three are donated
     cast      (params)                                   -> copies               before the first step
 
@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import accumulators, optimizer, packing
 from hetjax.core.graph import Module
-from hetjax.core.layout import DATA_AXES, StagePlan, sharding, spec
+from hetjax.core.layout import StagePlan
 from hetjax.core.local import Local
 from hetjax.core.parameters import Parameters, shardings, spec_tree
 from hetjax.core.remat import Keep, Policy, Remat
@@ -64,8 +64,8 @@ class Stage:
         self.keep = Keep(Remat.NONE if module.remat is Remat.AUTO else module.remat)  # until `budget.py` has chosen
         self.local = self._local(self.keep.policy)
         reads = module.definition.reads
-        self.batch = {k: _at(batch[k], sharding(plan.mesh, reads[k])) for k in self._find_reads(batch)}
-        zigzags = {k: reads[k].index("seq") for k in self.batch if plan.mesh.shape["cp"] > 1 and "seq" in reads[k]}
+        self.batch = {k: _at(batch[k], plan.grid.sharding(reads[k])) for k in self._find_reads(batch)}
+        zigzags = {k: reads[k].index("seq") for k in self.batch if plan.axes.cp.size > 1 and "seq" in reads[k]}
         self.packings = packing.packings(self.batch, zigzags)
         self.packed = [p.struct for p in self.packings]
         self.y, self.ends = self._find_outputs()
@@ -106,7 +106,7 @@ class Stage:
     def _find_reads(self, batch: Abstract) -> list[str]:
         """The arrays of the microbatch that the stage's code looks at: one abstract run, on recorded dicts."""
         reads = self.module.definition.reads
-        located = {k: _at(batch[k], sharding(self.plan.mesh, reads[k])) for k in reads}
+        located = {k: _at(batch[k], self.plan.grid.sharding(reads[k])) for k in reads}
         found: set[str] = set()
 
         def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
@@ -121,9 +121,9 @@ class Stage:
     def _find_outputs(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
         """Abstract (outputs of `forward`, what `backward` takes the cotangents of); where the stage has a backward, how
         each residual varies over the mesh is found too."""
-        self.evaluated = {k: spec(d) for k, d in self.local.dims.items()}
+        self.evaluated = {k: self.plan.grid.spec(d) for k, d in self.local.dims.items()}
         if self.ends_in_loss:
-            self.evaluated = {"loss": P(), "likeliest": P(*DATA_AXES)}
+            self.evaluated = {"loss": P(), "likeliest": self.plan.grid.spec(("batch", "seq"))}
         found = self._trace(self._scores, self.evaluated, self.batch)
         if self.has_backward:
 
@@ -163,18 +163,19 @@ class Stage:
     ) -> tuple[Tree, Tree, jax.Array]:
         batch = packing.unpack(self.packings, packed)
         g_x, acc, loss = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, _done() if loss is None else lax.psum(loss, DATA_AXES)
+        return g_x, acc, _done() if loss is None else lax.psum(loss, self.plan.grid.tokens)
 
     def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
         return self._scores(weights, x, packing.unpack(self.packings, packed))
 
     def _scores(self, weights: Params, x: Tree, batch: Tree) -> Tree:
         y = self.local.outputs(weights, x, batch)
-        return {**y, "loss": lax.psum(y["loss"], DATA_AXES)} if self.ends_in_loss else y
+        return {**y, "loss": lax.psum(y["loss"], self.plan.grid.tokens)} if self.ends_in_loss else y
 
     def _reduce(self, acc: Tree) -> tuple[Tree, jax.Array]:
-        grads = accumulators.reduce(acc, self.parameters.zero_dims)
-        return grads, self._measure(grads)
+        mine = self.parameters
+        grads = accumulators.reduce(mine.repeated(acc), mine.repeated(mine.spreads))
+        return grads, self._measure(optimizer.merge(grads, acc))
 
     def _measure(self, grads: Tree) -> jax.Array:
         return accumulators.squares(self.parameters.complete(grads), wide(self.parameters.dtype))
@@ -219,8 +220,8 @@ class Stage:
             backward = self._whole_backward((*specs, kept_specs, spec_tree(self.ends)))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
-            acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.grads)
-            if mine.num_replicas > 1:
+            acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.repeated(mine.grads))
+            if mine.are_repeated:
                 reduce = self._on_devices(self._reduce, (acc_specs,), (grad_specs, P()))
                 found["reduce"] = functools.partial(self._compile, "reduce", reduce, (mine.acc,))
             else:
@@ -248,17 +249,17 @@ class Stage:
         """The backward program; `specs` are those of its arguments in front of the accumulators."""
         mine = self.parameters
         g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
-        backward = self._on_devices(self._backward, (*specs, mine.replica_specs, P()), (g_x, mine.replica_specs, P()))
-        if mine.num_replicas > 1:
-            return backward
+        acc_specs = jax.tree.map(lambda spread: spread.accumulator, mine.spreads)
+        backward = self._on_devices(self._backward, (*specs, acc_specs, P()), (g_x, acc_specs, P()))
 
-        def alone(*args: Tree) -> Tree:
-            """One replica's accumulators get their leading dim out here, where that is no operation."""
+        def with_replicas(*args: Tree) -> Tree:
+            """An accumulator of one replica gets its leading dim out here, where that is no operation."""
             *given, acc, first = args
-            g_x, acc, done = backward(*given, jax.tree.map(lambda a: a[None], acc), first)
-            return g_x, jax.tree.map(lambda a: a[0], acc), done
+            lead = lambda a, spread: a if spread.count > 1 else a[None]
+            g_x, acc, done = backward(*given, jax.tree.map(lead, acc, mine.spreads), first)
+            return g_x, jax.tree.map(lambda a, spread: a if spread.count > 1 else a[0], acc, mine.spreads), done
 
-        return alone
+        return with_replicas
 
     def _whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.plan.mesh, P()))

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hetjax.core import wire
+from hetjax.core.mesh import axis_names
 
 
 def blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[int, wire.Box]:
@@ -97,11 +98,6 @@ def landing(leaf: Leaf, crossing: wire.Wire) -> jax.ShapeDtypeStruct:
     rows = crossing.rows * math.prod(mesh.shape[name] for name in entries[dim])
     shape = (*leaf.shape[:dim], rows, *leaf.shape[dim + 1 :])
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
-
-
-def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _free_axes(sharding: NamedSharding) -> tuple[str, ...]:

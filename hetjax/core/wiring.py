@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Module
-from hetjax.core.layout import StagePlan, plan_stages, sharding
+from hetjax.core.layout import StagePlan, plan_stages
 from hetjax.core.packing import Packing
 from hetjax.core.parameters import Parameters
 from hetjax.core.stage import Stage
@@ -74,14 +74,14 @@ class Wiring:
         if plan.index > 0:
             source, dims = (module.name, plan.index - 1), module.definition.carry
             y = self.stages[source].y
-            return [Link(source, target, {k: k for k in y}, Boundary(y, {k: sharding(plan.mesh, dims[k]) for k in y}))]
+            return [Link(source, target, {k: k for k in y}, Boundary(y, {k: plan.grid.sharding(dims[k]) for k in y}))]
         links = []
         for edge in self.graph.edges:
             if edge.consumer == module.name:
                 source = (edge.producer, len(self.plans[edge.producer]) - 1)
                 y = self.stages[source].y
                 names = {k: edge.producer if k == "x" else f"{edge.producer}.{k}" for k in y}
-                where = {k: sharding(plan.mesh, ("items", *(None,) * (y[k].ndim - 1))) for k in y}
+                where = {k: plan.grid.sharding(("items", *(None,) * (y[k].ndim - 1))) for k in y}
                 links.append(Link(source, target, names, Boundary(y, where)))
         return links
 
@@ -107,7 +107,7 @@ class Wiring:
         upstream = tuple(link.source for link in self.sources[key])
         end = None
         if stage.parameters.trains:
-            end = Kind.REDUCE if stage.parameters.num_replicas > 1 else Kind.MEASURE
+            end = Kind.REDUCE if stage.parameters.are_repeated else Kind.MEASURE
         return StageNode(*key, frozenset(stage.plan.device_ids), stage.has_backward, upstream, end)
 
     @property

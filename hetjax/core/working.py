@@ -23,9 +23,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
-from hetjax.core.layout import DATA_AXES, StagePlan, zero_spec
+from hetjax.core.layout import StagePlan
+from hetjax.core.mesh import axis_names
 from hetjax.core.stacks import LAYERS
-from hetjax.core.transfer import axis_names
 from models.axes import vary
 from models.contract import ModuleDef, Params, Part
 from models.paths import Path, at, flat, nested
@@ -67,7 +67,7 @@ class Working:
         apart: frozenset[Path],
         copies: bool,
     ) -> None:
-        self._mesh, self._leaves, self._trainable = plan.mesh, flat(leaves), flat(trainable)
+        self._grid, self._leaves, self._trainable = plan.grid, flat(leaves), flat(trainable)
         self._apart, self._copies, self._dtype = apart, copies, definition.compute_dtype
         self.groups = tuple(self._group(members, lead) for members, lead in self._sharing(definition, plan))
         self._group_of = {path: group for group in self.groups for path in group.members}
@@ -107,7 +107,7 @@ class Working:
             shape = shapes[0]
             if len(shapes) > 1:
                 shape = (*shape[: group.lead], sum(math.prod(s[group.lead :]) for s in shapes))
-            where = NamedSharding(self._mesh, group.where)
+            where = NamedSharding(self._grid.mesh, group.where)
             found[group.path] = jax.ShapeDtypeStruct(shape, self._precision(self._leaves[group.path]), sharding=where)
         return found
 
@@ -120,7 +120,9 @@ class Working:
         leaf = self._leaves[path]
         if not self.is_copied(path):
             return leaf.sharding
-        return NamedSharding(self._mesh, zero_spec(leaf.shape, leaf.sharding.spec, self._mesh, skip=_stacked(path))[0])
+        return NamedSharding(
+            self._grid.mesh, self._grid.spread(leaf.shape, leaf.sharding.spec, stacked=_stacked(path)).cut
+        )
 
     # -- from parameters to working weights ----------------------------------------------------------------------
 
@@ -157,7 +159,7 @@ class Working:
             return jnp.concatenate([a.reshape(*a.shape[: group.lead], -1) for a in shards], -1)
 
         specs = tuple(self._leaves[path].sharding.spec for path in group.members)
-        return jax.shard_map(side_by_side, mesh=self._mesh, in_specs=specs, out_specs=group.where)(*whole)
+        return jax.shard_map(side_by_side, mesh=self._grid.mesh, in_specs=specs, out_specs=group.where)(*whole)
 
     def _whole(self, path: Path, master: jax.Array) -> jax.Array:
         # in its shard first: what is gathered then is of the narrower type
@@ -178,7 +180,7 @@ class Working:
     def _tap(self, path: Path) -> jax.Array:
         """Zeros like the parameter at `path` on one device."""
         leaf = self._leaves[path]
-        axes = (*DATA_AXES, *_axes_behind(leaf.sharding.spec, 0))
+        axes = (*self._grid.data, *_axes_behind(leaf.sharding.spec, 0))
         return vary(jnp.zeros(self._local(path), leaf.dtype), axes)
 
     def _local(self, path: Path) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from hetjax.core import stacks
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Graph, Module
-from hetjax.core.layout import plan_stages, spec
+from hetjax.core.layout import plan_stages
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.parameters import Parameters
 from hetjax.generate import cached
@@ -53,16 +53,15 @@ class Placed:
         """The parameters with the leaf that two parts share in both."""
         return {**params, "last": self.parameters.full_last(params)}
 
+    def uncut(self, dims: Dims) -> P:
+        """The partition spec of a tensor with these logical dims, of which no mesh here cuts the sequence."""
+        return self.plan.grid.spec(tuple(None if dim == "seq" else dim for dim in dims))
+
     def put(self, batch: Arrays) -> dict[str, jax.Array]:
         """What of the batch the module reads, on its devices."""
         reads = self.definition.reads
-        places = {name: NamedSharding(self.plan.mesh, _uncut(reads[name])) for name in reads if name in batch}
+        places = {name: NamedSharding(self.plan.mesh, self.uncut(reads[name])) for name in reads if name in batch}
         return jax.device_put({name: batch[name] for name in places}, places)
-
-
-def _uncut(dims: Dims) -> P:
-    """The partition spec of a tensor with these logical dims, of which no mesh here cuts the sequence."""
-    return spec(tuple(None if dim == "seq" else dim for dim in dims))
 
 
 class Engine:
@@ -81,6 +80,8 @@ class Engine:
         self.graph, self.alone, self.stops, self.penalties = graph, alone, tuple(stops), penalties
         self.placed = {m.name: Placed(m, devices, dtypes[m.name]) for m in graph.modules}
         self.sink = self.placed[graph.sink.name]
+        dims: tuple[Dims, ...] = ("batch",), ("vocab",), ("batch", "vocab")
+        self._by_row, self._by_id, self._by_both = map(self.sink.plan.grid.spec, dims)
         self.params: dict[str, Params] = {}  # by module; set before the first call
         self._encode = {e.name: self._encoder(self.placed[e.name]) for e in graph.encoders}
         self._boundaries: dict[tuple[Any, ...], Boundary] = {}
@@ -95,14 +96,14 @@ class Engine:
         padding and has ended.
         """
         rows = {name: self._rows(name, batch) for name in self._encode}
-        on = self.sink.put(batch) | {"lengths": self._put(batch["lengths"], P("dp"))}
+        on = self.sink.put(batch) | {"lengths": self._put(batch["lengths"], self._by_row)}
         logits, memory = self._prefill(room)(self.params[self.sink.name], rows, on)
         draw = None
         if not sampling.greedy:
             vocab = logits.shape[1]
             top_k = min(sampling.top_k or vocab, vocab)
             numbers = (np.float32(sampling.temperature), np.int32(top_k), np.float32(sampling.top_p))
-            draw = Draw(*numbers, np.int32(sampling.seed), self._put(prompts, P("dp")))
+            draw = Draw(*numbers, np.int32(sampling.seed), self._put(prompts, self._by_row))
         stops, rules = np.asarray(self.stops, np.int32), self._rules(batch, logits.shape[1])
         program = self._decode(room, sampling.greedy, rules is not None)
         out, count, _ = program(
@@ -125,14 +126,14 @@ class Engine:
         seen[rows, batch["tokens"][rows, places]] = True
         put = lambda array, where: jax.device_put(array, NamedSharding(self.sink.plan.mesh, where))
         repetition = np.float32(self.penalties.repetition)
-        return Rules(repetition, put(never, P("tp")), put(first, P("tp")), put(seen, P("dp", "tp")))
+        return Rules(repetition, put(never, self._by_id), put(first, self._by_id), put(seen, self._by_both))
 
     def _encoder(self, placed: Placed) -> Any:
         def run(params: Params, batch: Tree) -> Tree:
             return cached.encode(placed.definition, placed.whole(params), batch, placed.axes)
 
-        reads = {name: _uncut(dims) for name, dims in placed.definition.reads.items()}
-        out = {name: _uncut(dims) for name, dims in placed.definition.output.items()}
+        reads = {name: placed.uncut(dims) for name, dims in placed.definition.reads.items()}
+        out = {name: placed.uncut(dims) for name, dims in placed.definition.output.items()}
         return jax.jit(
             jax.shard_map(run, mesh=placed.plan.mesh, in_specs=(placed.parameters.specs, reads), out_specs=out)
         )
@@ -144,7 +145,7 @@ class Engine:
         key = (name, *((k, v.shape) for k, v in y.items()))
         if key not in self._boundaries:
             source = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in y.items()}
-            where = {k: NamedSharding(self.sink.plan.mesh, P("dp")) for k, v in y.items()}
+            where = {k: NamedSharding(self.sink.plan.mesh, self._by_row) for k, v in y.items()}
             self._boundaries[key] = Boundary(source, where)
         return self._boundaries[key].forward(y)["x"]
 
@@ -153,8 +154,10 @@ class Engine:
 
     @property
     def _memory_specs(self) -> Memory:
-        caches = {k: P(None, *spec(("batch", None, *c.dims))) for k, c in self.alone.cache.items()}
-        return Memory([[caches] * len(run.period) for run in stacks.runs(self.alone.layers)], P("dp"), P("dp"))
+        caches = {k: P(None, *self.sink.plan.grid.spec(("batch", None, *c.dims))) for k, c in self.alone.cache.items()}
+        return Memory(
+            [[caches] * len(run.period) for run in stacks.runs(self.alone.layers)], self._by_row, self._by_row
+        )
 
     def _prefill_program(self, room: int) -> Any:
         sink = self.sink
@@ -163,9 +166,9 @@ class Engine:
             return cached.prefill(sink.definition, sink.whole(params), rows, batch, sink.axes, room)
 
         names = ("tokens", "positions", "segment_ids", *(f"{e}.index" for e in self._encode))
-        batch = {name: _uncut(sink.definition.reads[name]) for name in names} | {"lengths": P("dp")}
-        specs = (sink.parameters.specs, dict.fromkeys(self._encode, P("dp")), batch)
-        return jax.jit(self._on_devices(run, specs, (P("dp", "tp"), self._memory_specs)))
+        batch = {name: sink.uncut(sink.definition.reads[name]) for name in names} | {"lengths": self._by_row}
+        specs = (sink.parameters.specs, dict.fromkeys(self._encode, self._by_row), batch)
+        return jax.jit(self._on_devices(run, specs, (self._by_both, self._memory_specs)))
 
     def _decode_program(self, room: int, greedy: bool, ruled: bool) -> Any:
         axes = self.sink.axes
@@ -211,8 +214,8 @@ class Engine:
             )
             return out, count, memory
 
-        draws = None if greedy else Draw(P(), P(), P(), P(), P("dp"))
-        rules = Rules(P(), P("tp"), P("tp"), P("dp", "tp")) if ruled else None
-        specs = (self.sink.parameters.specs, P("dp", "tp"), self._memory_specs, P("dp"), draws, rules, P(), P())
+        draws = None if greedy else Draw(P(), P(), P(), P(), self._by_row)
+        rules = Rules(P(), self._by_id, self._by_id, self._by_both) if ruled else None
+        specs = (self.sink.parameters.specs, self._by_both, self._memory_specs, self._by_row, draws, rules, P(), P())
         # the memory is given back so that the loop can work in the buffers that it was given
-        return jax.jit(self._on_devices(run, specs, (P("dp"), P(), self._memory_specs)), donate_argnums=(2,))
+        return jax.jit(self._on_devices(run, specs, (self._by_row, P(), self._memory_specs)), donate_argnums=(2,))
