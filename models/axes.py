@@ -49,16 +49,12 @@ class Axes:
     """The axes of one stage: data (dp), context (cp) and tensor (tp).
 
     sp: tp again where, between the blocks of a layer, tokens are cut over it (sequence parallelism), else absent.
-    ep cuts the experts; tp_of_ep is what it has of tp, and etp the rest of tp, which cuts each expert.
     """
 
     dp: Axis = Axis()
     cp: Axis = Axis()
     tp: Axis = Axis()
     sp: Axis = Axis()
-    ep: Axis = Axis()
-    etp: Axis = Axis()
-    tp_of_ep: Axis = Axis()
 
     @property
     def stream(self) -> Axis:
@@ -90,12 +86,12 @@ def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return vary(x, varying_axes(other))
 
 
+def program_device() -> Any:
+    """A device that the program is for: of the mesh, which need not be of this process, or of the process."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def sum_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x`, summed over the axes over which `other` does not vary: the transpose of casting `other` to its type."""
     extra = tuple(sorted(varying_axes(x) - varying_axes(other)))
     return lax.psum(x, extra) if extra else x
-
-
-def program_device() -> Any:
-    """A device that the program is for: of the mesh, which need not be of this process, or of the process."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
