@@ -49,12 +49,16 @@ class Axes:
     """The axes of one stage: data (dp), context (cp) and tensor (tp).
 
     sp: tp again where, between the blocks of a layer, tokens are cut over it (sequence parallelism), else absent.
+    ep cuts the experts; tp_of_ep is what it has of tp, and etp the rest of tp, which cuts each expert.
     """
 
     dp: Axis = Axis()
     cp: Axis = Axis()
     tp: Axis = Axis()
     sp: Axis = Axis()
+    ep: Axis = Axis()
+    etp: Axis = Axis()
+    tp_of_ep: Axis = Axis()
 
     @property
     def stream(self) -> Axis:
