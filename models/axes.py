@@ -34,6 +34,14 @@ class Axis:
         """All shards of `x`, concatenated along `dim` in axis order; its transpose is a reduce-scatter."""
         return lax.all_gather(x, self.names, axis=dim, tiled=True) if self.names else x
 
+    def exchange(self, x: jax.Array, cut: int, join: int) -> jax.Array:
+        """`x` cut along `cut` into one part for each device, and what all sent here concatenated along `join`."""
+        return lax.all_to_all(x, self.names, cut, join, tiled=True) if self.names else x
+
+    def passed(self, x: jax.Array) -> jax.Array:
+        """The `x` of the device before this one, in a ring: each passes its own on to the next."""
+        return lax.ppermute(x, self.names, [(i, (i + 1) % self.size) for i in range(self.size)]) if self.names else x
+
     def index(self) -> jax.Array | int:
         """This device's position on the axis."""
         return lax.axis_index(self.names) if self.names else 0
@@ -41,11 +49,13 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes of one stage: data (dp), context (cp) and tensor (tp)."""
+    """The axes of one stage: data (dp), context (cp) and tensor (tp); and how attention reaches over cp
+    (`models/context.py`)."""
 
     dp: Axis = Axis()
     cp: Axis = Axis()
     tp: Axis = Axis()
+    context: str = "gather"
 
 
 ONE_DEVICE = Axes()

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from hetjax.core.mesh import Grid
 from models.axes import Axes
+from models.context import CONTEXTS, GATHER, HEADS, RING
 from models.contract import ModuleDef
 
 AXES = ("dp", "copies", "cp", "tp")
@@ -34,6 +35,7 @@ class Layout:
 
     `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
+    `context` is how attention reaches over cp: gather, ring or heads (`models/context.py`).
     """
 
     dp: int = 1
@@ -43,12 +45,19 @@ class Layout:
     copies: int = 1
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
+    context: str = GATHER
 
     def __post_init__(self) -> None:
         for name in ("dp", "cp", "tp", "pp", "copies"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
+        if self.context not in CONTEXTS:
+            raise ValueError(f"Layout.context={self.context!r}; it must be one of {', '.join(CONTEXTS)}")
+        if self.context != GATHER and self.cp == 1:
+            raise ValueError(
+                f"Layout.context={self.context!r} with cp=1, where no sequence is cut; set cp, or leave context out"
+            )
         if isinstance(self.devices, str):
             object.__setattr__(self, "devices", _parse_devices(self.devices))
         elif self.devices is not None:
@@ -75,7 +84,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = [f"{n}={getattr(self, n)}" for n in ("dp", "copies", "cp", "tp", "pp") if getattr(self, n) > 1]
-        return " x ".join(sizes) or "dp=1"
+        return (" x ".join(sizes) or "dp=1") + ("" if self.context == GATHER else f", context={self.context}")
 
 
 def like(layout: Layout) -> Layout:
@@ -140,6 +149,7 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
     """The stages of a module. Raises ValueError, before anything compiles, for a layout that the module cannot have."""
     _check_devices(name, layout, len(devices))
     _check_module(name, definition, layout)
+    _check_context(name, definition, layout)
     counts = _layer_counts(name, definition.num_layers, layout)
     plans = []
     for index in range(layout.pp):
@@ -153,7 +163,7 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
 def make_grid(layout: Layout, devices: Sequence[jax.Device]) -> Grid:
     """The mesh of one stage of a layout on these devices."""
     sizes = [getattr(layout, name) for name in AXES]
-    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), {name: (name,) for name in AXES})
+    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), {name: (name,) for name in AXES}, layout.context)
 
 
 def _check_devices(name: str, layout: Layout, available: int) -> None:
@@ -188,6 +198,22 @@ def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
                 raise ValueError(
                     f"{name}: {axis}={size} does not divide {what}={count}; use {axis} of {', '.join(fits[:8])}"
                 )
+
+
+def _check_context(name: str, definition: ModuleDef, layout: Layout) -> None:
+    if layout.context == GATHER:
+        return
+    if not definition.heads:
+        raise ValueError(
+            f"{name}: context={layout.context!r}, but the model's code reaches over cp in its own way; leave context out"
+        )
+    mine = definition.heads // layout.tp
+    if layout.context == HEADS and mine % layout.cp:
+        fits = [str(n) for n in range(1, mine + 1) if mine % n == 0]
+        raise ValueError(
+            f"{name}: context={layout.context!r} cuts heads over cp, and cp={layout.cp} does not divide the {mine} heads "
+            f"of a device (heads={definition.heads}, tp={layout.tp}); use cp of {', '.join(fits[:8])}, or context={RING!r}"
+        )
 
 
 def _layer_counts(name: str, num_layers: int, layout: Layout) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.axes import Axes, Axis
+from models.context import GATHER
 from models.contract import Dims
 
 LOGICAL = {
@@ -29,15 +30,17 @@ DATA = ("dp", "cp")  # a layout's axes over which the tokens are cut
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A stage's mesh, and the mesh axes that each axis of its layout is made of, outermost first."""
+    """A stage's mesh, the mesh axes that each axis of its layout is made of, outermost first, and how attention
+    reaches over cp."""
 
     mesh: Mesh
     parts: Mapping[str, tuple[str, ...]]
+    context: str = GATHER
 
     @property
     def axes(self) -> Axes:
         """What a model sees."""
-        return Axes(**{name: self._axis(name) for name in ("dp", "cp", "tp")})
+        return Axes(**{name: self._axis(name) for name in ("dp", "cp", "tp")}, context=self.context)
 
     @property
     def data(self) -> tuple[str, ...]:
