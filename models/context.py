@@ -74,5 +74,6 @@ def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None, axe
         x = cp.exchange(x, cut=2, join=1)
         return in_order(x, cp.size) if zigzag else x
 
-    y = attend(come(q), *(come(jnp.repeat(x, repeats, 2)) for x in (k, v)), sight)
+    k, v = (jnp.repeat(x, repeats, 2) for x in (k, v))
+    y = attend(come(q), come(k), come(v), sight)
     return cp.exchange(in_zigzag(y, cp.size) if zigzag else y, cut=1, join=2)

@@ -129,6 +129,13 @@ def zigzag(cp: int) -> np.ndarray:
         ("several layers", Layout(dp=2, cp=2, tp=2)),
         ("clip", Layout(dp=2, tp=2, copies=2)),
         ("audio", Layout(dp=2, cp=2, tp=2)),
+        ("rich", Layout(dp=2, cp=4, context="heads")),
+        ("audio", Layout(dp=2, cp=2, tp=2, context="ring")),
+        pytest.param("rich", Layout(cp=2, tp=4, context="ring"), marks=pytest.mark.slow),
+        pytest.param("rich", Layout(cp=2, tp=4, context="heads"), marks=pytest.mark.slow),
+        pytest.param("siglip", Layout(dp=2, cp=4, context="heads"), marks=pytest.mark.slow),
+        pytest.param("several layers", Layout(dp=2, cp=2, tp=2, context="ring"), marks=pytest.mark.slow),
+        pytest.param("audio", Layout(dp=2, cp=2, tp=2, context="heads"), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -205,14 +205,16 @@ def _check_context(name: str, definition: ModuleDef, layout: Layout) -> None:
         return
     if not definition.heads:
         raise ValueError(
-            f"{name}: context={layout.context!r}, but the model's code reaches over cp in its own way; leave context out"
+            f"{name}: context={layout.context!r}, but the model's code reaches over cp in its own way; "
+            "leave context out"
         )
     mine = definition.heads // layout.tp
     if layout.context == HEADS and mine % layout.cp:
         fits = [str(n) for n in range(1, mine + 1) if mine % n == 0]
         raise ValueError(
-            f"{name}: context={layout.context!r} cuts heads over cp, and cp={layout.cp} does not divide the {mine} heads "
-            f"of a device (heads={definition.heads}, tp={layout.tp}); use cp of {', '.join(fits[:8])}, or context={RING!r}"
+            f"{name}: context={layout.context!r} cuts heads over cp, and cp={layout.cp} does not divide the {mine} of "
+            f"heads={definition.heads} that tp={layout.tp} leaves a device; use cp of {', '.join(fits[:8])}, or "
+            f"context={RING!r}"
         )
 
 
