@@ -137,10 +137,10 @@ REFUSED = [
     ),
     (Layout(pp=2, layers=(5,)), module(), "m: Layout.layers=[5] must be pp=2 counts of at least 1"),
     (
-        Layout(cp=4, tp=4, context="heads"),
-        module(heads=8),
-        "m: context='heads' cuts heads over cp, and cp=4 does not divide the 2 of heads=8 that tp=4 leaves a device; use "
-        "cp of 1, 2, or context='ring'",
+        Layout(cp=4, tp=2, context="heads"),
+        module(heads=12),
+        "m: context='heads' cuts heads over cp, and cp=4 does not divide the 6 of heads=12 that tp=2 leaves a device; "
+        "use cp of 1, 2, 3, 6, or context='ring'",
     ),
     (
         Layout(cp=2, context="ring"),
