@@ -10,15 +10,12 @@ attention alone, whose CPU time is that of all devices together.
 import argparse
 import time
 
-from synthetic import emulate
-
-emulate(8)
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from synthetic import emulate
 
 from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout, zigzag
@@ -83,8 +80,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--time", action="store_true")
     flags = parser.parse_args()
+    emulate(8)
     print(f"cp {flags.cp}, {flags.tokens} tokens; MiB per device")
-    print(f"{'context':<8} {'residuals':>9} {'forward':>8} {'backward':>8}" + (" CPU s of attention" if flags.time else ""))
+    print(
+        f"{'context':<8} {'residuals':>9} {'forward':>8} {'backward':>8}"
+        + (" CPU s of attention" if flags.time else "")
+    )
     for context in CONTEXTS:
         stage = compiled(context, flags.cp, flags.tokens)
         kept = sum(np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in stage.kept)

@@ -34,6 +34,10 @@ class Axis:
         """All shards of `x`, concatenated along `dim` in axis order; its transpose is a reduce-scatter."""
         return lax.all_gather(x, self.names, axis=dim, tiled=True) if self.names else x
 
+    def scatter(self, x: jax.Array, dim: int) -> jax.Array:
+        """The sum of `x` over the axis, of which each device takes its part along `dim`."""
+        return lax.psum_scatter(x, self.names, scatter_dimension=dim, tiled=True) if self.names else x
+
     def exchange(self, x: jax.Array, cut: int, join: int) -> jax.Array:
         """`x` cut along `cut` into one part for each device, and what all sent here concatenated along `join`."""
         return lax.all_to_all(x, self.names, cut, join, tiled=True) if self.names else x
@@ -49,15 +53,29 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes of one stage: data (dp), context (cp) and tensor (tp); and how attention reaches over cp
-    (`models/context.py`)."""
+    """The axes of one stage: data (dp), context (cp) and tensor (tp).
+
+    sp: tp again where, between the blocks of a layer, tokens are cut over it (sequence parallelism), else absent.
+    context: how attention reaches over cp (`models/context.py`).
+    """
 
     dp: Axis = Axis()
     cp: Axis = Axis()
     tp: Axis = Axis()
+    sp: Axis = Axis()
     context: str = "gather"
 
+    @property
+    def stream(self) -> Axis:
+        """What cuts the tokens between the blocks of a layer."""
+        return Axis(self.cp.names + self.sp.names, self.cp.size * self.sp.size)
 
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum over tp of partial results `x` [b, s, d]; where sp cuts the tokens, this device's of it."""
+        return self.sp.scatter(x, dim=1) if self.sp.names else self.tp.psum(x)
+
+
+ABSENT = Axis()
 ONE_DEVICE = Axes()
 
 
@@ -75,3 +93,9 @@ def vary(x: jax.Array, names: frozenset[str] | tuple[str, ...]) -> jax.Array:
 def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x`, typed as varying over all that `other` varies over (a scan carry must have its body's type)."""
     return vary(x, varying_axes(other))
+
+
+def sum_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x`, summed over the axes over which `other` does not vary: the transpose of casting `other` to its type."""
+    extra = tuple(sorted(varying_axes(x) - varying_axes(other)))
+    return lax.psum(x, extra) if extra else x

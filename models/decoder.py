@@ -19,7 +19,7 @@ from models.attention import RopeScaling, attend, rope_frequencies, rotate, rota
 from models.axes import Axes, vary_like
 from models.context import attend_across, prepared, rows_are_whole
 from models.contract import Batch, Cached, ModuleDef, Part
-from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, rms_norm, wide, zeros
+from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, own, rms_norm, wide, zeros
 from models.moe import Experts, Mixture
 from models.nnx_parts import part
 from models.recompute import keeps_arguments
@@ -107,7 +107,7 @@ class Decoder:
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             prepare=functools.partial(_places, self, wide(compute_dtype), packed),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
-            carry={"x": (*TOKEN_DIMS, None)},
+            carry={"x": ("batch", "stream", None)},
             output={"x": (*TOKEN_DIMS, None), "head": (None, "vocab")},
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
@@ -119,7 +119,7 @@ class Decoder:
                     "vocab": self.vocab_size,
                 }
             },
-            axes=frozenset({"dp", "pp", "copies", "cp", "tp"}),
+            axes=frozenset({"dp", "pp", "copies", "cp", "tp", "sp"}),
             heads=self.num_heads,
             head="head",
             table="embed",
@@ -146,13 +146,13 @@ class _First(nnx.Module):
 
 
 def lookup(table: jax.Array | Weight, tokens: jax.Array, axes: Axes) -> jax.Array:
-    """Rows of `table`, whose vocabulary is cut over tp; an id outside of it yields zeros."""
+    """Rows of `table`, whose vocabulary is cut over tp, as the stream has them; an id outside of it yields zeros."""
     rows, tap = (table.value, table.tap) if isinstance(table, Weight) else (table, None)
     local = tokens - axes.tp.index() * rows.shape[0]
     mine = (local >= 0) & (local < rows.shape[0])
     at, rows = jnp.where(mine, local, 0), vary_like(rows, local)
     found = _take(rows, at) if tap is None else _take_tapped(rows, vary_like(tap, local), at)
-    return axes.tp.psum(jnp.where(mine[..., None], found, 0))
+    return axes.total(jnp.where(mine[..., None], found, 0))
 
 
 def _take(table: jax.Array, at: jax.Array) -> jax.Array:
@@ -172,11 +172,12 @@ _take_tapped.defvjp(
 
 
 def merge(x: jax.Array, rows: jax.Array, index: jax.Array, axes: Axes) -> jax.Array:
-    """`x` [b, s, d] with an encoder's row wherever `index` [b, s] is not -1.
+    """`x` [b, s, d] of the stream with an encoder's row wherever `index` [b, s], of all devices of tp, is not -1.
 
     `rows` [items, rows per item, d] are those of this data replica, `index` counts over all replicas. An index that
     points at another replica's rows yields NaN, which stops the run; wrong rows would train in silence.
     """
+    index = own(index, 1, axes.sp)
     flat = rows.reshape(-1, rows.shape[-1]).astype(x.dtype)
     local = jnp.where(index >= 0, index - axes.dp.index() * flat.shape[0], 0)
     wanted = vary_like(flat, local).at[local].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
@@ -240,7 +241,7 @@ class _Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config = self.config
-        q, k, v = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)))
+        q, k, v = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)), gathers=axes.sp)
         if config.attention_bias:
             q, k, v = (add(y, b.get_value()) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if config.qk_norm:
@@ -252,7 +253,7 @@ class _Attention(nnx.Module):
             y = attend(q, k, v, batch["sight"])
         else:
             y = attend_across(q, k, v, batch["sight"], axes)
-        y = axes.tp.psum(dot(y, self.o.get_value(), contract=2))
+        y = axes.total(dot(y, self.o.get_value(), contract=2))
         return y, None if cache is None else {"k": k, "v": v}
 
 
@@ -266,4 +267,5 @@ class _Last(nnx.Module):
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         head = self.head.get_value()
-        return {"x": rms_norm(carry["x"], self.norm.get_value(), self.eps), "head": head.T if self.tied else head}
+        x = axes.sp.gather(rms_norm(carry["x"], self.norm.get_value(), self.eps), dim=1)
+        return {"x": x, "head": head.T if self.tied else head}

@@ -1,15 +1,13 @@
-"""What encoders that see and that hear share: the two blocks of a layer, and how cp cuts their tokens."""
+"""What encoders that see and that hear share: the two blocks of a layer."""
 
 from collections.abc import Callable
 
 import jax
 from flax import nnx
-from jax import lax
 
 from models.axes import Axes
 from models.context import attend_across
 from models.layers import add, dot, dots, mlp, normal, zeros
-from models.recompute import keeps_arguments
 from models.sight import Sight
 from models.weight import Use
 
@@ -28,11 +26,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, axes: Axes, sight: Sight | None = None) -> jax.Array:
         """`sight` tells which keys each query sees, as `attend_across` takes it; None: every one."""
-        together = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)))
+        together = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)), gathers=axes.sp)
         biases = (self.q_bias, self.k_bias, self.v_bias)
         q, k, v = (y if b is None else add(y, b.get_value()) for y, b in zip(together, biases, strict=True))
         y = attend_across(q, k, v, sight, axes)
-        return add(axes.tp.psum(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
+        return add(axes.total(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
 
 
 class Mlp(nnx.Module):
@@ -49,9 +47,3 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         return mlp(x, self.up, self.up_bias, self.down, self.down_bias, activation=self.activation, axes=axes)
-
-
-def own_tokens(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
-    """This device's tokens of `x`, which has all of them along `dim`."""
-    size = x.shape[dim] // axes.cp.size
-    return keeps_arguments(lambda x: lax.dynamic_slice_in_dim(x, axes.cp.index() * size, size, dim))(x)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from models.axes import Axes, vary_like
+from models.axes import ABSENT, Axes, Axis, vary_like
 from models.contract import Dims
 from models.recompute import keeps_arguments
 from models.weight import Use, Weight, in_order, products, split
@@ -28,47 +28,55 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dot(x: jax.Array, w: jax.Array | Weight, *, contract: int = 1, dtype: Any = None) -> jax.Array:
+def dot(
+    x: jax.Array, w: jax.Array | Weight, *, contract: int = 1, dtype: Any = None, gathers: Axis = ABSENT
+) -> jax.Array:
     """`x` times `w` over the last `contract` dims of `x` and the first of `w`, as `dtype` (None: that of `x`).
 
     Both enter in the precision of `x`. The gradient of `w` leaves in the precision of `w`, or of its tap: autodiff
-    would round each microbatch's to that of `x` before it is accumulated.
+    would round each microbatch's to that of `x` before it is accumulated. `gathers`: the axis over which the tokens, of
+    dim 1 of `x`, are cut, and gathered for the product; the backward is given those of this device, and gathers again.
     """
-    (y,) = dots(x, w, contract=contract, dtype=dtype)
+    (y,) = dots(x, w, contract=contract, dtype=dtype, gathers=gathers)
     return y
 
 
-def dots(x: jax.Array, *weights: jax.Array | Weight, contract: int = 1, dtype: Any = None) -> list[jax.Array]:
+def dots(
+    x: jax.Array, *weights: jax.Array | Weight, contract: int = 1, dtype: Any = None, gathers: Axis = ABSENT
+) -> list[jax.Array]:
     """`dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
     found = []
     joint = products(weights)
+    if len(joint) > 1:
+        x, gathers = gathers.gather(x, dim=1), ABSENT  # once for all
     for value, *_ in joint:
         x = vary_like(x, value)  # before the first: one all-reduce of the gradient over tp
     for value, taps, shapes, places in joint:
         # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
         like = functools.partial(vary_like, other=x)
-        how = How(contract, jnp.dtype(dtype or x.dtype), shapes, taps[0].dtype if taps else None)
+        how = How(contract, jnp.dtype(dtype or x.dtype), shapes, taps[0].dtype if taps else None, gathers)
         y = _dot(how, x, like(value), tuple(map(like, taps)))
         trailing = [shape[contract:] for shape in shapes]
         parts = split(y, [math.prod(dims) for dims in trailing])
-        rows = x.shape[: x.ndim - contract]
+        rows = tuple(n * gathers.size if dim == 1 else n for dim, n in enumerate(x.shape[: x.ndim - contract]))
         found.append((places, [a.reshape(*rows, *dims) for a, dims in zip(parts, trailing, strict=True)]))
     return in_order(found)
 
 
 class How(NamedTuple):
-    """A product of `dots`: dims that it sums over, precision of the result, shapes of the weights in its array, and
-    the precision of their gradients, None where none is wanted."""
+    """A product of `dots`: dims that it sums over, precision of the result, shapes of the weights in its array, the
+    precision of their gradients, None where none is wanted, and the axis over which it gathers tokens."""
 
     contract: int
     dtype: Any
     shapes: tuple[tuple[int, ...], ...]
     gradient: Any
+    gathers: Axis
 
 
 def _product(how: How, x: jax.Array, w: jax.Array, taps: Any) -> jax.Array:
     w = _matrix(w, how.contract).astype(x.dtype)
-    return jnp.dot(_rows(x, how.contract), w, preferred_element_type=how.dtype)
+    return jnp.dot(_rows(how, x), w, preferred_element_type=how.dtype)
 
 
 def _dot_forward(how: How, x: jax.Array, w: jax.Array, taps: Any) -> tuple[jax.Array, Kept]:
@@ -78,9 +86,12 @@ def _dot_forward(how: How, x: jax.Array, w: jax.Array, taps: Any) -> tuple[jax.A
 
 def _dot_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...]]:
     x, w = kept
-    rows, matrix = _rows(x, how.contract), _matrix(w, how.contract).astype(x.dtype)
+    rows, matrix = _rows(how, x), _matrix(w, how.contract).astype(x.dtype)
     g = g.astype(x.dtype)
-    g_x = lax.dot_general(g, matrix, (((1,), (1,)), ((), ()))).reshape(x.shape)
+    g_x = lax.dot_general(g, matrix, (((1,), (1,)), ((), ())))
+    if how.gathers.names:
+        g_x = how.gathers.scatter(g_x.reshape(x.shape[0], -1, *x.shape[2:]), dim=1)
+    g_x = g_x.reshape(x.shape)
     if how.gradient is None:
         return g_x, None, ()
     precise = wide(jnp.promote_types(x.dtype, how.gradient))
@@ -89,9 +100,9 @@ def _dot_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, 
     return g_x, None, tuple(part.reshape(shape) for part, shape in zip(parts, how.shapes, strict=True))
 
 
-def _rows(x: jax.Array, contract: int) -> jax.Array:
+def _rows(how: How, x: jax.Array) -> jax.Array:
     """`x` as [tokens, features]: with more dims a weight's gradient would be a product of transposed copies."""
-    return x.reshape(-1, math.prod(x.shape[x.ndim - contract :]))
+    return how.gathers.gather(x, dim=1).reshape(-1, math.prod(x.shape[x.ndim - how.contract :]))
 
 
 def _matrix(w: jax.Array, contract: int) -> jax.Array:
@@ -172,10 +183,11 @@ def mlp(
     activation: Callable[[jax.Array], jax.Array],
     axes: Axes,
 ) -> jax.Array:
-    """Two linear maps with an activation between; the hidden features are cut over tp, the result is whole."""
+    """Two linear maps with an activation between; the hidden features are cut over tp."""
     biased = lambda y, bias: y if bias is None else add(y, bias.get_value())
     second = keeps_arguments(lambda hidden, w: dot(activation(hidden), w))
-    return biased(axes.tp.psum(second(biased(dot(x, up.get_value()), up_bias), down.get_value())), down_bias)
+    hidden = biased(dot(x, up.get_value(), gathers=axes.sp), up_bias)
+    return biased(axes.total(second(hidden, down.get_value())), down_bias)
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -192,9 +204,15 @@ class GatedMlp(nnx.Module):
         self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5, Use("hidden"))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        gate, up = dots(x, self.gate.get_value(), self.up.get_value())
+        gate, up = dots(x, self.gate.get_value(), self.up.get_value(), gathers=axes.sp)
         down = keeps_arguments(lambda gate, up, w: dot(gated(gate, up), w))
-        return axes.tp.psum(down(gate, up, self.down.get_value()))
+        return axes.total(down(gate, up, self.down.get_value()))
+
+
+def own(x: jax.Array, dim: int, axis: Axis) -> jax.Array:
+    """This device's part of `x`, which has all of them along `dim`."""
+    size = x.shape[dim] // axis.size
+    return keeps_arguments(lambda x: lax.dynamic_slice_in_dim(x, axis.index() * size, size, dim))(x)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], logical: Dims, std: float, use: Use | None = None) -> nnx.Param:

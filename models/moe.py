@@ -68,6 +68,7 @@ class Mixture(nnx.Module):
         self.down = normal(rngs, (e, f, d), ("experts", "mlp", None), f**-0.5, Use("hidden"))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        x = axes.sp.gather(x, dim=1)
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = route(tokens, self.router.get_value(), self.config)
         into, down = (self.gate.get_value(), self.up.get_value()), self.down.get_value()
@@ -82,7 +83,7 @@ class Mixture(nnx.Module):
         gate, up = grouped_dots(rows, sizes, *into)
         y = permute(last(gate, up, down, sizes), inverse, order).reshape(*chosen.shape, -1)
         y = jnp.sum(y.astype(weights.dtype) * weights[..., None], 1).astype(x.dtype)
-        return axes.tp.psum(y).reshape(x.shape)
+        return axes.total(y.reshape(x.shape))
 
 
 def route(tokens: jax.Array, router: jax.Array, config: Experts) -> tuple[jax.Array, jax.Array]:

@@ -17,8 +17,8 @@ from flax import nnx
 
 from models.axes import Axes, vary_like
 from models.contract import Batch, ModuleDef
-from models.encoder_layer import Attention, Mlp, own_tokens
-from models.layers import LayerNorm, add, check_counts, dot, normal, zeros
+from models.encoder_layer import Attention, Mlp
+from models.layers import LayerNorm, add, check_counts, dot, normal, own, zeros
 from models.nnx_parts import part
 from models.projector import Projector
 from models.recompute import keeps_arguments
@@ -26,7 +26,7 @@ from models.weight import Use
 
 Carry = dict[str, jax.Array]
 VARIANTS, SELECTS = ("siglip", "clip"), ("full", "default")
-CARRY_DIMS = ("items", "seq", None)
+CARRY_DIMS = ("items", "stream", None)
 DEPTH = "depth"  # carry key: how many layers `x` has passed, per token, for towers of which several layers are read
 
 
@@ -120,7 +120,8 @@ class ViT:
         # With a class token the tokens cannot be cut evenly: their number is odd for all usual sizes. Nor can those
         # that are left when the first one is dropped.
         divisible = {"tp": {"heads": self.num_heads, "mlp": self.mlp_width, "projector": self.hidden}}
-        cuts = {} if self.has_class_token or self.select == "default" else {"cp": {"tokens": self.num_tokens}}
+        whole = self.has_class_token or self.select == "default"
+        cuts = {} if whole else {axis: {"tokens": self.num_tokens} for axis in ("cp", "sp")}
         beside = (*(_after(depth) for depth in self.kept), DEPTH) if self.kept else ()
         pixels = f"{name}.pixels"
         return ModuleDef(
@@ -158,7 +159,7 @@ class _First(nnx.Module):
         @keeps_arguments
         def embed(pixels: jax.Array, w: jax.Array) -> jax.Array:
             patches = cut(pixels.astype(self.compute_dtype), config.patch_size)
-            return dot(own_tokens(patches, 1, axes), w, contract=3)
+            return dot(own(patches, 1, axes.stream), w, contract=3)
 
         x = embed(batch[self.pixels], self.patch.get_value())
         if config.has_class_token:
@@ -166,7 +167,7 @@ class _First(nnx.Module):
             x = jnp.concatenate([token, x], axis=1)
         else:
             x = add(x, self.patch_bias.get_value())
-        x = add(x, own_tokens(self.position.get_value(), 0, axes))
+        x = add(x, own(self.position.get_value(), 0, axes.stream))
         x = self.pre_norm(x) if config.has_class_token else x
         if not config.kept:
             return {"x": x}

@@ -18,8 +18,8 @@ from flax import nnx
 from models.axes import Axes
 from models.context import prepared
 from models.contract import Batch, ModuleDef
-from models.encoder_layer import Attention, Mlp, own_tokens
-from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal, zeros
+from models.encoder_layer import Attention, Mlp
+from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal, own, zeros
 from models.nnx_parts import part
 from models.projector import Linear, Projector
 from models.recompute import keeps_arguments
@@ -28,7 +28,7 @@ from models.weight import Use
 
 Carry = dict[str, jax.Array]
 VARIANTS, PROJECTORS = ("whisper", "qwen2_audio"), ("linear", "mlp")
-CARRY_DIMS = ("items", "seq", None)
+CARRY_DIMS = ("items", "stream", None)
 EPS = 1e-5  # what the norms add to the variance
 
 
@@ -123,8 +123,8 @@ class Whisper:
             output={"x": CARRY_DIMS},
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
-            divisible={"tp": cut, "cp": {"rows": self.rows}},
-            axes=frozenset({"dp", "pp", "copies", "tp", "cp"}),
+            divisible={"tp": cut, "cp": {"rows": self.rows}, "sp": {"rows": self.rows}},
+            axes=frozenset({"dp", "pp", "copies", "tp", "cp", "sp"}),
             heads=self.num_heads,
             rows=self.rows,
             width=self.output_width,
@@ -170,7 +170,7 @@ class _First(nnx.Module):
         x = add(first(batch[f"{self.name}.mel"], self.conv1.get_value()), self.conv1_bias.get_value())
         x = add(second(x, self.conv2.get_value()), self.conv2_bias.get_value())
         x = add(keeps_arguments(exact_gelu)(x), self.position.get_value()[: config.positions])
-        return {"x": own_tokens(x, 1, axes)}  # the convolutions ran whole on every device of cp
+        return {"x": own(x, 1, axes.stream)}  # the convolutions ran whole on every device
 
 
 def _triples(x: jax.Array, count: int, stride: int) -> jax.Array:
@@ -185,8 +185,9 @@ def _places(config: Whisper, name: str, batch: Batch, axes: Axes) -> Batch:
         return {"sight": None}
     frames = batch[f"{name}.frames"]
     place = jnp.broadcast_to(jnp.arange(config.positions, dtype=jnp.int32), (len(frames), config.positions))
-    own = (place < positions_of(frames)[:, None]).astype(jnp.int32)
-    sight = prepared(Sight(own_tokens(place, 1, axes), own_tokens(own, 1, axes), place, own, causal=False), axes)
+    real = (place < positions_of(frames)[:, None]).astype(jnp.int32)
+    sight = Sight(own(place, 1, axes.cp), own(real, 1, axes.cp), place, real, causal=False)
+    sight = prepared(sight, axes)
     return {"sight": jax.tree.map(axes.tp.vary, sight)}
 
 

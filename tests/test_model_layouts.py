@@ -55,7 +55,8 @@ def scored(definition: ModuleDef, axes: Axes, params: Tree, x: Tree, batch: Tree
     tokens, seed = (batch["targets"], batch["weights"]), jnp.ones(())
     head, empty = loss.Head(y["head"], 1), 0 * y["head"]
     total, g_x, g_head = loss.add_gradients(y["x"], head, *tokens, empty, seed=seed, axes=axes, chunk=3)
-    return {"x": y["x"], "loss": total}, *pull({"x": g["x"] + g_x, "head": g_head})
+    mine = g["x"] / axes.sp.size  # gathered over sp, the rows are there once for each of its devices
+    return {"x": axes.sp.pmax(y["x"]), "loss": total}, *pull({"x": mine + g_x, "head": g_head})
 
 
 def example(config: Decoder | ViT | Whisper) -> tuple[ModuleDef, Tree, Tree]:
@@ -94,19 +95,19 @@ def judged(name: str) -> Tree:
 def on_mesh(definition: ModuleDef, layout: Layout, params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
     """Outputs and gradients as a stage computes them: per device, of parameters cast to varying over the replicas."""
     plan = plan_stages("model", definition, layout, jax.devices())[0]
-    spec, data = plan.grid.spec, plan.grid.data
+    spec, specs = plan.grid.spec, param_specs(definition, plan)
     g_specs = {k: spec(definition.output[k]) for k in g}
     y_specs = g_specs | ({"loss": P()} if "tokens" in batch else {})
     x_specs = {k: spec(("items", None, None)) for k in x}
     batch_specs = {k: spec(definition.reads[k]) for k in batch}
 
     def program(params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
-        params = jax.tree.map(lambda p: vary(p, data), params)
+        params = jax.tree.map(lambda p: vary(p, plan.grid.data), params)
         y, g_params, g_x = scored(definition, plan.axes, params, x, batch, g)
-        y = {k: lax.psum(a, data) if k == "loss" else a for k, a in y.items()}
-        return y, jax.tree.map(lambda a: lax.psum(a, data), g_params), g_x
+        y = {k: lax.psum(a, plan.grid.tokens) if k == "loss" else a for k, a in y.items()}
+        total = lambda a, where: lax.psum(a, plan.grid.spread(a.shape, where).replicas)
+        return y, jax.tree.map(total, g_params, specs), g_x
 
-    specs = param_specs(definition, plan)
     ins, outs = (specs, x_specs, batch_specs, g_specs), (y_specs, specs, x_specs)
     return jax.jit(jax.shard_map(program, mesh=plan.mesh, in_specs=ins, out_specs=outs))(params, x, batch, g)
 
@@ -129,10 +130,13 @@ def zigzag(cp: int) -> np.ndarray:
         ("several layers", Layout(dp=2, cp=2, tp=2)),
         ("clip", Layout(dp=2, tp=2, copies=2)),
         ("audio", Layout(dp=2, cp=2, tp=2)),
+        ("rich", Layout(dp=2, cp=2, tp=2, sp=True)),
+        ("several layers", Layout(cp=2, tp=2, sp=True)),
         ("rich", Layout(dp=2, cp=4, context="heads")),
         ("audio", Layout(dp=2, cp=2, tp=2, context="ring")),
         pytest.param("rich", Layout(cp=2, tp=4, context="ring"), marks=pytest.mark.slow),
         pytest.param("rich", Layout(cp=2, tp=4, context="heads"), marks=pytest.mark.slow),
+        pytest.param("rich", Layout(dp=2, cp=2, tp=2, sp=True, context="ring"), marks=pytest.mark.slow),
         pytest.param("siglip", Layout(dp=2, cp=4, context="heads"), marks=pytest.mark.slow),
         pytest.param("several layers", Layout(dp=2, cp=2, tp=2, context="ring"), marks=pytest.mark.slow),
         pytest.param("audio", Layout(dp=2, cp=2, tp=2, context="heads"), marks=pytest.mark.slow),
@@ -158,6 +162,8 @@ def test_a_layout_changes_neither_outputs_nor_gradients(name: str, layout: Layou
         ("tied", Layout(tp=4), "tp=4 does not divide kv_heads=2; use tp of 1, 2"),
         ("experts", Layout(tp=3), "tp=3 does not divide heads=8"),
         ("siglip", Layout(cp=8), "cp=8 does not divide tokens=4; use cp of 1, 2, 4"),
+        ("siglip", Layout(cp=4, tp=2, sp=True), "sp=True cuts tokens=4 over cp x tp = 8 devices"),
+        ("clip", Layout(tp=2, sp=True), "sp=True, but the model's tokens cannot be cut over tp; set sp=False"),
         ("clip", Layout(cp=2), "cp=2, but the model's code does not handle cp .*; set cp=1"),
     ],
 )

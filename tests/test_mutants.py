@@ -1,7 +1,7 @@
 """Each patch in tests/mutants is a bug that runs without complaint and trains wrongly: `hetjax.verify` must say so.
 
 A patch's first line tells what it breaks, its directory under which settings (mutants/disjoint.gin, colocated.gin,
-experts.gin, context.gin). To renew one that no longer applies, make the change again and keep the first line:
+and so on). To renew one that no longer applies, make the change again and keep the first line:
 `git diff -U1 >> FILE`.
 """
 
@@ -20,8 +20,8 @@ from hetjax.data import ItemSpec, Pictures
 
 MUTANTS = runs.ROOT / "tests" / "mutants"
 PATCHES = {f"{path.parent.name}/{path.stem}": path for path in sorted(MUTANTS.glob("*/*.patch"))}
-LAYOUTS = ("disjoint", "colocated", "experts", "context")
-SLOW = ("experts", "context")
+QUICK = {"disjoint", "colocated"}
+LAYOUTS = ("disjoint", "colocated", "experts", "sequence", "context")
 # Each takes seconds, all of them minutes.
 DEFAULT = {"disjoint/boundary_gradient_scaled", "disjoint/reduce_without_cp", "colocated/tied_gradient_lost"}
 ITEM = ItemSpec("vision", 4, Pictures(height=8, width=8), slots_per_group=2)
@@ -79,7 +79,7 @@ def test_patches_apply_and_tell_what_they_break(name: str, code: Path) -> None:
     apply(PATCHES[name], code)
 
 
-@pytest.mark.parametrize("layouts", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS])
+@pytest.mark.parametrize("layouts", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def test_verify_accepts_the_code_as_it_is(layouts: str, code: Path, data: str) -> None:
     ran = verify(code, layouts, data)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"

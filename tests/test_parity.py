@@ -149,6 +149,17 @@ KINDS = {
     "pp 2, attention in blocks, products kept": Case(
         Layout(pp=2, cp=2, devices=LOW), Layout(tp=2, pp=2, devices=HIGH), blocks=(5, 1), remat=Remat.DOTS
     ),
+    "sp: pp 2, tied; encoder cp 2, no remat": Case(
+        Layout(tp=2, pp=2, sp=True, devices=LOW), Layout(cp=2, tp=2, sp=True), tied=True, remat=Remat.NONE
+    ),
+    "sp: dp 2 cp 2, experts; encoder pp 2, features of two layers": Case(
+        Layout(dp=2, cp=2, tp=2, sp=True),
+        Layout(tp=2, pp=2, sp=True, devices=LOW),
+        experts=tiny.EXPERTS,
+        feature_layer=(-1, 0),
+        remat=Remat.DOTS,
+    ),
+    "sp: tp 4; audio": Case(Layout(tp=4, sp=True), Layout(dp=2), Layout(tp=2, sp=True, devices=LOW[:1] + "-1")),
     "llm cp 2 ring, encoder cp 2 by heads": Case(
         Layout(cp=2, devices="0-1", context="ring"),
         Layout(cp=2, devices="2-3", context="heads"),
@@ -182,7 +193,7 @@ PAPER_CASES = {
 DEFAULT = [
     "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2", "ratio 3 to 2", "overlapping", "two encoders",
     "projector only", "text-only microbatches, and some without targets", "2/2/1|2/1/2 colocated",
-    "experts, llm tp 2 cp 2 pp 2", "llm cp 2 ring, encoder cp 2 by heads",
+    "experts, llm tp 2 cp 2 pp 2", "sp: pp 2, tied; encoder cp 2, no remat", "llm cp 2 ring, encoder cp 2 by heads",
     "llm cp 4 tp 2 by heads, fewer key heads, encoder cp 2 ring",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES

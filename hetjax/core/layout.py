@@ -35,6 +35,7 @@ class Layout:
 
     `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
+    `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the tokens are cut over tp.
     `context` is how attention reaches over cp: gather, ring or heads (`models/context.py`).
     """
 
@@ -43,6 +44,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     copies: int = 1
+    sp: bool = False
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
     context: str = GATHER
@@ -52,6 +54,8 @@ class Layout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
+        if self.sp and self.tp == 1:
+            raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
         if self.context not in CONTEXTS:
             raise ValueError(f"Layout.context={self.context!r}; it must be one of {', '.join(CONTEXTS)}")
         if self.context != GATHER and self.cp == 1:
@@ -84,6 +88,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = [f"{n}={getattr(self, n)}" for n in ("dp", "copies", "cp", "tp", "pp") if getattr(self, n) > 1]
+        sizes += ["sp"] * self.sp
         return (" x ".join(sizes) or "dp=1") + ("" if self.context == GATHER else f", context={self.context}")
 
 
@@ -163,7 +168,8 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
 def make_grid(layout: Layout, devices: Sequence[jax.Device]) -> Grid:
     """The mesh of one stage of a layout on these devices."""
     sizes = [getattr(layout, name) for name in AXES]
-    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), {name: (name,) for name in AXES}, layout.context)
+    parts = {name: (name,) for name in AXES} | {"sp": ("tp",) if layout.sp else ()}
+    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), parts, layout.context)
 
 
 def _check_devices(name: str, layout: Layout, available: int) -> None:
@@ -190,8 +196,16 @@ def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
                 f"{name}: {axis}={getattr(layout, axis)}, but the model's code does not handle {axis} "
                 f"(it handles {', '.join(sorted(definition.axes))}); set {axis}=1"
             )
+    if layout.sp and "sp" not in definition.axes:
+        raise ValueError(f"{name}: sp=True, but the model's tokens cannot be cut over tp; set sp=False")
+    for what, count in definition.divisible.get("sp", {}).items():
+        if layout.sp and count % (layout.cp * layout.tp):
+            raise ValueError(
+                f"{name}: sp=True cuts {what}={count} over cp x tp = {layout.cp * layout.tp} devices, which do not "
+                "divide them; set sp=False, or make cp or tp smaller"
+            )
     for axis, counts in definition.divisible.items():
-        size = getattr(layout, axis)
+        size = 1 if axis == "sp" else getattr(layout, axis)
         for what, count in counts.items():
             if count % size:
                 fits = [str(n) for n in range(1, count + 1) if count % n == 0]
@@ -250,6 +264,11 @@ def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items:
         raise ValueError(
             f"{name}: cp={layout.cp} cuts the sequence into {2 * layout.cp} chunks (zig-zag), which do not divide "
             f"seq_len={seq}; make seq_len a multiple of {2 * layout.cp}"
+        )
+    if is_sink and layout.sp and seq % (layout.cp * layout.tp):
+        raise ValueError(
+            f"{name}: sp=True cuts the sequence over cp x tp = {layout.cp * layout.tp} devices, which do not divide "
+            f"seq_len={seq}; make seq_len a multiple of that, or set sp=False"
         )
 
 

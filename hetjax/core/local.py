@@ -98,7 +98,7 @@ class Local:
         y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
         total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
-        return {k: settle(v, frozenset(self.plan.grid.data)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": ids}.items()}
 
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
@@ -178,7 +178,7 @@ class Local:
         def features(w: Params, carry: Tree) -> jax.Array:
             last = self.working.given("last", weights, w)
             x = definition.last.apply(last, carry, given.batch, self.plan.axes)["x"]
-            return settle(x, axes_of(self.plan.grid.spec(definition.output["x"])))
+            return settle(x, axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names))
 
         x, pull = jax.vjp(features, w, carry)
         head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))

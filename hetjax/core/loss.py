@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models.axes import Axes, vary_like
+from models.axes import Axes, sum_like, vary_like
 from models.layers import dot, wide
 
 # Tokens of a chunk. Each chunk reads and writes the head's accumulator; larger ones outgrow a CPU's caches: in float32
@@ -79,7 +79,7 @@ def add_gradients(
 
     start = vary_like(jnp.zeros((), seed.dtype), weights), vary_like(jnp.zeros_like(flat), flat), acc
     total, g_x, acc = lax.fori_loop(0, steps, add_chunk, start)
-    return total, axes.tp.psum(g_x).reshape(x.shape), acc
+    return total, sum_like(g_x, x).reshape(x.shape), acc
 
 
 def _weighted_first(weights: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:

@@ -15,23 +15,26 @@ from models.axes import Axes, Axis
 from models.context import GATHER
 from models.contract import Dims
 
-LOGICAL = {
-    "batch": "dp",
-    "items": "dp",
-    "seq": "cp",
-    "heads": "tp",
-    "kv_heads": "tp",
-    "mlp": "tp",
-    "vocab": "tp",
-    "experts": None,  # every device of a stage holds all of them
+LOGICAL: dict[str, tuple[str, ...]] = {
+    "batch": ("dp",),
+    "items": ("dp",),
+    "seq": ("cp",),
+    "stream": ("cp", "sp"),  # the tokens between the blocks of a layer
+    "heads": ("tp",),
+    "kv_heads": ("tp",),
+    "mlp": ("tp",),
+    "vocab": ("tp",),
+    "experts": (),  # every device of a stage holds all of them
 }
-DATA = ("dp", "cp")  # a layout's axes over which the tokens are cut
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """A stage's mesh, the mesh axes that each axis of its layout is made of, outermost first, and how attention
-    reaches over cp."""
+    reaches over cp.
+
+    "sp", of sequence parallelism, is made of what tp is made of, or of nothing.
+    """
 
     mesh: Mesh
     parts: Mapping[str, tuple[str, ...]]
@@ -40,16 +43,21 @@ class Grid:
     @property
     def axes(self) -> Axes:
         """What a model sees."""
-        return Axes(**{name: self._axis(name) for name in ("dp", "cp", "tp")}, context=self.context)
+        return Axes(**{name: self._axis(name) for name in ("dp", "cp", "tp", "sp")}, context=self.context)
 
     @property
     def data(self) -> tuple[str, ...]:
-        """The mesh axes over which the tokens are cut: devices along them see different data."""
-        return tuple(part for name in DATA for part in self.parts[name])
+        """The mesh axes along which devices see other data where data meet parameters."""
+        return self._parts("dp", "cp", "sp")
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The mesh axes over which the microbatch's tokens are cut."""
+        return self._parts("dp", "cp")
 
     def spec(self, dims: Dims) -> P:
         """The partition spec of a tensor with these logical dims."""
-        return P(*(self._entry(LOGICAL[dim]) if dim else None for dim in dims))
+        return P(*(_entry(self._parts(*LOGICAL[dim])) if dim else None for dim in dims))
 
     def sharding(self, dims: Dims) -> NamedSharding:
         """The sharding of a tensor with these logical dims."""
@@ -77,9 +85,8 @@ class Grid:
     def _axis(self, name: str) -> Axis:
         return Axis(self.parts[name], self.size(self.parts[name]))
 
-    def _entry(self, axis: str | None) -> str | tuple[str, ...] | None:
-        parts = self.parts[axis] if axis else ()
-        return parts if len(parts) > 1 else parts[0] if parts else None
+    def _parts(self, *names: str) -> tuple[str, ...]:
+        return tuple(part for name in names for part in self.parts[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +108,10 @@ class Spread:
     def accumulator(self) -> P:
         """The spec of its accumulator with a leading dim over the replicas."""
         return P(self.replicas, *self.where)
+
+
+def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return names if len(names) > 1 else names[0] if names else None
 
 
 def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -163,14 +163,14 @@ class Stage:
     ) -> tuple[Tree, Tree, jax.Array]:
         batch = packing.unpack(self.packings, packed)
         g_x, acc, loss = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, _done() if loss is None else lax.psum(loss, self.plan.grid.data)
+        return g_x, acc, _done() if loss is None else lax.psum(loss, self.plan.grid.tokens)
 
     def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
         return self._scores(weights, x, packing.unpack(self.packings, packed))
 
     def _scores(self, weights: Params, x: Tree, batch: Tree) -> Tree:
         y = self.local.outputs(weights, x, batch)
-        return {**y, "loss": lax.psum(y["loss"], self.plan.grid.data)} if self.ends_in_loss else y
+        return {**y, "loss": lax.psum(y["loss"], self.plan.grid.tokens)} if self.ends_in_loss else y
 
     def _reduce(self, acc: Tree) -> tuple[Tree, jax.Array]:
         mine = self.parameters
