@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -109,7 +110,17 @@ def test_values_and_gradients_are_those_of_one_device(
     close(tuple(a[:, np.argsort(order)] for a in found), expected, 1e-11)
 
 
-# -- what is sent ------------------------------------------------------------------------------------------------------
+# -- what is sent, and kept --------------------------------------------------------------------------------------------
+
+
+def traced(case: Case, context: str, ask: Any = outputs) -> Any:
+    """`on_mesh` as a jaxpr, in bfloat16."""
+    heads = case.heads, case.kv, case.kv, case.heads
+    given = [jax.ShapeDtypeStruct((2, LENGTH, h, 4), jnp.bfloat16) for h in heads]
+    return jax.make_jaxpr(on_mesh(case, context, ask))(
+        *given, *[jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)] * 2
+    ).jaxpr
+
 
 SHARES = {  # of its operand that a device sends
     "all_gather": lambda cp: cp - 1,
@@ -149,8 +160,42 @@ def test_each_sends_the_bytes_that_the_page_says(context: str) -> None:
         ]
         given += [jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)] * 2
         forward, both = (
-            sent(jax.make_jaxpr(on_mesh(case, context, ask))(*given).jaxpr, case.cp)
+            sent(traced(case, context, ask), case.cp)
             for ask in (lambda function, q, k, v, g: function(q, k, v), outputs)
         )
         sizes = dict(n=LENGTH // case.cp, h=case.heads, kv=case.kv, d=4, w=2, cp=case.cp, lcm=math.lcm)  # a row each
         assert [forward, both - forward] == [eval(formula, sizes) for formula in documented()[context]]
+
+
+def bodies(jaxpr: Any) -> Iterator[Any]:
+    """The bodies of the scans of a program."""
+    for equation in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from ([inner] if equation.primitive.name == "scan" else [])
+            yield from bodies(inner)
+
+
+def test_a_ring_sends_what_it_has_not_worked_on() -> None:
+    """In each step what is sent came in with the step, and so need not wait for its products."""
+    case = Case(cp=4)
+    sends = [
+        (body, [equation for equation in body.eqns if equation.primitive.name == "ppermute"])
+        for body in bodies(traced(case, RING))
+    ]
+    assert sorted(len(found) for _, found in sends if found) == [2, 4]  # keys and values, then their gradients too
+    assert all(equation.invars[0] in body.invars for body, found in sends for equation in found)
+
+
+@pytest.mark.parametrize("rule", ["packed", "none"])
+def test_a_ring_keeps_nothing_of_the_keys_of_others(rule: str) -> None:
+    case, kept = Case(cp=4, rule=rule), []
+
+    def ask(function: Any, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Arrays:
+        pull = jax.vjp(function, q, k, v)[1]
+        kept.extend(leaf.size for leaf in jax.tree.leaves(pull) if jnp.issubdtype(leaf.dtype, jnp.floating))
+        return pull(g)
+
+    traced(case, RING, ask)
+    tokens = LENGTH // case.cp
+    queries, keys = (tokens * h * 4 for h in (case.heads, case.kv))
+    assert sorted(kept) == sorted([queries, keys, keys, queries, tokens * case.heads])  # q, k, v, output, log-sum-exp
