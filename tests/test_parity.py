@@ -191,7 +191,7 @@ PAPER_CASES = {
     for place in ("colocated", "disjoint")
 }
 DEFAULT = [
-    "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "copies 2", "ratio 3 to 2", "overlapping", "two encoders",
+    "llm cp 4 pp 2 tied", "copies 2", "ratio 3 to 2", "overlapping", "two encoders",
     "projector only", "text-only microbatches, and some without targets", "2/2/1|2/1/2 colocated",
     "experts, llm tp 2 cp 2 pp 2", "sp: pp 2, tied; encoder cp 2, no remat", "llm cp 2 ring, encoder cp 2 by heads",
     "llm cp 4 tp 2 by heads, fewer key heads, encoder cp 2 ring",
