@@ -134,6 +134,8 @@ def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 
     repeats = layout.tp // kv_heads if 0 < kv_heads < layout.tp else 1
     folded = {name: fold(name, getattr(layout, name), [experts.get(name, 1)]) for name in AXES}
     folded["tp"] = fold("tp", layout.tp, [experts["tp"], repeats])
+    if repeats == layout.tp > 1:  # for a single head an axis of one device: what it cuts meets the data of all of tp
+        folded["tp"] = {"tp_kv": 1, **folded["tp"]}
     parts = {name: tuple(axes) for name, axes in folded.items()}
     inner = {name: innermost(folded[name], size) for name, size in experts.items()}
     parts["ep"] = tuple(axis for name in AXES for axis in inner.get(name, ()))
