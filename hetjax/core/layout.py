@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hetjax.core.mesh import Grid
+from hetjax.core.mesh import Grid, fold, innermost
 from models.axes import Axes
 from models.contract import ModuleDef
 
@@ -35,6 +35,8 @@ class Layout:
     `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
     `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the tokens are cut over tp.
+    `zero` (arXiv:1910.02054): what is cut over the data replicas: 1 the optimizer's state, 2 gradients too, 3 weights
+    too. `zero_size`: over how many of dp, the inner ones (None: all); the others repeat the shards.
     """
 
     dp: int = 1
@@ -43,6 +45,8 @@ class Layout:
     pp: int = 1
     copies: int = 1
     sp: bool = False
+    zero: int = 1
+    zero_size: int | None = None
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
 
@@ -53,12 +57,26 @@ class Layout:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
         if self.sp and self.tp == 1:
             raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
+        self._check_zero()
         if isinstance(self.devices, str):
             object.__setattr__(self, "devices", _parse_devices(self.devices))
         elif self.devices is not None:
             object.__setattr__(self, "devices", tuple(self.devices))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+
+    def _check_zero(self) -> None:
+        if self.zero not in (1, 2, 3) or isinstance(self.zero, bool):
+            raise ValueError(f"Layout.zero={self.zero!r}; it must be 1, 2 or 3, a stage of ZeRO")
+        size = self.dp if self.zero_size is None else self.zero_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or self.dp % size:
+            fits = ", ".join(str(n) for n in range(1, self.dp + 1) if self.dp % n == 0)
+            raise ValueError(f"Layout.zero_size={size!r} is no part of dp={self.dp}; use {fits}, or None for all of dp")
+        if self.zero > 1 and size * self.cp == 1 and not self.sp:
+            raise ValueError(
+                f"Layout.zero={self.zero} cuts over the data replicas, of which there is one (dp={self.dp}, "
+                f"zero_size={self.zero_size}, cp={self.cp}); set zero=1, or more of them"
+            )
 
     @property
     def stage_size(self) -> int:
@@ -79,7 +97,8 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = [f"{n}={getattr(self, n)}" for n in ("dp", "copies", "cp", "tp", "pp") if getattr(self, n) > 1]
-        sizes += ["sp"] * self.sp
+        sizes += ["sp"] * self.sp + [f"zero={self.zero}"] * (self.zero > 1)
+        sizes += [f"zero_size={self.zero_size}"] * (self.zero_size is not None)
         return " x ".join(sizes) or "dp=1"
 
 
@@ -157,9 +176,15 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
 
 def make_grid(layout: Layout, devices: Sequence[jax.Device]) -> Grid:
     """The mesh of one stage of a layout on these devices."""
-    sizes = [getattr(layout, name) for name in AXES]
-    parts = {name: (name,) for name in AXES} | {"sp": ("tp",) if layout.sp else ()}
-    return Grid(Mesh(np.array(devices).reshape(sizes), AXES), parts)
+    inner = {"dp": [layout.zero_size or layout.dp]}
+    folded = {name: fold(name, getattr(layout, name), inner.get(name, ())) for name in AXES}
+    parts = {name: tuple(axes) for name, axes in folded.items()}
+    parts["sp"] = parts["tp"] if layout.sp else ()
+    repeated = 0 if layout.zero_size is None else len(parts["dp"]) - len(innermost(folded["dp"], layout.zero_size))
+    parts["across"] = parts["dp"][:repeated]
+    sizes = {axis: size for axes in folded.values() for axis, size in axes.items()}
+    mesh = Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
+    return Grid(mesh, parts, layout.zero)
 
 
 def _check_devices(name: str, layout: Layout, available: int) -> None:
@@ -256,8 +281,9 @@ def picture(stages: Sequence[StagePlan], num_devices: int) -> str:
     cells = {(i, m): "" for i in range(num_devices) for m in modules}
     for stage in stages:
         held = f"layers {stage.lo}-{stage.hi - 1}" if stage.hi > stage.lo + 1 else f"layer {stage.lo}"
-        for place, device in zip(np.ndindex(*stage.mesh.devices.shape), stage.device_ids, strict=True):
-            part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if stage.mesh.shape[a] > 1]
+        sizes = {axis: stage.grid.size(stage.grid.parts[axis]) for axis in AXES}
+        for place, device in zip(np.ndindex(*sizes.values()), stage.device_ids, strict=True):
+            part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if sizes[a] > 1]
             cells[device, stage.module] = " ".join([held, *part])
     rows = [["device", *modules], *[[str(i), *(cells[i, m] or "-" for m in modules)] for i in range(num_devices)]]
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]

@@ -23,17 +23,19 @@ from hetjax.core.layout import StagePlan
 from hetjax.core.mesh import axes_of
 from hetjax.core.parameters import Parameters
 from hetjax.core.remat import Policy
-from hetjax.core.residuals import Kept
+from hetjax.core.residuals import Kept, vjp
 from hetjax.core.settled import settle
 from hetjax.core.stacks import LAYERS, Run
 from models.axes import vary
 from models.contract import Batch, Params
+from models.paths import at
 
 Tree = Any
 
 
 class Given(NamedTuple):
-    """What a stage's programs are given, as its parts take it. Working weights vary over the data axes."""
+    """What a stage's programs are given, as its parts take it. Working weights vary over the data axes; under ZeRO-3
+    those of the layers are still in shards."""
 
     weights: Params
     x: Tree
@@ -114,7 +116,7 @@ class Local:
 
         first = self._first(given)
         moves = bool(first or wanted)
-        carry, of_start = _vjp(start, first, wanted, given.inputs(first)) if moves else (start(first, wanted), None)
+        carry, of_start = vjp(start, first, wanted, given.inputs(first)) if moves else (start(first, wanted), None)
         of_runs: list[list[Kept] | None] = []
         for run in self.runs:
             moves = moves or any(self._rows(self.trainable, run, place) for place in range(len(run.period)))
@@ -123,7 +125,7 @@ class Local:
         if self.ends_in_loss:
             return {}, Residuals(of_start, of_runs, carry)
         last = self._last(given)
-        y, of_end = _vjp(end, last, carry, given.inputs(last))
+        y, of_end = vjp(end, last, carry, given.inputs(last))
         return y, Residuals(of_start, of_runs, of_end)
 
     def backward(
@@ -140,7 +142,7 @@ class Local:
         else:
             g_last, g = residuals.put_together(kept.end, given.inputs(self._last(given)))(g)
         if g_last:
-            acc["last"] = accumulators.add(acc["last"], g_last, first)
+            acc["last"] = accumulators.add(acc["last"], g_last, self.parameters.spreads["last"], first)
         for run, of_run in reversed(list(zip(self.runs, kept.runs, strict=True))):
             if of_run is not None:
                 g, acc = self._scan_back(run, given, of_run, g, acc, first)
@@ -154,17 +156,15 @@ class Local:
     def _start_back(self, given: Given, kept: Kept, g: Tree, acc: Tree, first: jax.Array) -> tuple[Tree, Tree]:
         """(cotangents of the wanted inputs, accumulators) from the cotangent of the carry in front of the layers."""
         table, taps = self.module.definition.table, self._first(given)
+        mine, spreads, of_table = acc.get("first", {}), self.parameters.spreads.get("first", {}), first
         if table in taps:  # its gradient is added to its tap, row by row, and the accumulator takes the tap's place
-            shared = self.ends_in_loss and ("first", table) == self.parameters.place_in_last(
-                self.module.definition.head
-            )
-            mine = acc["first"][table]  # of a tied one: what the head has written
-            taps = {**taps, table: (mine if shared else accumulators.cleared(mine, first))[0]}
+            if self.ends_in_loss and ("first", table) == self.parameters.place_in_last(self.module.definition.head):
+                of_table = jnp.zeros_like(first)  # the head has written
+            taps = {**taps, table: accumulators.opened(mine[table], spreads[table], taps[table], of_table)}
         g_first, g_x = residuals.put_together(kept, given.inputs(taps))(g)
-        done = {table: g_first.pop(table)[None]} if table in taps else {}
-        if g_first or done:
-            acc = {**acc, "first": {**accumulators.add(acc["first"], g_first, first), **done}}
-        return g_x, acc
+        if table in taps:
+            mine = {**mine, table: accumulators.closed(mine[table], spreads[table], g_first.pop(table), of_table)}
+        return g_x, {**acc, "first": accumulators.add(mine, g_first, spreads, first)} if mine else acc
 
     def _loss_back(
         self, given: Given, carry: Tree, seed: jax.Array, acc: Tree, first: jax.Array
@@ -173,7 +173,7 @@ class Local:
         with the head's gradient added), of the carry behind the layers."""
         definition, name = self.module.definition, self.module.definition.head
         weights, w = self.parameters.full_last(given.weights), self._last(given)
-        trains = w.pop(name, None) is not None
+        tap = w.pop(name, None)
 
         def features(w: Params, carry: Tree) -> jax.Array:
             last = self.working.given("last", weights, w)
@@ -183,22 +183,27 @@ class Local:
         x, pull = jax.vjp(features, w, carry)
         head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
         part, leaf = self.parameters.place_in_last(name)
-        mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
+        mine, spread = at(acc, (part, leaf)), at(self.parameters.spreads, (part, leaf))
+        opened = None if tap is None else accumulators.opened(mine, spread, tap, first)
         tokens = given.batch["targets"], given.batch["weights"]
-        total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seed, axes=self.plan.axes, chunk=self.chunk)
-        if mine is not None:
-            acc = {**acc, part: {**acc[part], leaf: mine[None]}}
+        total, g_x, found = loss.add_gradients(
+            x, head, *tokens, opened, seed=seed, axes=self.plan.axes, chunk=self.chunk
+        )
+        if found is not None:
+            acc = {**acc, part: {**acc[part], leaf: accumulators.closed(mine, spread, found, first)}}
         return total, *pull(g_x), acc
 
     def _chunk(self) -> int:
         """Tokens whose logits exist at a time."""
         name = self.module.definition.head
-        head = self.parameters.full_last(self.parameters.weights)[name]
+        head = self.parameters.full_last(self.parameters.leaves)[name]
         ids = head.sharding.shard_shape(head.shape)[self.module.definition.last.logical[name].index("vocab")]
         return loss.chunk_size(self.plan.mesh.devices.flat[0].platform, ids)
 
     def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
-        return Given(jax.tree.map(self._vary, weights), x, batch, self.module.definition.prepare(batch, self.plan.axes))
+        weights = jax.tree.map(self._vary, weights)
+        weights |= {part: self.working.whole(part, weights[part]) for part in weights if part != LAYERS}
+        return Given(weights, x, batch, self.module.definition.prepare(batch, self.plan.axes))
 
     def _first(self, given: Given) -> Params:
         """What of the first part is differentiated."""
@@ -244,7 +249,8 @@ class Local:
     ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
         """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to."""
         apply = run.period[place].apply
-        weights = stacks.take(given.weights.get(LAYERS, {}), self._rows(given.weights, run, place), i)
+        shards = stacks.take(given.weights.get(LAYERS, {}), self._rows(given.weights, run, place), i)
+        weights = self.working.whole(LAYERS, shards)  # outside of the VJP: it keeps what it is given, and no more
         w = self.working.differentiated(LAYERS, weights, self._rows(self.trainable, run, place))
 
         def layer(w: Params, carry: Tree) -> Tree:
@@ -260,7 +266,7 @@ class Local:
             for place in range(len(run.period)):
                 layer, w, inputs = self._layer(run, place, i, given)
                 if keeps:
-                    carry, of_layer = _vjp(layer, w, carry, inputs)
+                    carry, of_layer = vjp(layer, w, carry, inputs)
                     kept.append(of_layer)
                 else:
                     carry = layer(w, carry)
@@ -278,7 +284,8 @@ class Local:
             for place in reversed(range(len(run.period))):
                 _, _, inputs = self._layer(run, place, i, given)
                 g_w, g = residuals.put_together(kept[place], inputs)(g)
-                layers = accumulators.add_layer(layers, self._rows(self.trainable, run, place), i, g_w, first)
+                mine = accumulators.scatter(g_w, self.parameters.spreads.get(LAYERS, {}), stacked=True)
+                layers = accumulators.add_layer(layers, self._rows(self.trainable, run, place), i, mine, first)
             return (g, layers), None
 
         behind = g, acc.get(LAYERS, {})
@@ -287,12 +294,6 @@ class Local:
         else:
             (g, layers), _ = lax.scan(body, behind, (_repetitions(run), kept), reverse=True)
         return g, {**acc, LAYERS: layers} if layers else acc
-
-
-def _vjp(function: Callable[[Params, Tree], Tree], w: Params, x: Tree, inputs: list[jax.Array]) -> tuple[Tree, Kept]:
-    """`function(w, x)`, and its VJP without `inputs`."""
-    y, pull = jax.vjp(function, w, x)
-    return y, residuals.take_apart(pull, inputs)
 
 
 def _repetitions(run: Run) -> jax.Array:

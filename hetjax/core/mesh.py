@@ -1,12 +1,14 @@
 """The mesh of a stage, and what its axes cut: activations, parameters, gradients, optimizer state.
 
 A layout's axes are made of mesh axes, one each as long as nothing needs a part of them. `Grid` is the one place that
-knows which; a model sees a layout's axes (`models/axes.py`), the trainer's programs the names of mesh axes.
+knows which; a model sees a layout's axes (`models/axes.py`), the trainer's programs the names of mesh axes. With dp=4,
+of which zero_size=2 takes the inner half, dp is made of "dp0" and "dp1".
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,11 +33,13 @@ LOGICAL: dict[str, tuple[str, ...]] = {
 class Grid:
     """A stage's mesh, and the mesh axes that each axis of its layout is made of, outermost first.
 
-    "sp", of sequence parallelism, is made of what tp is made of, or of nothing.
+    Beside them: "sp", of sequence parallelism, all of tp or nothing. "across", that part of dp over which ZeRO repeats
+    its shards. `zero` is its stage, 1 to 3.
     """
 
     mesh: Mesh
     parts: Mapping[str, tuple[str, ...]]
+    zero: int = 1
 
     @property
     def axes(self) -> Axes:
@@ -64,20 +68,23 @@ class Grid:
         """Devices along these mesh axes."""
         return math.prod(self.mesh.shape[name] for name in names)
 
-    def spread(self, shape: tuple[int, ...], where: P, *, stacked: bool = False) -> "Spread":
+    def spread(self, shape: tuple[int, ...], where: P, *, stacked: bool = False, multiplies: bool = False) -> "Spread":
         """How a parameter of this shape, which the programs take as `where` says, is spread over the data replicas.
 
-        ZeRO-1 takes the first dim of which the shards divide. `stacked`: the first dim counts layers, which are stored
-        one by one, and is left alone.
+        ZeRO takes the first dim of which the shards divide. `stacked`: the first dim counts layers, which are stored
+        one by one, and is left alone. `multiplies`: the parameter only ever enters products; others are small, and
+        their gradients are scattered once a step whatever the stage of ZeRO.
         """
         replicas = tuple(name for name in self.data if name not in axes_of(where))
-        count, entries = self.size(replicas), [*where, *[None] * (len(shape) - len(where))]
+        inside = tuple(name for name in replicas if name not in self.parts["across"])
+        shards, entries = self.size(inside), [*where, *[None] * (len(shape) - len(where))]
         for dim, (size, entry) in enumerate(zip(shape, entries, strict=True)):
             names = axis_names(entry)
-            if count > 1 and size // self.size(names) % count == 0 and not (stacked and dim == 0):
-                cut = P(*entries[:dim], (*names, *replicas), *entries[dim + 1 :])
-                return Spread(where, replicas, count, cut, dim)
-        return Spread(where, replicas, count, where, None)
+            if shards > 1 and size // self.size(names) % shards == 0 and not (stacked and dim == 0):
+                cut, early = P(*entries[:dim], (*names, *inside), *entries[dim + 1 :]), multiplies and self.zero > 1
+                count = self.size(replicas) // (shards if early else 1)
+                return Spread(where, replicas, count, cut, dim, inside, early)
+        return Spread(where, replicas, self.size(replicas), where, None)
 
     def _axis(self, name: str) -> Axis:
         return Axis(self.parts[name], self.size(self.parts[name]))
@@ -91,8 +98,10 @@ class Spread:
     """How one parameter, its gradient and its optimizer state lie on a stage's devices.
 
     where: its spec in the programs. replicas: the mesh axes over which it is repeated while its data vary, so that its
-    gradient is summed over them once a step; count: devices along them. cut: the spec of its gradient and optimizer
-    state, over the replicas too (ZeRO-1), along `dim`; where no dim divides, `dim` is None and each replica keeps all.
+    gradient is summed over them. cut: the spec of its gradient and optimizer state, over `inside`, replicas too
+    (ZeRO), along `dim`; where no dim divides, `dim` is None, `inside` is empty, and each replica keeps all. early: the
+    gradient of each microbatch is scattered over `inside`, and accumulated in shards (ZeRO-2, 3); else that of the
+    step. count: how many accumulators are summed at the step's end.
     """
 
     where: P
@@ -100,11 +109,41 @@ class Spread:
     count: int
     cut: P
     dim: int | None
+    inside: tuple[str, ...] = ()
+    early: bool = False
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The replicas over which `cut` repeats."""
+        return tuple(name for name in self.replicas if name not in self.inside)
 
     @property
     def accumulator(self) -> P:
-        """The spec of its accumulator with a leading dim over the replicas."""
-        return P(self.replicas, *self.where)
+        """The spec of its accumulator with a leading dim over the replicas that have their own."""
+        return P(self.outside or None, *self.cut) if self.early else P(self.replicas, *self.where)
+
+
+def fold(axis: str, size: int, inner: Iterable[int]) -> dict[str, int]:
+    """The mesh axes, outermost first, that make up an axis of a layout of which `inner` parts are used alone.
+
+    Raises ValueError where two of these parts do not nest.
+    """
+    sizes = []
+    for small, large in itertools.pairwise(sorted({1, *inner, size})):
+        if large % small:
+            raise ValueError(f"inner parts of {axis}={size} of {small} and of {large} devices do not nest")
+        sizes.append(large // small)
+    if len(sizes) <= 1:
+        return {axis: size}
+    return {f"{axis}{n}": part for n, part in enumerate(reversed(sizes))}
+
+
+def innermost(parts: Mapping[str, int], size: int) -> tuple[str, ...]:
+    """Those of the mesh axes `parts` that make up the inner `size` devices."""
+    names = list(parts)
+    while names and math.prod(parts[name] for name in names) > size:
+        names.pop(0)
+    return tuple(names) if size > 1 else ()
 
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
