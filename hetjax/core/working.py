@@ -199,6 +199,20 @@ class Working:
                 found[group.path[1:]] = lax.all_gather(value, group.inside, axis=dim, tiled=True)
         return optimizer.merge(nested(found), weights)
 
+    def gathered_bytes(self, place: str) -> int:
+        """Bytes on each device of what `whole` gathers for a part, or for one layer that has all kinds of leaves."""
+        groups = [group for group in self.groups if group.path[0] == place and group.dim is not None]
+        paths = [path for group in groups for path in group.members]
+        return sum(self._bytes(path, self._dtype or self._leaves[path].dtype) for path in paths)
+
+    def scattered_bytes(self, place: str) -> int:
+        """Bytes on each device of the gradients of a part, or of one such layer, that are scattered together."""
+        paths = [path for path in self._trainable if path[0] == place and self.spreads[path].early]
+        return sum(self._bytes(path, self._leaves[path].dtype) for path in paths)
+
+    def _bytes(self, path: Path, dtype: Any) -> int:
+        return math.prod(self._local(path)) * jnp.dtype(dtype).itemsize
+
     def differentiated(self, place: str, weights: Params, trainable: Mapping) -> Params:
         """What a part's VJP is taken of: taps, and the parameters that are not only multiplied with.
 
