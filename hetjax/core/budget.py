@@ -127,7 +127,7 @@ def _workspace(stage: Stage, kept: int, whole: int) -> int:
     forward what leaves it beside what is kept, of the backward as much again, the gradients of the widest leaf and of a
     chunk's logits. Under ZeRO-3 the gathered weights of a layer and of the ends; under ZeRO-2 too the gradients of a
     layer, and side by side."""
-    inner = whole if stage.module.unroll and kept < whole else whole // len(stage.local.layers)
+    inner = whole if stage.module.unroll and kept < whole else whole // len(stage.local.loops.layers)
     mine, definition = stage.parameters, stage.module.definition
     moved = sum(map(mine.working.gathered_bytes, mine.weights)) + 2 * mine.working.scattered_bytes(LAYERS)
     ends = [leaf for part, leaves in mine.trainable.items() if part != LAYERS for leaf in jax.tree.leaves(leaves)]

@@ -6,7 +6,7 @@ ZeRO shard, and the working weight alone is whole. A weight whose working form w
 whatever else a part has (norms, biases, tables of positions), has no copy: the parameter is whole, and serves as both.
 
 Under ZeRO-3 the working weights lie in shards too, and so do parameters that serve as both. The programs gather them in
-the precision of the products (`whole`): a layer's when it is that layer's turn, those of first and last part once.
+the precision of the products (`gathered`): a layer's when it is that layer's turn, those of first and last part once.
 
     params    llm/layers/attention/q, k, v    float32, cut over tp and over the data replicas
     weights   llm/layers/attention/q          bfloat16 [layers, d, columns of q, k, v], cut over tp: each device's own
@@ -188,8 +188,8 @@ class Working:
 
     # -- from working weights to what a part is given, per device --------------------------------------------------
 
-    def whole(self, place: str, weights: Params) -> Params:
-        """A part's working weights (of one layer), of which some lie in shards: those gathered from the replicas."""
+    def gathered(self, place: str, weights: Params) -> Params:
+        """Of a part's working weights (of one layer) those that lie in shards, gathered from the replicas."""
         found = {}
         for group in self.groups:
             value = at(weights, group.path[1:]) if group.path[0] == place else None
@@ -197,10 +197,10 @@ class Working:
                 value = value.astype(self._dtype or value.dtype)  # else what travels would be wider than the products
                 dim = group.dim - _stacked(group.path)
                 found[group.path[1:]] = lax.all_gather(value, group.inside, axis=dim, tiled=True)
-        return optimizer.merge(nested(found), weights)
+        return nested(found)
 
     def gathered_bytes(self, place: str) -> int:
-        """Bytes on each device of what `whole` gathers for a part, or for one layer that has all kinds of leaves."""
+        """Bytes on each device of what `gathered` makes for a part, or for one layer that has all kinds of leaves."""
         groups = [group for group in self.groups if group.path[0] == place and group.dim is not None]
         paths = [path for group in groups for path in group.members]
         return sum(self._bytes(path, self._dtype or self._leaves[path].dtype) for path in paths)
