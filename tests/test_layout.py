@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core.layout import AXES, Layout, check_batch, like, zigzag
-from hetjax.core.mesh import Spread
+from hetjax.core.mesh import Spread, fold, innermost
 from hetjax.core.plan import picture, plan_stages
 from models.contract import ModuleDef, Part
 
@@ -96,7 +96,7 @@ def test_zero_1_cuts_the_first_dim_whose_shard_divides() -> None:
     grid = plan_stages("m", module(), Layout(dp=2, cp=2, tp=2), jax.devices())[0].grid
     replicas, last = ("dp", "cp"), P(None, "tp")
     assert grid.spread((3, 8, 6), P(None, None, "tp")).cut == P(None, replicas, "tp")
-    assert grid.spread((3, 8), last) == Spread(last, replicas, 4, P(None, ("tp", *replicas)), 1)
+    assert grid.spread((3, 8), last) == Spread(last, replicas, 4, P(None, ("tp", *replicas)), 1, replicas)
     assert grid.spread((3, 6), last) == Spread(last, replicas, 4, last, None)
     assert grid.spread((8, 3), P(), stacked=True).dim is None
     alone = plan_stages("m", module(), Layout(tp=2), jax.devices())[0].grid
@@ -106,8 +106,42 @@ def test_zero_1_cuts_the_first_dim_whose_shard_divides() -> None:
 def test_a_parameter_is_no_replica_along_axes_that_cut_it() -> None:
     grid = plan_stages("m", module(), Layout(dp=2, cp=2), jax.devices())[0].grid
     spread = grid.spread((4, 8), P("cp"))
-    assert spread == Spread(P("cp"), ("dp",), 2, P(("cp", "dp"), None), 0)
+    assert spread == Spread(P("cp"), ("dp",), 2, P(("cp", "dp"), None), 0, ("dp",))
     assert spread.accumulator == P(("dp",), "cp")
+
+
+def test_zero_cuts_over_the_inner_part_of_dp_and_repeats_over_the_rest() -> None:
+    plan = plan_stages("m", module(), Layout(dp=4, cp=2, zero=2, zero_size=2), jax.devices())[0]
+    grid, inside = plan.grid, ("dp1", "cp")
+    assert dict(grid.mesh.shape) == {"dp0": 2, "dp1": 2, "copies": 1, "cp": 2, "tp": 1}
+    assert grid.spec(("batch", "seq")) == P(("dp0", "dp1"), "cp")
+    weight = grid.spread((8, 3), P(None, "tp"), multiplies=True)
+    assert weight.cut == P(inside, "tp") and weight.outside == ("dp0",) and weight.count == 2
+    assert weight.accumulator == P(("dp0",), inside, "tp"), "one for each set of shards, in shards"
+    norm = grid.spread((8,), P())
+    assert norm.cut == P(inside) and not norm.early and norm.accumulator == P(("dp0", *inside)) and norm.count == 8
+    assert "dp3 cp1" in picture([plan], 8)
+
+
+@pytest.mark.parametrize(("zero", "early"), [(1, False), (2, True), (3, True)])
+def test_only_zero_2_and_3_scatter_each_microbatchs_gradient(zero: int, early: bool) -> None:
+    grid = plan_stages("m", module(), Layout(dp=2, zero=zero), jax.devices())[0].grid
+    assert grid.spread((8, 3), P(), multiplies=True).early is early
+    assert not grid.spread((7, 3), P(), multiplies=True).early, "no dim divides: it is nowhere in shards"
+
+
+def test_without_shards_every_replica_keeps_all() -> None:
+    grid = plan_stages("m", module(), Layout(dp=4, zero_size=1), jax.devices())[0].grid
+    assert grid.spread((8, 4), P()) == Spread(P(), ("dp", "cp"), 4, P(), None)
+
+
+def test_axes_fold_into_parts_that_nest() -> None:
+    assert fold("dp", 8, []) == fold("dp", 8, [1, 8]) == {"dp": 8}
+    folded = fold("dp", 8, [4, 2])
+    assert folded == {"dp0": 2, "dp1": 2, "dp2": 2}
+    assert [innermost(folded, size) for size in (1, 2, 4)] == [(), ("dp2",), ("dp1", "dp2")]
+    with pytest.raises(ValueError, match="inner parts of dp=12 of 4 and of 6 devices do not nest"):
+        fold("dp", 12, [4, 6])
 
 
 REFUSED = [
@@ -170,6 +204,15 @@ def test_impossible_layouts_are_refused(layout: Layout, definition: ModuleDef, m
             "Layout.context='ring' with cp=1, where no sequence is cut; set cp, or leave context out",
         ),
         (dict(devices="0-x"), "Layout.devices='0-x': '0-x' is neither a number nor a range; write '0-3,6'"),
+        (dict(zero=4), "Layout.zero=4; it must be 1, 2 or 3, a stage of ZeRO"),
+        (dict(zero=True), "Layout.zero=True; it must be 1, 2 or 3"),
+        (dict(dp=6, zero_size=4), "Layout.zero_size=4 is no part of dp=6; use 1, 2, 3, 6, or None for all of dp"),
+        (dict(dp=2, zero_size=0), "Layout.zero_size=0 is no part of dp=2; use 1, 2, or None"),
+        (
+            dict(zero=2, tp=4),
+            "Layout.zero=2 cuts over the data replicas, of which there is one (dp=1, zero_size=None, cp=1)",
+        ),
+        (dict(dp=2, zero=3, zero_size=1), "there is one (dp=2, zero_size=1, cp=1); set zero=1, or more of them"),
         (dict(devices="5-2"), "Layout.devices='5-2': the range '5-2' runs backwards; write '2-5'"),
     ],
 )

@@ -184,6 +184,45 @@ KINDS = {
         remat=Remat.DOTS,
         encoder_window=2,
     ),
+    "zero 2: dp 2 cp 2, tied; encoder dp 4, two share": Case(
+        Layout(dp=2, cp=2, zero=2, devices=LOW), Layout(dp=4, zero=2, zero_size=2, devices=HIGH), tied=True
+    ),
+    "zero 2: dp 4, two share, tp 2, no remat; encoder pp 2": Case(
+        Layout(dp=4, tp=2, zero=2, zero_size=2), Layout(dp=2, pp=2, zero=2, devices=HIGH), remat=Remat.NONE
+    ),
+    "zero 3: tp 2 pp 2, tied; encoder dp 4, two share": Case(
+        Layout(dp=2, tp=2, pp=2, zero=3), Layout(dp=4, zero=3, zero_size=2, devices=LOW), tied=True
+    ),
+    "zero 3: dp 4, two share, tied, no remat; encoder tp 2, features of two layers": Case(
+        Layout(dp=4, zero=3, zero_size=2, devices=LOW),
+        Layout(dp=2, tp=2, zero=3, devices=HIGH),
+        feature_layer=(-1, 0),
+        remat=Remat.NONE,
+        tied=True,
+    ),
+    "zero 3: sp, cp 2, experts, unrolled; encoder cp 2, frozen": Case(
+        Layout(dp=2, cp=2, tp=2, sp=True, zero=3),
+        Layout(dp=2, cp=2, zero=3, devices=HIGH),
+        experts=tiny.EXPERTS,
+        changes=FROZEN_VISION,
+        unroll=True,
+    ),
+    "zero 3: frozen llm, experts; encoder pp 2, remat of all but products": Case(
+        Layout(dp=4, tp=2, zero=3),
+        Layout(dp=2, pp=2, zero=3, devices=LOW),
+        experts=tiny.EXPERTS,
+        changes=FROZEN_LLM,
+        remat=Remat.DOTS,
+    ),
+    "zero 3: projector only": Case(
+        Layout(dp=2, pp=2, zero=3, devices=LOW), Layout(dp=4, zero=3, devices=HIGH), changes=PROJECTOR
+    ),
+    "zero 1: dp 4, two share; encoder dp 4, none share": Case(
+        Layout(dp=4, zero_size=2, devices=LOW), Layout(dp=4, zero_size=1, devices=HIGH), tied=True
+    ),
+    "zero 3: sp alone; audio tp 2": Case(
+        Layout(tp=4, sp=True, zero=3), Layout(dp=2, zero=2), Layout(dp=2, tp=2, zero=3, devices=LOW)
+    ),
     "uneven stages, tied": Case(Layout(pp=2, layers=(1, 3), dp=2, devices=LOW), Layout(tp=4, devices=HIGH), tied=True),
 }
 PAPER_CASES = {
@@ -194,6 +233,7 @@ PAPER_CASES = {
 DEFAULT = [  # beside the runs of test_drawn.py
     "llm cp 4 pp 2 tied", "ratio 3 to 2", "text-only microbatches, and some without targets",
     "llm cp 2 ring, encoder cp 2 by heads", "llm cp 4 tp 2 by heads, fewer key heads, encoder cp 2 ring",
+    "zero 2: dp 2 cp 2, tied; encoder dp 4, two share", "zero 3: tp 2 pp 2, tied; encoder dp 4, two share",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 

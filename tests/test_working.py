@@ -52,9 +52,10 @@ def narrow(array: Any) -> np.ndarray:
     return values == np.asarray(jnp.asarray(values).astype(jnp.bfloat16), np.float32)
 
 
-def test_no_gradient_passes_through_the_precision_of_the_products() -> None:
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_no_gradient_passes_through_the_precision_of_the_products(zero: int) -> None:
     """Of one microbatch: rounded to bfloat16 anywhere on its way, every value would be one of bfloat16's."""
-    run = trainer(experts=tiny.EXPERTS)
+    run = trainer(experts=tiny.EXPERTS, layout=Layout(dp=2, tp=2, zero=zero, devices="0-3"))
     for name, compile in run.pipeline.thunks(evaluate=False):
         if "update" not in name:
             compile()

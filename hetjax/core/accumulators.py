@@ -1,9 +1,11 @@
 """Gradient accumulators: each data replica adds its microbatches' gradients in place; the step's end sums and measures.
 
 Inside of the per-device programs an accumulator has a leading dim of 1, which is this replica's part of a dim over
-the replicas. Nothing empties one: the first microbatch of a step writes where the others add.
+the replicas. Nothing empties one: the first microbatch of a step writes where the others add. Under ZeRO-2 and 3
+replicas share an accumulator that lies in shards, and what is added to it has been scattered.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,19 +14,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from hetjax.core.mesh import Spread
-from models.axes import varying_axes
+from models.axes import vary_like, varying_axes
 from models.layers import wide
+from models.paths import Path, at, flat, nested
+from models.weight import split
 
 Tree = Any
 
 
-def cleared(acc: jax.Array, first: jax.Array) -> jax.Array:
-    """`acc`, or zeros if `first`: to add to it in several steps."""
-    return jnp.where(first, 0, acc)
+def opened(acc: jax.Array, spread: Spread, like: jax.Array, first: jax.Array) -> jax.Array:
+    """What a leaf's gradient may be added to in several steps, an array `like` the leaf: its accumulator itself, or
+    where that lies in shards, zeros."""
+    return vary_like(jnp.zeros(like.shape, acc.dtype), like) if spread.early else jnp.where(first, 0, acc)[0]
 
 
-def add(acc: Tree, new: Tree, first: jax.Array | bool) -> Tree:
-    """`acc` with `new` added, or in its place if `first`."""
+def closed(acc: jax.Array, spread: Spread, found: jax.Array, first: jax.Array) -> jax.Array:
+    """The accumulator, from what the gradient has been added to."""
+    return add({"": acc}, {"": found}, {"": spread}, first)[""] if spread.early else found[None]
+
+
+def add(acc: Tree, new: Tree, spreads: Tree, first: jax.Array | bool) -> Tree:
+    """`acc` with the gradients `new` of some of its leaves added, or in their place if `first`."""
+    new = scatter(new, spreads)
     return {**acc, **jax.tree.map(lambda a, g: _sum(a, g[None], first), {name: acc[name] for name in new}, new)}
 
 
@@ -50,13 +61,46 @@ def _sum(old: jax.Array, new: jax.Array, first: jax.Array | bool) -> jax.Array:
     return jnp.where(first, new, old + new)
 
 
+def scatter(new: Tree, spreads: Tree, *, stacked: bool = False) -> Tree:
+    """A microbatch's gradients (of one layer, if `stacked`), as their accumulators take them: those that are
+    accumulated in shards summed over the replicas that share them, of which each gets its part.
+
+    One reduce-scatter for all that go over the same replicas: gradients of a layer are ready together, and many small
+    ones would each wait for the network.
+    """
+    leaves = flat(new)
+    together: dict[Any, list[Path]] = {}
+    for path, leaf in leaves.items():
+        spread = at(spreads, path)
+        if spread.early:
+            together.setdefault((spread.inside, varying_axes(leaf), leaf.dtype), []).append(path)
+    for (inside, _, _), paths in together.items():
+        dims = [at(spreads, path).dim - stacked for path in paths]
+        mine = _scatter([leaves[path] for path in paths], dims, inside)
+        leaves |= dict(zip(paths, mine, strict=True))
+    return nested(leaves)
+
+
+def _scatter(arrays: list[jax.Array], dims: list[int], axes: tuple[str, ...]) -> list[jax.Array]:
+    """The sums of arrays over mesh axes, of each this device's part along its dim."""
+    count = math.prod(map(lax.axis_size, axes))
+    rows, shapes = [], []
+    for array, dim in zip(arrays, dims, strict=True):
+        shards = array.reshape(*array.shape[:dim], count, -1, *array.shape[dim + 1 :])
+        rows.append(jnp.moveaxis(shards, dim, 0).reshape(count, -1))
+        shapes.append((*shards.shape[:dim], *shards.shape[dim + 1 :]))
+    mine = lax.psum_scatter(jnp.concatenate(rows, 1), axes, scatter_dimension=0)
+    return [a.reshape(shape) for a, shape in zip(split(mine, [row.shape[1] for row in rows]), shapes, strict=True)]
+
+
 def reduce(acc: Tree, spreads: Tree) -> Tree:
     """The sums over the replicas of each leaf, cut over them as its `Spread` says."""
 
     def reduce_leaf(leaf: jax.Array, spread: Spread) -> jax.Array:
-        if spread.dim is None:
-            return lax.psum(leaf[0], spread.replicas)
-        return lax.psum_scatter(leaf[0], spread.replicas, scatter_dimension=spread.dim, tiled=True)
+        total = leaf[0]
+        if spread.inside and not spread.early:
+            total = lax.psum_scatter(total, spread.inside, scatter_dimension=spread.dim, tiled=True)
+        return lax.psum(total, spread.outside) if spread.outside else total
 
     return jax.tree.map(reduce_leaf, acc, spreads)
 

@@ -125,16 +125,18 @@ def _price(now: Choice, then: Choice) -> tuple[float, int]:
 def _workspace(stage: Stage, kept: int, whole: int) -> int:
     """A layer's inner results, or all layers' if they are computed again without a loop to hold them back; and of the
     forward what leaves it beside what is kept, of the backward as much again, the gradients of the widest leaf and of a
-    chunk's logits."""
-    inner = whole if stage.module.unroll and kept < whole else whole // len(stage.local.layers)
+    chunk's logits. Under ZeRO-3 the gathered weights of a layer and of the ends; under ZeRO-2 too the gradients of a
+    layer, and side by side."""
+    inner = whole if stage.module.unroll and kept < whole else whole // len(stage.local.loops.layers)
     mine, definition = stage.parameters, stage.module.definition
+    moved = sum(map(mine.working.gathered_bytes, mine.weights)) + 2 * mine.working.scattered_bytes(LAYERS)
     ends = [leaf for part, leaves in mine.trainable.items() if part != LAYERS for leaf in jax.tree.leaves(leaves)]
     widest, logits = max(map(memory.local_bytes, ends), default=0), 0
     if stage.ends_in_loss:
         part, leaf = mine.place_in_last(definition.head)
         targets = stage.batch["targets"]
         tokens = min(stage.local.chunk, memory.local_bytes(targets) // targets.dtype.itemsize)
-        head = mine.weights[part][leaf]
+        head = mine.leaves[part][leaf]
         ids = memory.local_bytes(head) // head.dtype.itemsize // definition.width
         logits = 2 * tokens * ids * stage.ends["loss"].dtype.itemsize
-    return inner + max(memory.local_bytes(stage.y), inner + widest + logits)
+    return moved + inner + max(memory.local_bytes(stage.y), inner + widest + logits)

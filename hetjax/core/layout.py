@@ -32,6 +32,8 @@ class Layout:
     `ep`: experts are cut over so many of a stage's devices: those of tp or a part of them; if that is too few, those of
     cp or of the inner part of dp too. `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the
     tokens are cut over tp. `context` is how attention reaches over cp: gather, ring or heads (`models/context.py`).
+    `zero` (arXiv:1910.02054): what is cut over the data replicas: 1 the optimizer's state, 2 gradients too, 3 weights
+    too. `zero_size`: over how many of dp, the inner ones (None: all); the others repeat the shards.
     """
 
     dp: int = 1
@@ -41,6 +43,8 @@ class Layout:
     copies: int = 1
     ep: int = 1
     sp: bool = False
+    zero: int = 1
+    zero_size: int | None = None
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
     context: str = GATHER
@@ -59,12 +63,26 @@ class Layout:
             raise ValueError(
                 f"Layout.context={self.context!r} with cp=1, where no sequence is cut; set cp, or leave context out"
             )
+        self._check_zero()
         if isinstance(self.devices, str):
             object.__setattr__(self, "devices", _parse_devices(self.devices))
         elif self.devices is not None:
             object.__setattr__(self, "devices", tuple(self.devices))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+
+    def _check_zero(self) -> None:
+        if self.zero not in (1, 2, 3) or isinstance(self.zero, bool):
+            raise ValueError(f"Layout.zero={self.zero!r}; it must be 1, 2 or 3, a stage of ZeRO")
+        size = self.dp if self.zero_size is None else self.zero_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or self.dp % size:
+            fits = ", ".join(str(n) for n in range(1, self.dp + 1) if self.dp % n == 0)
+            raise ValueError(f"Layout.zero_size={size!r} is no part of dp={self.dp}; use {fits}, or None for all of dp")
+        if self.zero > 1 and size * self.cp == 1 and not self.sp:
+            raise ValueError(
+                f"Layout.zero={self.zero} cuts over the data replicas, of which there is one (dp={self.dp}, "
+                f"zero_size={self.zero_size}, cp={self.cp}); set zero=1, or more of them"
+            )
 
     @property
     def stage_size(self) -> int:
@@ -102,7 +120,8 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "ep") if getattr(self, n) > 1]
-        sizes += ["sp"] * self.sp
+        sizes += ["sp"] * self.sp + [f"zero={self.zero}"] * (self.zero > 1)
+        sizes += [f"zero_size={self.zero_size}"] * (self.zero_size is not None)
         return (" x ".join(sizes) or "dp=1") + ("" if self.context == GATHER else f", context={self.context}")
 
 

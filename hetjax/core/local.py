@@ -3,42 +3,47 @@
 Working weights are cast to varying over the data axes before they meet an activation, and VJPs are taken here, inside
 of the per-device program: so no data-parallel collective is inserted.
 
-A stage is its start (a module's first part), its layers in runs, and its end (a module's last part); each has a VJP of
-its own. A run's forward scan takes that of one layer and keeps what the layer's backward needs; the backward scans the
-layers from the last to the first and adds each one's gradients to its rows of the accumulators. The gradients of all
-layers never exist together. Where the end makes the loss, the forward stops before it: the backward, which has the
+A stage is its start (a module's first part), its layers in runs (`loops.py`), and its end (a module's last part); each
+has a VJP of its own. Where the end makes the loss, the forward stops before it: the backward, which has the
 accumulators, computes loss and gradients in one pass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from hetjax.core import accumulators, loss, residuals, stacks
+from hetjax.core import accumulators, loss, optimizer, residuals
 from hetjax.core.graph import Module
+from hetjax.core.loops import Loops
 from hetjax.core.mesh import axes_of
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan
-from hetjax.core.remat import Policy
-from hetjax.core.residuals import Kept
+from hetjax.core.remat import Policy, remat
+from hetjax.core.residuals import Kept, vjp
 from hetjax.core.settled import settle
-from hetjax.core.stacks import LAYERS, Run
+from hetjax.core.stacks import LAYERS
 from models.axes import vary
 from models.contract import Batch, Params
+from models.paths import at
 
 Tree = Any
 
 
 class Given(NamedTuple):
-    """What a stage's programs are given, as its parts take it. Working weights vary over the data axes."""
+    """What a stage's programs are given, as its parts take it. Working weights vary over the data axes; under ZeRO-3
+    those of the layers are still in shards."""
 
     weights: Params
     x: Tree
     batch: Batch
     seen: Batch  # by the layers
+
+    @property
+    def to_layers(self) -> tuple[Params, Batch]:
+        """The stacks of their weights, and what they see."""
+        return self.weights.get(LAYERS, {}), self.seen
 
     def inputs(self, differentiated: Params) -> list[jax.Array]:
         """What the VJPs of start and end may refer to, those with respect to `differentiated`."""
@@ -74,8 +79,7 @@ class Local:
         self.trainable = parameters.trainable
         self.x_wanted, self.ends_in_loss, self.policy = x_wanted, ends_in_loss, policy
         self.chunk = self._chunk() if ends_in_loss else 0
-        self.layers = module.definition.layers[plan.lo : plan.hi]
-        self.runs = stacks.runs(self.layers, unroll=module.unroll)
+        self.loops = Loops(module, plan, parameters, policy)
 
     @property
     def dims(self) -> Mapping[str, tuple[str | None, ...]]:
@@ -90,8 +94,8 @@ class Local:
         given = self._given(weights, x, batch)
         first = self.working.given("first", given.weights.get("first", {}), {})
         carry = self._start(first, x, batch)
-        for run in self.runs:
-            carry, _ = self._scan(run, given, carry, keeps=False)
+        for run in self.loops.runs:
+            carry, _ = self.loops.forward(run, *given.to_layers, carry, keeps=False)
         last = self.working.given("last", self.parameters.full_last(given.weights), {})
         if not self.ends_in_loss:
             return self._end(last, carry, batch)
@@ -114,16 +118,16 @@ class Local:
 
         first = self._first(given)
         moves = bool(first or wanted)
-        carry, of_start = _vjp(start, first, wanted, given.inputs(first)) if moves else (start(first, wanted), None)
+        carry, of_start = vjp(start, first, wanted, given.inputs(first)) if moves else (start(first, wanted), None)
         of_runs: list[list[Kept] | None] = []
-        for run in self.runs:
-            moves = moves or any(self._rows(self.trainable, run, place) for place in range(len(run.period)))
-            carry, kept = self._scan(run, given, carry, keeps=moves)
+        for run in self.loops.runs:
+            moves = moves or self.loops.trains(run)
+            carry, kept = self.loops.forward(run, *given.to_layers, carry, keeps=moves)
             of_runs.append(kept if moves else None)
         if self.ends_in_loss:
             return {}, Residuals(of_start, of_runs, carry)
         last = self._last(given)
-        y, of_end = _vjp(end, last, carry, given.inputs(last))
+        y, of_end = vjp(end, last, carry, given.inputs(last))
         return y, Residuals(of_start, of_runs, of_end)
 
     def backward(
@@ -140,10 +144,12 @@ class Local:
         else:
             g_last, g = residuals.put_together(kept.end, given.inputs(self._last(given)))(g)
         if g_last:
-            acc["last"] = accumulators.add(acc["last"], g_last, first)
-        for run, of_run in reversed(list(zip(self.runs, kept.runs, strict=True))):
+            acc["last"] = accumulators.add(acc["last"], g_last, self.parameters.spreads["last"], first)
+        of_layers = acc.get(LAYERS, {})
+        for run, of_run in reversed(list(zip(self.loops.runs, kept.runs, strict=True))):
             if of_run is not None:
-                g, acc = self._scan_back(run, given, of_run, g, acc, first)
+                g, of_layers = self.loops.backward(run, *given.to_layers, of_run, g, of_layers, first)
+        acc |= {LAYERS: of_layers} if of_layers else {}
         if kept.start is None:
             return {}, acc, total
         g_x, acc = self._start_back(given, kept.start, g, acc, first)
@@ -154,17 +160,15 @@ class Local:
     def _start_back(self, given: Given, kept: Kept, g: Tree, acc: Tree, first: jax.Array) -> tuple[Tree, Tree]:
         """(cotangents of the wanted inputs, accumulators) from the cotangent of the carry in front of the layers."""
         table, taps = self.module.definition.table, self._first(given)
+        mine, spreads, of_table = acc.get("first", {}), self.parameters.spreads.get("first", {}), first
         if table in taps:  # its gradient is added to its tap, row by row, and the accumulator takes the tap's place
-            shared = self.ends_in_loss and ("first", table) == self.parameters.place_in_last(
-                self.module.definition.head
-            )
-            mine = acc["first"][table]  # of a tied one: what the head has written
-            taps = {**taps, table: (mine if shared else accumulators.cleared(mine, first))[0]}
+            if self.ends_in_loss and ("first", table) == self.parameters.place_in_last(self.module.definition.head):
+                of_table = jnp.zeros_like(first)  # the head has written
+            taps = {**taps, table: accumulators.opened(mine[table], spreads[table], taps[table], of_table)}
         g_first, g_x = residuals.put_together(kept, given.inputs(taps))(g)
-        done = {table: g_first.pop(table)[None]} if table in taps else {}
-        if g_first or done:
-            acc = {**acc, "first": {**accumulators.add(acc["first"], g_first, first), **done}}
-        return g_x, acc
+        if table in taps:
+            mine = {**mine, table: accumulators.closed(mine[table], spreads[table], g_first.pop(table), of_table)}
+        return g_x, {**acc, "first": accumulators.add(mine, g_first, spreads, first)} if mine else acc
 
     def _loss_back(
         self, given: Given, carry: Tree, seed: jax.Array, acc: Tree, first: jax.Array
@@ -173,7 +177,7 @@ class Local:
         with the head's gradient added), of the carry behind the layers."""
         definition, name = self.module.definition, self.module.definition.head
         weights, w = self.parameters.full_last(given.weights), self._last(given)
-        trains = w.pop(name, None) is not None
+        tap = w.pop(name, None)
 
         def features(w: Params, carry: Tree) -> jax.Array:
             last = self.working.given("last", weights, w)
@@ -183,27 +187,28 @@ class Local:
         x, pull = jax.vjp(features, w, carry)
         head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
         part, leaf = self.parameters.place_in_last(name)
-        mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
+        mine, spread = at(acc, (part, leaf)), at(self.parameters.spreads, (part, leaf))
+        opened = None if tap is None else accumulators.opened(mine, spread, tap, first)
         tokens = given.batch["targets"], given.batch["weights"]
-        total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seed, axes=self.plan.axes, chunk=self.chunk)
-        if mine is not None:
-            acc = {**acc, part: {**acc[part], leaf: mine[None]}}
+        total, g_x, found = loss.add_gradients(
+            x, head, *tokens, opened, seed=seed, axes=self.plan.axes, chunk=self.chunk
+        )
+        if found is not None:
+            acc = {**acc, part: {**acc[part], leaf: accumulators.closed(mine, spread, found, first)}}
         return total, *pull(g_x), acc
 
     def _chunk(self) -> int:
         """Tokens whose logits exist at a time."""
         name = self.module.definition.head
-        head = self.parameters.full_last(self.parameters.weights)[name]
+        head = self.parameters.full_last(self.parameters.leaves)[name]
         ids = head.sharding.shard_shape(head.shape)[self.module.definition.last.logical[name].index("vocab")]
         return loss.chunk_size(self.plan.mesh.devices.flat[0].platform, ids)
 
     def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
-        return Given(
-            jax.tree.map(self._vary_weight, weights, self.parameters.weights),
-            x,
-            batch,
-            self.module.definition.prepare(batch, self.plan.axes),
-        )
+        weights = jax.tree.map(self._vary_weight, weights, self.parameters.weights)
+        ends = {part: self.working.gathered(part, weights[part]) for part in weights if part != LAYERS}
+        weights = optimizer.merge(ends, weights)
+        return Given(weights, x, batch, self.module.definition.prepare(batch, self.plan.axes))
 
     def _first(self, given: Given) -> Params:
         """What of the first part is differentiated."""
@@ -216,7 +221,7 @@ class Local:
 
     def _start(self, w: Params, x: Tree, batch: Batch) -> Tree:
         """The carry in front of the layers."""
-        first = self._remat(lambda w, x: self.module.definition.first.apply(w, x, batch, self.plan.axes))
+        first = remat(lambda w, x: self.module.definition.first.apply(w, x, batch, self.plan.axes), self.policy)
         carry = jax.tree.map(self._vary, first(w, x) if self.plan.first else x)  # as what meets parameters is
         for name, c in carry.items():
             if not jnp.issubdtype(c.dtype, jnp.floating):
@@ -228,7 +233,7 @@ class Local:
 
     def _end(self, w: Params, carry: Tree, batch: Batch) -> dict[str, jax.Array]:
         """What leaves a stage that does not end in the loss; `w` are the parameters of `last`."""
-        last = self._remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes))
+        last = remat(lambda w, carry: self.module.definition.last.apply(w, carry, batch, self.plan.axes), self.policy)
         y = last(w, carry) if self.plan.last else carry
         return {k: settle(v, axes_of(self.plan.grid.spec(self.dims[k]))) for k, v in y.items()}
 
@@ -237,71 +242,3 @@ class Local:
 
     def _vary(self, x: jax.Array) -> jax.Array:
         return vary(x, self.plan.grid.data)
-
-    def _remat(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
-        """`function`, of whose inner results the backward keeps what the policy says."""
-        if self.policy is None:
-            return function
-        return jax.checkpoint(function, policy=self.policy, prevent_cse=False)
-
-    def _rows(self, params: Params, run: Run, place: int) -> Params:
-        return stacks.rows(params.get(LAYERS, {}), self.layers, run, place)
-
-    def _layer(
-        self, run: Run, place: int, i: jax.Array | int, given: Given
-    ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
-        """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to."""
-        apply = run.period[place].apply
-        weights = stacks.take(given.weights.get(LAYERS, {}), self._rows(given.weights, run, place), i)
-        w = self.working.differentiated(LAYERS, weights, self._rows(self.trainable, run, place))
-
-        def layer(w: Params, carry: Tree) -> Tree:
-            return apply(self.working.given(LAYERS, weights, w), carry, given.seen, self.plan.axes)
-
-        return self._remat(layer), w, jax.tree.leaves((weights, w, given.seen))
-
-    def _scan(self, run: Run, given: Given, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
-        """The carry behind a run; by place of the period what the layers keep, or nothing."""
-
-        def body(carry: Tree, i: jax.Array | int) -> tuple[Tree, list[Kept]]:
-            kept = []
-            for place in range(len(run.period)):
-                layer, w, inputs = self._layer(run, place, i, given)
-                if keeps:
-                    carry, of_layer = _vjp(layer, w, carry, inputs)
-                    kept.append(of_layer)
-                else:
-                    carry = layer(w, carry)
-            return carry, kept
-
-        return body(carry, 0) if run.times == 1 else lax.scan(body, carry, _repetitions(run))
-
-    def _scan_back(
-        self, run: Run, given: Given, kept: list[Kept], g: Tree, acc: Tree, first: jax.Array
-    ) -> tuple[Tree, Tree]:
-        """(cotangent of the carry in front of a run, accumulators) from the cotangent of the one behind it."""
-
-        def body(after: tuple[Tree, Tree], now: tuple[jax.Array | int, list[Kept]]) -> tuple[tuple[Tree, Tree], None]:
-            (g, layers), (i, kept) = after, now
-            for place in reversed(range(len(run.period))):
-                _, _, inputs = self._layer(run, place, i, given)
-                g_w, g = residuals.put_together(kept[place], inputs)(g)
-                layers = accumulators.add_layer(layers, self._rows(self.trainable, run, place), i, g_w, first)
-            return (g, layers), None
-
-        behind = g, acc.get(LAYERS, {})
-        if run.times == 1:
-            (g, layers), _ = body(behind, (0, kept))
-        else:
-            (g, layers), _ = lax.scan(body, behind, (_repetitions(run), kept), reverse=True)
-        return g, {**acc, LAYERS: layers} if layers else acc
-
-
-def _vjp(function: Callable[[Params, Tree], Tree], w: Params, x: Tree, inputs: list[jax.Array]) -> tuple[Tree, Kept]:
-    """`function(w, x)`, and its VJP without `inputs`."""
-    y, pull = jax.vjp(function, w, x)
-    return y, residuals.take_apart(pull, inputs)
-
-
-def _repetitions(run: Run) -> jax.Array:
-    return jnp.arange(run.times, dtype=jnp.int32)

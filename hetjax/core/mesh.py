@@ -42,12 +42,14 @@ class Grid:
 
     Beside them: "sp", of sequence parallelism, all of tp or nothing. "ep", over which experts are cut; "tp_of_ep", what
     it has of tp; "etp", the rest of tp, which cuts each expert. "kv", that part of tp over which heads of keys and
-    values are cut; over the rest they are repeated.
+    values are cut; over the rest they are repeated. "across", that part of dp over which ZeRO repeats its shards.
+    `zero` is its stage, 1 to 3.
     """
 
     mesh: Mesh
     parts: Mapping[str, tuple[str, ...]]
     context: str = GATHER
+    zero: int = 1
 
     @property
     def axes(self) -> Axes:
@@ -82,20 +84,23 @@ class Grid:
         """Devices along these mesh axes."""
         return math.prod(self.mesh.shape[name] for name in names)
 
-    def spread(self, shape: tuple[int, ...], where: P, *, stacked: bool = False) -> "Spread":
+    def spread(self, shape: tuple[int, ...], where: P, *, stacked: bool = False, multiplies: bool = False) -> "Spread":
         """How a parameter of this shape, which the programs take as `where` says, is spread over the data replicas.
 
-        ZeRO-1 takes the first dim of which the shards divide. `stacked`: the first dim counts layers, which are stored
-        one by one, and is left alone.
+        ZeRO takes the first dim of which the shards divide. `stacked`: the first dim counts layers, which are stored
+        one by one, and is left alone. `multiplies`: the parameter only ever enters products; others are small, and
+        their gradients are scattered once a step whatever the stage of ZeRO.
         """
         replicas = tuple(name for name in self.meets(where) if name not in axes_of(where))
-        count, entries = self.size(replicas), [*where, *[None] * (len(shape) - len(where))]
+        inside = tuple(name for name in replicas if name not in self.parts["across"])
+        shards, entries = self.size(inside), [*where, *[None] * (len(shape) - len(where))]
         for dim, (size, entry) in enumerate(zip(shape, entries, strict=True)):
             names = axis_names(entry)
-            if count > 1 and size // self.size(names) % count == 0 and not (stacked and dim == 0):
-                cut = P(*entries[:dim], (*names, *replicas), *entries[dim + 1 :])
-                return Spread(where, replicas, count, cut, dim)
-        return Spread(where, replicas, count, where, None)
+            if shards > 1 and size // self.size(names) % shards == 0 and not (stacked and dim == 0):
+                cut, early = P(*entries[:dim], (*names, *inside), *entries[dim + 1 :]), multiplies and self.zero > 1
+                count = self.size(replicas) // (shards if early else 1)
+                return Spread(where, replicas, count, cut, dim, inside, early)
+        return Spread(where, replicas, self.size(replicas), where, None)
 
     def _axis(self, name: str) -> Axis:
         return Axis(self.parts[name], self.size(self.parts[name]))
@@ -109,8 +114,10 @@ class Spread:
     """How one parameter, its gradient and its optimizer state lie on a stage's devices.
 
     where: its spec in the programs. replicas: the mesh axes over which it is repeated while its data vary, so that its
-    gradient is summed over them once a step; count: devices along them. cut: the spec of its gradient and optimizer
-    state, over the replicas too (ZeRO-1), along `dim`; where no dim divides, `dim` is None and each replica keeps all.
+    gradient is summed over them. cut: the spec of its gradient and optimizer state, over `inside`, replicas too
+    (ZeRO), along `dim`; where no dim divides, `dim` is None, `inside` is empty, and each replica keeps all. early: the
+    gradient of each microbatch is scattered over `inside`, and accumulated in shards (ZeRO-2, 3); else that of the
+    step. count: how many accumulators are summed at the step's end.
     """
 
     where: P
@@ -118,32 +125,18 @@ class Spread:
     count: int
     cut: P
     dim: int | None
+    inside: tuple[str, ...] = ()
+    early: bool = False
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The replicas over which `cut` repeats."""
+        return tuple(name for name in self.replicas if name not in self.inside)
 
     @property
     def accumulator(self) -> P:
-        """The spec of its accumulator with a leading dim over the replicas."""
-        return P(self.replicas, *self.where)
-
-
-def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 0) -> Grid:
-    """The mesh of one stage of a layout on these devices; fewer `kv_heads` than tp, but not 0, are repeated.
-
-    Raises ValueError where ep and the repeats of heads take parts of tp that do not nest.
-    """
-    experts = layout.expert_shares
-    repeats = layout.tp // kv_heads if 0 < kv_heads < layout.tp else 1
-    folded = {name: fold(name, getattr(layout, name), [experts.get(name, 1)]) for name in AXES}
-    folded["tp"] = fold("tp", layout.tp, [experts["tp"], repeats])
-    if repeats == layout.tp > 1:  # for a single head an axis of one device: what it cuts meets the data of all of tp
-        folded["tp"] = {"tp_kv": 1, **folded["tp"]}
-    parts = {name: tuple(axes) for name, axes in folded.items()}
-    inner = {name: innermost(folded[name], size) for name, size in experts.items()}
-    parts["ep"] = tuple(axis for name in AXES for axis in inner.get(name, ()))
-    parts["tp_of_ep"], parts["sp"] = inner["tp"], parts["tp"] if layout.sp else ()
-    parts["etp"] = parts["tp"][: len(parts["tp"]) - len(inner["tp"])]
-    parts["kv"] = parts["tp"][: len(parts["tp"]) - len(innermost(folded["tp"], repeats))]
-    sizes = {axis: size for axes in folded.values() for axis, size in axes.items()}
-    return Grid(Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes)), parts, layout.context)
+        """The spec of its accumulator with a leading dim over the replicas that have their own."""
+        return P(self.outside or None, *self.cut) if self.early else P(self.replicas, *self.where)
 
 
 def fold(axis: str, size: int, inner: Iterable[int]) -> dict[str, int]:
@@ -163,10 +156,39 @@ def fold(axis: str, size: int, inner: Iterable[int]) -> dict[str, int]:
 
 def innermost(parts: Mapping[str, int], size: int) -> tuple[str, ...]:
     """Those of the mesh axes `parts` that make up the inner `size` devices."""
-    names = list(parts)
-    while names and math.prod(parts[name] for name in names) > size:
-        names.pop(0)
-    return tuple(names) if size > 1 else ()
+    found: list[str] = []
+    for name in reversed(parts):
+        if size == 1:
+            break
+        found.insert(0, name)
+        size //= parts[name]
+    return tuple(found)
+
+
+def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 0) -> Grid:
+    """The mesh of one stage of a layout on these devices; fewer `kv_heads` than tp, but not 0, are repeated.
+
+    Raises ValueError where ep, the repeats of heads and zero_size take parts of an axis that do not nest.
+    """
+    experts = layout.expert_shares
+    repeats = layout.tp // kv_heads if 0 < kv_heads < layout.tp else 1
+    alone = {name: [size] for name, size in experts.items()}  # the inner parts of an axis that are used alone
+    alone["tp"].append(repeats)
+    alone["dp"].append(layout.zero_size or layout.dp)
+    folded = {name: fold(name, getattr(layout, name), alone.get(name, ())) for name in AXES}
+    if repeats == layout.tp > 1:  # for a single head an axis of one device: what it cuts meets the data of all of tp
+        folded["tp"] = {"tp_kv": 1, **folded["tp"]}
+    parts = {name: tuple(axes) for name, axes in folded.items()}
+    inner = {name: innermost(folded[name], size) for name, size in experts.items()}
+    parts["ep"] = tuple(axis for name in AXES for axis in inner.get(name, ()))
+    parts["tp_of_ep"], parts["sp"] = inner["tp"], parts["tp"] if layout.sp else ()
+    parts["etp"] = parts["tp"][: len(parts["tp"]) - len(inner["tp"])]
+    shared = layout.dp if layout.zero_size is None else layout.zero_size
+    repeated = len(parts["dp"]) - len(innermost(folded["dp"], shared))
+    parts["across"] = parts["dp"][:repeated] if shared < layout.dp else ()
+    parts["kv"] = parts["tp"][: len(parts["tp"]) - len(innermost(folded["tp"], repeats))]
+    sizes = {axis: size for axes in folded.values() for axis, size in axes.items()}
+    return Grid(Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes)), parts, layout.context, layout.zero)
 
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:

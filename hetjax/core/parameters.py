@@ -2,12 +2,13 @@
 
     leaves   the module's specs: cut over tp, repeated over the data replicas
     params   the same, but those with a working weight beside them (`working.py`) are cut over the data replicas too
-    weights  what the programs are given: working weights, and the other parameters as they are
-    acc      one gradient per data replica: a leading dim over them, where there is more than one
-    grads    their sum, cut over the data replicas too (ZeRO-1), like the optimizer's state; `acc` itself where there is
-             one replica
+    weights  what the programs are given: working weights, and the other parameters as they are; ZeRO-3 cuts them too
+    acc      one gradient per data replica: a leading dim over them, where there is more than one; under ZeRO-2 and 3
+             cut over the replicas that share one set of shards, and the leading dim is over such sets
+    grads    their sum, cut over the data replicas too, like the optimizer's state; `acc` itself where it has no leading
+             dim
 
-Which replicas a leaf has is its own (`Spread` in `mesh.py`).
+Which replicas a leaf has, and over which of them it is cut, is its own (`Spread` in `mesh.py`).
 
 A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage, which lends
 it; the last one borrows its working weight: it has gradients there, and neither parameter nor optimizer state.
@@ -61,7 +62,7 @@ class Parameters:
         self.copies = self.working.abstract_copies(self.params)  # what of the weights are not parameters themselves
         self.moving = self.working.abstract_copies(self.params, moving=True)  # and change with each step
         self.trains = bool(self.trainable)
-        self.spreads = jax.tree_util.tree_map_with_path(self._spread, self.trainable)
+        self.spreads = nested({path: self.working.spreads[path] for path in flat(self.trainable)})
         self.are_repeated = any(spread.count > 1 for spread in jax.tree.leaves(self.spreads))
         self.grads = jax.tree.map(lambda a, spread: self._at(a, spread.cut), self.trainable, self.spreads)
         self.acc = jax.tree.map(self._accumulator, self.trainable, self.spreads)
@@ -96,7 +97,7 @@ class Parameters:
         return _without(tree, self.borrowed | self.lent)
 
     def repeated(self, tree: Tree) -> Tree:
-        """Of nested dicts with what belongs to trainable leaves, that of those which have several replicas."""
+        """Of nested dicts with what belongs to trainable leaves, that of those which have several accumulators."""
         spreads = flat(self.spreads)
         return nested({path: leaf for path, leaf in flat(tree).items() if spreads[path].count > 1})
 
@@ -170,12 +171,9 @@ class Parameters:
     def _master(self, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.working.master(tuple(k.key for k in path)))
 
-    def _spread(self, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Spread:
-        return self._plan.grid.spread(leaf.shape, leaf.sharding.spec, stacked=path[0].key == LAYERS)
-
     def _accumulator(self, leaf: jax.ShapeDtypeStruct, spread: Spread) -> jax.ShapeDtypeStruct:
         if spread.count == 1:
-            return leaf
+            return self._at(leaf, P(*spread.accumulator[1:]))
         return self._at(jax.ShapeDtypeStruct((spread.count, *leaf.shape), leaf.dtype), spread.accumulator)
 
     def _at(self, a: Any, where: P) -> jax.ShapeDtypeStruct:

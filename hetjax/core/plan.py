@@ -154,8 +154,9 @@ def picture(stages: Sequence[StagePlan], num_devices: int) -> str:
     cells = {(i, m): "" for i in range(num_devices) for m in modules}
     for stage in stages:
         held = f"layers {stage.lo}-{stage.hi - 1}" if stage.hi > stage.lo + 1 else f"layer {stage.lo}"
-        for place, device in zip(np.ndindex(*stage.mesh.devices.shape), stage.device_ids, strict=True):
-            part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if stage.mesh.shape[a] > 1]
+        sizes = {axis: stage.grid.size(stage.grid.parts[axis]) for axis in AXES}
+        for place, device in zip(np.ndindex(*sizes.values()), stage.device_ids, strict=True):
+            part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if sizes[a] > 1]
             cells[device, stage.module] = " ".join([held, *part])
     rows = [["device", *modules], *[[str(i), *(cells[i, m] or "-" for m in modules)] for i in range(num_devices)]]
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]

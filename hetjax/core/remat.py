@@ -28,6 +28,11 @@ class Remat(enum.StrEnum):
     AUTO = "auto"
 
 
+def remat(function: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
+    """`function`, of whose inner results the backward keeps what the policy says."""
+    return function if policy is None else jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
 class Product(NamedTuple):
     """A matrix product as one device computes it."""
 

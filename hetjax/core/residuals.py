@@ -30,6 +30,12 @@ class Kept:
     places: tuple[int, ...]
 
 
+def vjp(function: Callable[[Tree, Tree], Tree], w: Tree, x: Tree, inputs: Sequence[jax.Array]) -> tuple[Tree, Kept]:
+    """`function(w, x)`, and its VJP without `inputs`."""
+    y, pull = jax.vjp(function, w, x)
+    return y, take_apart(pull, inputs)
+
+
 def take_apart(pull: Callable[..., Tree], inputs: Sequence[jax.Array]) -> Kept:
     """A VJP without `inputs`."""
     leaves, tree = jax.tree.flatten(pull)

@@ -9,10 +9,11 @@
     cast      (params)                                   -> copies               before the first step
 
 All but the last two are per-device programs, ONE `jax.shard_map` over all axes, of the model in `local.py`. Each data
-replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1). `squares`
-are the sums of squares of the gradients that are complete, by leaf. `packed` is what the stage reads of the microbatch
-(`packing.py`); `done` a number that is there when the program is through, the loss where it makes that; `copies` are
-the working weights that are no parameters (`working.py`); `decision` is [scale, 1 if the step counts, rate].
+replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1); under ZeRO-2
+and 3 `acc` lies in shards. `squares` are the sums of squares of the gradients that are complete, by leaf. `packed` is
+what the stage reads of the microbatch (`packing.py`); `done` a number that is there when the program is through, the
+loss where it makes that; `copies` are the working weights that are no parameters (`working.py`); `decision` is [scale,
+1 if the step counts, rate].
 """
 
 import functools

@@ -5,6 +5,9 @@ that share an input lie side by side in one array, for one product. Its paramete
 ZeRO shard, and the working weight alone is whole. A weight whose working form would be its parameter as it is, and
 whatever else a part has (norms, biases, tables of positions), has no copy: the parameter is whole, and serves as both.
 
+Under ZeRO-3 the working weights lie in shards too, and so do parameters that serve as both. The programs gather them in
+the precision of the products (`gathered`): a layer's when it is that layer's turn, those of first and last part once.
+
     params    llm/layers/attention/q, k, v    float32, cut over tp and over the data replicas
     weights   llm/layers/attention/q          bfloat16 [layers, d, columns of q, k, v], cut over tp: each device's own
 
@@ -23,7 +26,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
-from hetjax.core.mesh import axis_names
+from hetjax.core.mesh import Spread, axis_names
 from hetjax.core.plan import StagePlan
 from hetjax.core.stacks import LAYERS
 from models.axes import vary
@@ -40,6 +43,8 @@ class Group(NamedTuple):
     members: tuple[Path, ...]
     lead: int  # dims of the members' common input, layers included
     where: P  # of the working weight
+    dim: int | None  # along which it lies in shards (ZeRO-3), None: whole
+    inside: tuple[str, ...]  # the mesh axes over which these lie
     copied: bool  # False: it is the parameter itself
     trains: bool
 
@@ -69,33 +74,45 @@ class Working:
     ) -> None:
         self._grid, self._leaves, self._trainable = plan.grid, flat(leaves), flat(trainable)
         self._apart, self._copies, self._dtype = apart, copies, definition.compute_dtype
-        self.groups = tuple(self._group(members, lead) for members, lead in self._sharing(definition, plan))
+        uses = _uses(definition, plan)
+        self.spreads = {path: self._spread(path, multiplies=path in uses) for path in self._leaves}
+        self.groups = tuple(self._group(members, lead) for members, lead in self._sharing(uses))
         self._group_of = {path: group for group in self.groups for path in group.members}
         self.abstract = nested(self._abstract())
 
     # -- which weights make one ----------------------------------------------------------------------------------
 
-    def _sharing(self, definition: ModuleDef, plan: StagePlan) -> list[tuple[tuple[Path, ...], int]]:
+    def _spread(self, path: Path, *, multiplies: bool) -> Spread:
+        leaf = self._leaves[path]
+        return self._grid.spread(leaf.shape, leaf.sharding.spec, stacked=_stacked(path), multiplies=multiplies)
+
+    def _sharing(self, uses: Mapping[Path, Use]) -> list[tuple[tuple[Path, ...], int]]:
         """The members of each group, and how many dims they share."""
-        uses = _uses(definition, plan)
         found: dict[Any, list[Path]] = {}
         for path, leaf in self._leaves.items():
             if path in uses:
-                use = uses[path]
+                use, shards = uses[path], self._shards(path)
+                lead = use.lead + _stacked(path)
                 alone = not self._copies or path in self._apart or path not in self._trainable
-                cut = frozenset(_axes_behind(leaf.sharding.spec, use.lead + _stacked(path)))
-                key = path if alone else (path[:-1], use, cut)
+                alone = alone or (shards is not None and shards >= lead)  # each would be cut inside of its columns
+                cut = frozenset(_axes_behind(leaf.sharding.spec, lead))
+                key = path if alone else (path[:-1], use, cut, shards)
                 found.setdefault(key, []).append(path)
         return [(tuple(paths), uses[paths[0]].lead + _stacked(paths[0])) for paths in found.values()]
 
+    def _shards(self, path: Path) -> int | None:
+        """The dim along which the programs are given the parameter at `path` in shards."""
+        return self.spreads[path].dim if self._grid.zero == 3 and self.spreads[path].early else None
+
     def _group(self, members: tuple[Path, ...], lead: int) -> Group:
-        first = self._leaves[members[0]]
-        where = first.sharding.spec
+        first, spread, shards = self._leaves[members[0]], self.spreads[members[0]], self._shards(members[0])
+        where = self._given_as(members[0])
         if len(members) > 1:
             axes = _axes_behind(where, lead)
             where = P(*[*where, *[None] * lead][:lead], axes or None)
         copied = len(members) > 1 or self._precision(first) != first.dtype
-        return Group(members, lead, where, copied, members[0] in self._trainable)
+        inside = () if shards is None else spread.inside
+        return Group(members, lead, where, shards, inside, copied, members[0] in self._trainable)
 
     def _precision(self, leaf: jax.ShapeDtypeStruct | jax.Array) -> Any:
         return self._dtype if self._copies and self._dtype is not None else leaf.dtype
@@ -116,13 +133,11 @@ class Working:
         return path in self._group_of and self._group_of[path].copied
 
     def master(self, path: Path) -> NamedSharding:
-        """Where the parameter at `path` is: whole, or in its ZeRO shard where it has a working weight beside it."""
-        leaf = self._leaves[path]
-        if not self.is_copied(path):
-            return leaf.sharding
-        return NamedSharding(
-            self._grid.mesh, self._grid.spread(leaf.shape, leaf.sharding.spec, stacked=_stacked(path)).cut
-        )
+        """Where the parameter at `path` is: whole, or in its ZeRO shard where it has a working weight beside it, or is
+        one that lies in shards."""
+        spread = self.spreads[path]
+        in_shards = self.is_copied(path) or self._shards(path) is not None
+        return NamedSharding(self._grid.mesh, spread.cut if in_shards else spread.where)
 
     # -- from parameters to working weights ----------------------------------------------------------------------
 
@@ -151,22 +166,52 @@ class Working:
         return optimizer.merge(nested(own), copies)
 
     def _copy(self, group: Group, masters: Sequence[jax.Array]) -> jax.Array:
-        whole = [self._whole(path, master) for path, master in zip(group.members, masters, strict=True)]
-        if len(whole) == 1:
-            return whole[0]
+        specs = tuple(self._given_as(path) for path in group.members)
+        cast = [self._cast(*each) for each in zip(group.members, masters, specs, strict=True)]
+        if len(cast) == 1:
+            return cast[0]
 
         def side_by_side(*shards: jax.Array) -> jax.Array:
             return jnp.concatenate([a.reshape(*a.shape[: group.lead], -1) for a in shards], -1)
 
-        specs = tuple(self._leaves[path].sharding.spec for path in group.members)
-        return jax.shard_map(side_by_side, mesh=self._grid.mesh, in_specs=specs, out_specs=group.where)(*whole)
+        return jax.shard_map(side_by_side, mesh=self._grid.mesh, in_specs=specs, out_specs=group.where)(*cast)
 
-    def _whole(self, path: Path, master: jax.Array) -> jax.Array:
+    def _given_as(self, path: Path) -> P:
+        """Where the programs take the weight of the parameter at `path`."""
+        spread = self.spreads[path]
+        return spread.where if self._shards(path) is None else spread.cut
+
+    def _cast(self, path: Path, master: jax.Array, where: P) -> jax.Array:
         # in its shard first: what is gathered then is of the narrower type
         cast = lax.with_sharding_constraint(master.astype(self._precision(master)), self.master(path))
-        return lax.with_sharding_constraint(cast, self._leaves[path].sharding)
+        return lax.with_sharding_constraint(cast, NamedSharding(self._grid.mesh, where))
 
     # -- from working weights to what a part is given, per device --------------------------------------------------
+
+    def gathered(self, place: str, weights: Params) -> Params:
+        """Of a part's working weights (of one layer) those that lie in shards, gathered from the replicas."""
+        found = {}
+        for group in self.groups:
+            value = at(weights, group.path[1:]) if group.path[0] == place else None
+            if value is not None and group.dim is not None:
+                value = value.astype(self._dtype or value.dtype)  # else what travels would be wider than the products
+                dim = group.dim - _stacked(group.path)
+                found[group.path[1:]] = lax.all_gather(value, group.inside, axis=dim, tiled=True)
+        return nested(found)
+
+    def gathered_bytes(self, place: str) -> int:
+        """Bytes on each device of what `gathered` makes for a part, or for one layer that has all kinds of leaves."""
+        groups = [group for group in self.groups if group.path[0] == place and group.dim is not None]
+        paths = [path for group in groups for path in group.members]
+        return sum(self._bytes(path, self._dtype or self._leaves[path].dtype) for path in paths)
+
+    def scattered_bytes(self, place: str) -> int:
+        """Bytes on each device of the gradients of a part, or of one such layer, that are scattered together."""
+        paths = [path for path in self._trainable if path[0] == place and self.spreads[path].early]
+        return sum(self._bytes(path, self._leaves[path].dtype) for path in paths)
+
+    def _bytes(self, path: Path, dtype: Any) -> int:
+        return math.prod(self._local(path)) * jnp.dtype(dtype).itemsize
 
     def differentiated(self, place: str, weights: Params, trainable: Mapping) -> Params:
         """What a part's VJP is taken of: taps, and the parameters that are not only multiplied with.

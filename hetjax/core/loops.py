@@ -1,0 +1,135 @@
+"""The layers of a stage as loops over their stacked weights, forwards and backwards, as one device runs them.
+
+A run's forward scan takes the VJP of one layer and keeps what the layer's backward needs; the backward scans the layers
+from the last to the first and adds each one's gradients to its rows of the accumulators. The gradients of all layers
+never exist together. Under ZeRO-3 neither do their weights: a loop has those of the layer that is its turn, and gathers
+the next one's beside its work.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hetjax.core import accumulators, optimizer, remat, residuals, stacks
+from hetjax.core.graph import Module
+from hetjax.core.parameters import Parameters
+from hetjax.core.plan import StagePlan
+from hetjax.core.remat import Policy
+from hetjax.core.residuals import Kept
+from hetjax.core.stacks import LAYERS, Run
+from models.contract import Batch, Params
+
+Tree = Any
+
+
+class Turn(NamedTuple):
+    """A layer of a run: its place in the period, and which repetition of it."""
+
+    place: int
+    i: jax.Array | int
+
+
+class Loops:
+    """The layers of one stage. `policy`: which inner results of a layer are kept; None: all."""
+
+    def __init__(self, module: Module, plan: StagePlan, parameters: Parameters, policy: Policy | None) -> None:
+        self.layers = module.definition.layers[plan.lo : plan.hi]
+        self.runs = stacks.runs(self.layers, unroll=module.unroll)
+        self._axes, self._working, self._policy = plan.axes, parameters.working, policy
+        self._trainable = parameters.trainable.get(LAYERS, {})
+        self._spreads = parameters.spreads.get(LAYERS, {})
+
+    def trains(self, run: Run) -> bool:
+        """Whether a layer of the run does."""
+        return any(self._rows(self._trainable, run, place) for place in range(len(run.period)))
+
+    def forward(self, run: Run, weights: Params, seen: Batch, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
+        """The carry behind a run; by place of the period what the layers keep, or nothing.
+
+        `weights`: the stacks of the stage's layers. `seen`: what the layers are given of the batch.
+        """
+
+        def body(now: tuple[Tree, Params], i: jax.Array | int) -> tuple[tuple[Tree, Params], list[Kept]]:
+            (carry, gathered), kept = now, []
+            for turn, following in _turns(run, i):
+                layer, w, inputs = self._layer(run, turn, weights, gathered, seen)
+                gathered = self._gathered(run, following, weights)
+                if keeps:
+                    carry, of_layer = residuals.vjp(layer, w, carry, inputs)
+                    kept.append(of_layer)
+                else:
+                    carry = layer(w, carry)
+            return (carry, gathered), kept
+
+        start = carry, self._gathered(run, Turn(0, 0), weights)
+        (carry, _), kept = body(start, 0) if run.times == 1 else lax.scan(body, start, _repetitions(run))
+        return carry, kept
+
+    def backward(
+        self, run: Run, weights: Params, seen: Batch, kept: list[Kept], g: Tree, acc: Tree, first: jax.Array
+    ) -> tuple[Tree, Tree]:
+        """(cotangent of the carry in front of a run, accumulators) from the cotangent of the one behind it.
+
+        `acc`: the accumulators of the stage's layers. `first`: whether this is the step's first microbatch.
+        """
+
+        def body(
+            after: tuple[Tree, Tree, Params], now: tuple[jax.Array | int, list[Kept]]
+        ) -> tuple[tuple[Tree, Tree, Params], None]:
+            (g, acc, gathered), (i, kept) = after, now
+            for turn, following in _turns(run, i, back=True):
+                _, _, inputs = self._layer(run, turn, weights, gathered, seen)
+                gathered = self._gathered(run, following, weights)
+                g_w, g = residuals.put_together(kept[turn.place], inputs)(g)
+                mine = accumulators.scatter(g_w, self._spreads, stacked=True)
+                acc = accumulators.add_layer(acc, self._rows(self._trainable, run, turn.place), turn.i, mine, first)
+            return (g, acc, gathered), None
+
+        start = g, acc, self._gathered(run, Turn(len(run.period) - 1, run.times - 1), weights)
+        if run.times == 1:
+            (g, acc, _), _ = body(start, (0, kept))
+        else:
+            (g, acc, _), _ = lax.scan(body, start, (_repetitions(run), kept), reverse=True)
+        return g, acc
+
+    def _rows(self, stacked: Params, run: Run, place: int) -> Params:
+        return stacks.rows(stacked, self.layers, run, place)
+
+    def _taken(self, run: Run, turn: Turn, weights: Params) -> Params:
+        return stacks.take(weights, self._rows(weights, run, turn.place), turn.i)
+
+    def _gathered(self, run: Run, turn: Turn | None, weights: Params) -> Params:
+        """Those of a layer's weights that lie in shards, whole."""
+        return {} if turn is None else self._working.gathered(LAYERS, self._taken(run, turn, weights))
+
+    def _layer(
+        self, run: Run, turn: Turn, weights: Params, gathered: Params, seen: Batch
+    ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
+        """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to."""
+        apply = run.period[turn.place].apply
+        # made outside of the VJP: it keeps nothing that it is given
+        whole = optimizer.merge(gathered, self._taken(run, turn, weights))
+        w = self._working.differentiated(LAYERS, whole, self._rows(self._trainable, run, turn.place))
+
+        def layer(w: Params, carry: Tree) -> Tree:
+            return apply(self._working.given(LAYERS, whole, w), carry, seen, self._axes)
+
+        return remat.remat(layer, self._policy), w, jax.tree.leaves((whole, w, seen))
+
+
+def _turns(run: Run, i: jax.Array | int, *, back: bool = False) -> list[tuple[Turn, Turn | None]]:
+    """The layers of repetition `i`, in the order of their turns, and which one is next: behind the run's last one that
+    one again, since a loop does the same in each repetition; None where there is no loop."""
+    places = list(range(len(run.period)))
+    if run.times == 1:
+        return [(Turn(place, i), None) for place in places]
+    after = jnp.maximum(i - 1, 0) if back else jnp.minimum(i + 1, run.times - 1)
+    turns = [Turn(place, i) for place in (reversed(places) if back else places)]
+    return list(zip(turns, [*turns[1:], turns[0]._replace(i=after)], strict=True))
+
+
+def _repetitions(run: Run) -> jax.Array:
+    return jnp.arange(run.times, dtype=jnp.int32)
