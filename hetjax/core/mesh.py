@@ -157,7 +157,7 @@ def fold(axis: str, size: int, inner: Iterable[int]) -> dict[str, int]:
 def innermost(parts: Mapping[str, int], size: int) -> tuple[str, ...]:
     """Those of the mesh axes `parts` that make up the inner `size` devices."""
     found: list[str] = []
-    for name in reversed(parts):
+    for name in reversed(list(parts)):
         if size == 1:
             break
         found.insert(0, name)
