@@ -65,6 +65,7 @@ class ModuleDef:
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
     head: of a language model, the leaf of `last` that makes logits of the output "x", which `last` only hands on. Its
         dims are the features and "vocab", in either order.
+    vocab: how many ids a language model has; the vocabulary dim of a leaf may be longer, with zeros behind them.
     table: the leaf of `first` that is only ever looked up in. `first` may be given a `Weight` there, and then adds the
         gradient's rows to its tap: the cotangent of that tap is the sum.
     tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
@@ -89,6 +90,7 @@ class ModuleDef:
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
     head: str = ""
+    vocab: int = 0
     table: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
@@ -105,6 +107,8 @@ class ModuleDef:
             raise ValueError(
                 f"ModuleDef.head={self.head!r} is no leaf of the last part, which has {sorted(self.last.logical)}"
             )
+        if self.head and self.vocab < 1:
+            raise ValueError(f"ModuleDef.vocab={self.vocab}; with a head it must say how many ids there are")
 
     @property
     def num_layers(self) -> int:

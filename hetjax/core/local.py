@@ -97,8 +97,9 @@ class Local:
             return self._end(last, carry, batch)
         y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
-        total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
-        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        ids = self.module.definition.vocab
+        total, likely = loss.token_scores(*tokens, ids=ids, axes=self.plan.axes, chunk=self.chunk)
+        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": likely}.items()}
 
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
@@ -181,7 +182,7 @@ class Local:
             return settle(x, axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names))
 
         x, pull = jax.vjp(features, w, carry)
-        head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
+        head = loss.Head(weights[name], definition.last.logical[name].index("vocab"), definition.vocab)
         part, leaf = self.parameters.place_in_last(name)
         mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
         tokens = given.batch["targets"], given.batch["weights"]
