@@ -83,6 +83,22 @@ def test_a_vocabulary_cut_over_tp_gives_the_same(tp: int, vocab: int, x64: None)
     close(over_tp(functools.partial(in_chunks, chunk=7, vocab=vocab), tp, GRADIENTS)(*inputs), right(inputs))
 
 
+@pytest.mark.parametrize(("tp", "ids"), [(2, 13), (4, 13), (4, 9)])  # of 9 ids the last of 4 devices has none
+def test_what_is_behind_the_vocabulary_is_no_part_of_it(tp: int, ids: int, x64: None) -> None:
+    """Every logit is negative, and those of the padding would be large; a token without weight asks for one of them."""
+    x, head, targets, weights = example()
+    x, head, targets = abs(x), -abs(head[:, :ids]), targets % ids
+    expected = right((x, head, targets, weights))
+    padded = np.pad(head, ((0, 0), (0, -ids % tp)), constant_values=7.0)
+    inputs = x, padded, np.where(weights == 0, ids, targets), weights
+    loss, g_x, g_head = over_tp(functools.partial(in_chunks, chunk=7, ids=ids), tp, GRADIENTS)(*inputs)
+    close((loss, g_x, g_head[:, :ids]), expected)
+    assert not g_head[:, ids:].any()
+    total, found = over_tp(functools.partial(token_scores, ids=ids, chunk=5), tp, (P(), P()))(*inputs)
+    close(total, expected[0])
+    np.testing.assert_array_equal(found, np.argmax(x @ head, -1))
+
+
 def test_replicas_may_have_more_or_fewer_tokens_with_weight_or_none(x64: None) -> None:
     """Three replicas of 24, 1 and 0 such tokens take 5, 1 and 0 chunks, with sums over tp in each."""
     x, head, targets, weights = (np.concatenate([a] * 3) if a.shape[0] == B else a for a in example())

@@ -55,9 +55,10 @@ class Padded:
 
     def __getitem__(self, index: Index) -> np.ndarray:
         inside = [slice(min(i.start, n), min(i.stop, n)) for i, n in zip(index, self._shape, strict=True)]
-        behind = [(i.stop - i.start) - (j.stop - j.start) for i, j in zip(index, inside, strict=True)]
-        found = self._stored[tuple(inside)]
-        return np.pad(found, [(0, count) for count in behind]) if any(behind) else found
+        if any(i.start == i.stop for i in inside):  # files give no empty ranges
+            return np.zeros([i.stop - i.start for i in index])
+        behind = [(0, i.stop - j.stop) for i, j in zip(index, inside, strict=True)]
+        return np.pad(self._stored[tuple(inside)], behind)
 
 
 def put(stored: Sliceable, leaf: jax.Array, *row: int) -> jax.Array:
