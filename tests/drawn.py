@@ -22,7 +22,12 @@ from models.contract import ModuleDef
 
 SHAPE = tiny.Shape(microbatches=2)
 EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8)
-MODELS: list[dict[str, Any]] = [dict(), dict(experts=EXPERTS), dict(tied=True, kv_heads=2, vocab=61)]
+MODELS: list[dict[str, Any]] = [
+    dict(),
+    dict(experts=EXPERTS),
+    dict(tied=True, kv_heads=2, vocab=61),
+    dict(tied=True, kv_heads=1),
+]
 SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
 
 
