@@ -67,6 +67,7 @@ class ModuleDef:
         code reaches over cp in its own way, and a layout that asks for another is refused.
     head: of a language model, the leaf of `last` that makes logits of the output "x", which `last` only hands on. Its
         dims are the features and "vocab", in either order.
+    vocab: how many ids a language model has; the vocabulary dim of a leaf may be longer, with zeros behind them.
     table: the leaf of `first` that is only ever looked up in. `first` may be given a `Weight` there, and then adds the
         gradient's rows to its tap: the cotangent of that tap is the sum.
     tied: path in `last` -> path in `first` of the leaf that both share ("head" -> "embed").
@@ -92,6 +93,7 @@ class ModuleDef:
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
     heads: int = 0
     head: str = ""
+    vocab: int = 0
     table: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
@@ -108,6 +110,8 @@ class ModuleDef:
             raise ValueError(
                 f"ModuleDef.head={self.head!r} is no leaf of the last part, which has {sorted(self.last.logical)}"
             )
+        if self.head and self.vocab < 1:
+            raise ValueError(f"ModuleDef.vocab={self.vocab}; with a head it must say how many ids there are")
 
     @property
     def num_layers(self) -> int:

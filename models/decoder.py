@@ -112,17 +112,14 @@ class Decoder:
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
             divisible={
-                "tp": {
-                    "heads": self.num_heads,
-                    **hidden,
-                    "vocab": self.vocab_size,
-                },
+                "tp": {"heads": self.num_heads, **hidden},
                 "kv": {"kv_heads": self.num_kv_heads},
                 "ep": {"experts": self.experts.count if self.experts else 1},
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp", "sp", *(["ep"] if self.experts else [])}),
             heads=self.num_heads,
             head="head",
+            vocab=self.vocab_size,
             table="embed",
             tied={"head": "embed"} if self.tied else {},
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
@@ -135,22 +132,23 @@ class Decoder:
 
 class _First(nnx.Module):
     def __init__(self, config: Decoder, compute_dtype: jnp.dtype, encoders: tuple[str, ...], *, rngs: nnx.Rngs) -> None:
-        self.compute_dtype, self.encoders = compute_dtype, encoders
+        self.compute_dtype, self.encoders, self.vocab = compute_dtype, encoders, config.vocab_size
         self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5, Use("tokens"))
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
-        found, merged = (keeps_arguments(functools.partial(f, axes=axes)) for f in (lookup, merge))
+        found = keeps_arguments(functools.partial(lookup, vocab=self.vocab, axes=axes))
+        merged = keeps_arguments(functools.partial(merge, axes=axes))
         x = found(self.embed.get_value(), batch["tokens"]).astype(self.compute_dtype)
         for name in self.encoders:
             x = merged(x, rows[name], batch[f"{name}.index"])
         return {"x": x}
 
 
-def lookup(table: jax.Array | Weight, tokens: jax.Array, axes: Axes) -> jax.Array:
-    """Rows of `table`, whose vocabulary is cut over tp, as the stream has them; an id outside of it yields zeros."""
+def lookup(table: jax.Array | Weight, tokens: jax.Array, vocab: int, axes: Axes) -> jax.Array:
+    """Rows of `table`, cut over tp, as the stream has them; an id that is none of the `vocab` yields zeros."""
     rows, tap = (table.value, table.tap) if isinstance(table, Weight) else (table, None)
     local = tokens - axes.tp.index() * rows.shape[0]
-    mine = (local >= 0) & (local < rows.shape[0])
+    mine = (local >= 0) & (local < rows.shape[0]) & (tokens < vocab)
     at, rows = jnp.where(mine, local, 0), vary_like(rows, local)
     found = _take(rows, at) if tap is None else _take_tapped(rows, vary_like(tap, local), at)
     return axes.total(jnp.where(mine[..., None], found, 0))

@@ -22,7 +22,12 @@ from models.contract import ModuleDef
 
 SHAPE = tiny.Shape(microbatches=2)
 EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8)
-MODELS: list[dict[str, Any]] = [dict(), dict(experts=EXPERTS), dict(tied=True, kv_heads=2), dict(kv_heads=1, tied=True)]
+MODELS: list[dict[str, Any]] = [
+    dict(),
+    dict(experts=EXPERTS),
+    dict(tied=True, kv_heads=2, vocab=61),
+    dict(tied=True, kv_heads=1),
+]
 SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
 
 
@@ -50,7 +55,8 @@ def definition(name: str, number: int) -> ModuleDef:
     """A module of the run with MODELS[number]."""
     if name != "llm":
         return (tiny.whisper() if name == "audio" else tiny.vit()).module(jnp.float64)
-    sizes = {("num_kv_heads" if key == "kv_heads" else key): value for key, value in MODELS[number].items()}
+    names = dict(kv_heads="num_kv_heads", vocab="vocab_size")
+    sizes = {names.get(key, key): value for key, value in MODELS[number].items()}
     return tiny.decoder(**sizes).module(jnp.float64)
 
 
@@ -84,6 +90,7 @@ def kinds(case: Case) -> set[str]:
         )
     )
     found |= {"two encoders"} if case.audio else set()
+    found |= {"padded vocabulary"} if case.vocab % case.llm.tp else set()
     for side, mine in (("llm", case.llm), ("vision", case.vision)):
         found |= {f"{side} {name}" for name in SIZES if getattr(mine, name) > 1}
         found |= {f"{side} sp"} if mine.sp else set()

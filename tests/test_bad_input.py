@@ -151,7 +151,6 @@ LAYOUTS = [
     ),
     (layouts(llm=dict(tp=4)), "llm: tp=4 does not divide kv_heads=2; use tp of 1, 2"),
     (layouts(vision=dict(tp=4)), "vision: tp=4 does not divide heads=2; use tp of 1, 2"),
-    (model(vocab_size=33), "llm: tp=2 does not divide vocab=33; use tp of 1, 3, 11, 33"),
     (layouts(llm=dict(pp=3)), "llm: pp=3 stages for 2 layers; use pp of at most 2"),
     (
         layouts(llm=dict(pp=2, layers=(2, 1))),

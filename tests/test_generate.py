@@ -96,13 +96,13 @@ def test_draws_follow_what_temperature_top_k_and_top_p_leave() -> None:
     many = np.repeat(logits, count, 0)
     wanted = np.array([0, 0.4, 0.15, 0.3, 0]) ** 2  # temperature 1/2 squares the odds
     rows = draw(temperature=0.5, top_k=3, prompt=np.arange(count, dtype=np.int32))
-    tokens = np.asarray(pick(jnp.asarray(many), ONE_DEVICE, rows, 3))
+    tokens = np.asarray(pick(jnp.asarray(many), 5, ONE_DEVICE, rows, 3))
     shares = np.bincount(tokens, minlength=5) / count
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.015)  # four standard errors
-    again = np.asarray(pick(jnp.asarray(many[:7]), ONE_DEVICE, rows._replace(prompt=rows.prompt[:7]), 3))
+    again = np.asarray(pick(jnp.asarray(many[:7]), 5, ONE_DEVICE, rows._replace(prompt=rows.prompt[:7]), 3))
     np.testing.assert_array_equal(tokens[:7], again)
-    assert (tokens != np.asarray(pick(jnp.asarray(many), ONE_DEVICE, rows, 4))).any()
-    assert (tokens != np.asarray(pick(jnp.asarray(many), ONE_DEVICE, rows._replace(seed=1), 3))).any()
+    assert (tokens != np.asarray(pick(jnp.asarray(many), 5, ONE_DEVICE, rows, 4))).any()
+    assert (tokens != np.asarray(pick(jnp.asarray(many), 5, ONE_DEVICE, rows._replace(seed=1), 3))).any()
 
 
 @pytest.fixture(scope="module")

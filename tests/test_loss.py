@@ -50,12 +50,13 @@ def in_chunks(
     chunk: int,
     axes: Axes = ONE_DEVICE,
     vocab: int = 1,
+    ids: int = V,
 ) -> Tree:
     """The same, by `add_gradients`; the head lies as [d, v], or with `vocab` 0 as [v, d]."""
     weight, swap = (head, lambda a: a) if vocab else (head.T, jnp.transpose)
     empty = 0 * weight  # varies as the head does
     total, g_x, acc = add_gradients(
-        x, Head(weight, vocab), targets, weights, empty, seed=jnp.ones((), x.dtype), axes=axes, chunk=chunk
+        x, Head(weight, vocab, ids), targets, weights, empty, seed=jnp.ones((), x.dtype), axes=axes, chunk=chunk
     )
     return total, g_x, swap(acc)
 
@@ -80,6 +81,22 @@ def test_any_chunk_gives_the_loss_and_gradients_of_full_logits(chunk: int, x64: 
 def test_a_vocabulary_cut_over_tp_gives_the_same(tp: int, vocab: int, x64: None) -> None:
     inputs = example()
     close(over_tp(functools.partial(in_chunks, chunk=7, vocab=vocab), tp, GRADIENTS)(*inputs), right(inputs))
+
+
+@pytest.mark.parametrize(("tp", "ids"), [(2, 13), (4, 13), (4, 9)])  # of 9 ids the last of 4 devices has none
+def test_what_is_behind_the_vocabulary_is_no_part_of_it(tp: int, ids: int, x64: None) -> None:
+    """Every logit is negative, and those of the padding would be large; a token without weight asks for one of them."""
+    x, head, targets, weights = example()
+    x, head, targets = abs(x), -abs(head[:, :ids]), targets % ids
+    expected = right((x, head, targets, weights))
+    padded = np.pad(head, ((0, 0), (0, -ids % tp)), constant_values=7.0)
+    inputs = x, padded, np.where(weights == 0, ids, targets), weights
+    loss, g_x, g_head = over_tp(functools.partial(in_chunks, chunk=7, ids=ids), tp, GRADIENTS)(*inputs)
+    close((loss, g_x, g_head[:, :ids]), expected)
+    assert not g_head[:, ids:].any()
+    total, found = over_tp(functools.partial(token_scores, ids=ids, chunk=5), tp, (P(), P()))(*inputs)
+    close(total, expected[0])
+    np.testing.assert_array_equal(found, np.argmax(x @ head, -1))
 
 
 def test_replicas_may_have_more_or_fewer_tokens_with_weight_or_none(x64: None) -> None:
@@ -113,7 +130,9 @@ def test_tokens_without_weight_are_not_computed(x64: None) -> None:
 def test_the_heads_gradient_is_added_where_it_trains_and_all_are_times_the_seed(x64: None) -> None:
     x, head, *tokens = map(jnp.asarray, example())
     acc = np.random.default_rng(1).normal(size=head.shape)
-    add = functools.partial(add_gradients, x, Head(head, 1), *tokens, seed=jnp.float64(0.5), axes=ONE_DEVICE, chunk=5)
+    add = functools.partial(
+        add_gradients, x, Head(head, 1, V), *tokens, seed=jnp.float64(0.5), axes=ONE_DEVICE, chunk=5
+    )
     loss, g_x, g_head = right((x, head, *tokens))
     close(add(acc), (loss, 0.5 * g_x, acc + 0.5 * g_head))
     *found, nothing = add(None)
@@ -132,7 +151,7 @@ def test_logits_are_computed_once_and_those_of_all_tokens_never_exist() -> None:
     shapes = ((B, 64, D), (D, 256), (B, 64), (B, 64))
     dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
     inputs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]
-    program = jax.make_jaxpr(functools.partial(in_chunks, chunk=16))(*inputs)
+    program = jax.make_jaxpr(functools.partial(in_chunks, chunk=16, ids=256))(*inputs)
     equations = [e for j in jaxprs(program.jaxpr) for e in j.eqns]
     sizes = [math.prod(v.aval.shape) for e in equations for v in e.outvars]
     assert 16 * 256 in sizes and max(sizes) < B * 64 * 256 / 8
@@ -140,7 +159,7 @@ def test_logits_are_computed_once_and_those_of_all_tokens_never_exist() -> None:
 
 
 def test_scores_compute_the_logits_once() -> None:
-    program = jax.make_jaxpr(functools.partial(token_scores, axes=ONE_DEVICE, chunk=5))(*example())
+    program = jax.make_jaxpr(functools.partial(token_scores, ids=V, axes=ONE_DEVICE, chunk=5))(*example())
     assert [e.primitive.name for j in jaxprs(program.jaxpr) for e in j.eqns].count("dot_general") == 1
 
 
@@ -154,7 +173,7 @@ def test_of_bfloat16_features_neither_logits_nor_the_heads_gradient_are_rounded(
 
     def program(x: jax.Array, head: jax.Array, *tokens: jax.Array) -> Tree:
         acc, seed = jnp.zeros((D, V)), jnp.float32(1)
-        return add_gradients(x, Head(head, 1), *tokens, acc, seed=seed, axes=ONE_DEVICE, chunk=1000)
+        return add_gradients(x, Head(head, 1, V), *tokens, acc, seed=seed, axes=ONE_DEVICE, chunk=1000)
 
     got, g_x, g_head = jax.jit(program)(*given)
     assert got.dtype == g_head.dtype == jnp.float32 and g_x.dtype == jnp.bfloat16
@@ -179,7 +198,7 @@ def test_the_likeliest_id_is_the_lowest_of_equal_ones_beside_the_same_loss(tp: i
     ties = ((x @ head) == (x @ head).max(-1, keepdims=True)).sum(-1)
     assert (ties > 1).sum() > 5
     *_, targets, weights = example()
-    total, found = over_tp(functools.partial(token_scores, chunk=5), tp, (P(), P()))(x, head, targets, weights)
+    total, found = over_tp(functools.partial(token_scores, ids=V, chunk=5), tp, (P(), P()))(x, head, targets, weights)
     np.testing.assert_array_equal(found, np.argmax(x @ head, -1))
     close(total, full(x, head, targets, weights))
 
@@ -188,6 +207,6 @@ def test_the_likeliest_id_is_the_lowest_of_equal_ones_beside_the_same_loss(tp: i
 def test_the_likeliest_id_is_one_of_the_vocabulary_even_of_broken_logits(tp: int) -> None:
     x, head, *rest = (a.astype(np.float32) if a.dtype == np.float64 else a for a in example())
     x[0, 0], head[0, 3] = np.nan, np.nan
-    _, found = over_tp(functools.partial(token_scores, chunk=24), tp, (P(), P()))(x, head, *rest)
+    _, found = over_tp(functools.partial(token_scores, ids=V, chunk=24), tp, (P(), P()))(x, head, *rest)
     found = np.asarray(found)
     assert ((found >= 0) & (found < V)).all()

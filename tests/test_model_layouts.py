@@ -14,12 +14,13 @@ from test_models import DECODER, LLAMA3, VIT, WHISPER, close, documents, random_
 
 from hetjax.core import loss
 from hetjax.core.layout import Layout
-from hetjax.core.parameters import param_specs
+from hetjax.core.parameters import param_dims
 from hetjax.core.plan import plan_stages
 from models.axes import ONE_DEVICE, Axes, vary, vary_like
 from models.contract import ModuleDef
 from models.decoder import Decoder
 from models.moe import Experts
+from models.paths import nested
 from models.vit import ViT
 from models.whisper import Whisper
 
@@ -55,7 +56,7 @@ def scored(definition: ModuleDef, axes: Axes, params: Tree, x: Tree, batch: Tree
     if "head" not in y:
         return y, *pull(g)
     tokens, seed = (batch["targets"], batch["weights"]), jnp.ones(())
-    head, empty = loss.Head(y["head"], 1), 0 * y["head"]
+    head, empty = loss.Head(y["head"], 1, definition.vocab), 0 * y["head"]
     total, g_x, g_head = loss.add_gradients(y["x"], head, *tokens, empty, seed=seed, axes=axes, chunk=3)
     mine = g["x"] / axes.sp.size  # gathered over sp, the rows are there once for each of its devices
     return {"x": axes.sp.pmax(y["x"]), "loss": total}, *pull({"x": mine + g_x, "head": g_head})
@@ -97,7 +98,8 @@ def judged(name: str) -> Tree:
 def on_mesh(definition: ModuleDef, layout: Layout, params: Tree, x: Tree, batch: Tree, g: Tree) -> Tree:
     """Outputs and gradients as a stage computes them: per device, of parameters cast to varying over the replicas."""
     plan = plan_stages("model", definition, layout, jax.devices())[0]
-    spec, specs = plan.grid.spec, param_specs(definition, plan)
+    spec = plan.grid.spec
+    specs = nested({path: spec(dims) for path, dims in param_dims(definition, plan).items()})
     g_specs = {k: spec(definition.output[k]) for k in g}
     y_specs = g_specs | ({"loss": P()} if "tokens" in batch else {})
     x_specs = {k: spec(("items", None, None)) for k in x}

@@ -38,6 +38,7 @@ class Case:
     shape: tiny.Shape = tiny.Shape()
     tied: bool = False
     kv_heads: int = 4
+    vocab: int = tiny.VOCAB
     feature_layer: int | tuple[int, ...] = -1
     blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
     experts: Experts | None = None
@@ -161,6 +162,9 @@ KINDS = {
         remat=Remat.DOTS,
     ),
     "sp: tp 4; audio": Case(Layout(tp=4, sp=True), Layout(dp=2), Layout(tp=2, sp=True, devices=LOW[:1] + "-1")),
+    "vocabulary of 61: tp 2": Case(Layout(tp=2, devices=LOW[:1] + "-1"), Layout(dp=2, devices="4-5"), vocab=61),
+    "vocabulary of 61: tp 4, pp 2, sp, tied": Case(Layout(tp=4, pp=2, sp=True), Layout(dp=4), vocab=61, tied=True),
+    "vocabulary of 61: tp 4, dp 2, clip active": Case(Layout(tp=4, dp=2), Layout(dp=4), vocab=61, changes=CLIP),
     "llm cp 2 ring, encoder cp 2 by heads": Case(
         Layout(cp=2, devices="0-1", context="ring"),
         Layout(cp=2, devices="2-3", context="heads"),
@@ -249,6 +253,7 @@ def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[com
     config = dataclasses.replace(config, **dict(case.changes))
     model = dict(tied=case.tied, feature_layer=case.feature_layer, experts=case.experts)
     model |= {"kv_heads": case.kv_heads} if case.kv_heads != 4 else {}
+    model |= {"vocab": case.vocab} if case.vocab != tiny.VOCAB else {}
     graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, unroll=case.unroll, **model)
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
     # the reference is traced later, and knows neither blocks nor chunks
@@ -259,7 +264,7 @@ def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[com
 
 
 def data(case: Case, seed: int) -> list[dict[str, np.ndarray]]:
-    found = tiny.microbatches(case.shape, tuple(case.encoders), seed=seed, text_only=case.text_only)
+    found = tiny.microbatches(case.shape, tuple(case.encoders), seed=seed, text_only=case.text_only, vocab=case.vocab)
     if case.unweighted:
         found[0]["weights"][len(found[0]["weights"]) // 2 :] = 0
         found[1]["weights"][:] = 0

@@ -71,12 +71,14 @@ def graph(
     experts: Experts | None = None,
     unroll: bool = False,
     kv_heads: int = 4,
+    vocab: int = VOCAB,
 ) -> Graph:
     """The tiny model under these layouts. An encoder called audio hears, all others see."""
     models = {name: whisper() if name == "audio" else vit(feature_layer=feature_layer) for name in encoders}
     how = dict(remat=remat, unroll=unroll)
     towers = tuple(Module(n, models[n].module(dtype, name=n), layout, **how) for n, layout in encoders.items())
-    language = decoder(tied=tied, experts=experts, num_kv_heads=kv_heads).module(dtype, encoders=tuple(encoders))
+    sizes = dict(tied=tied, experts=experts, num_kv_heads=kv_heads, vocab_size=vocab)
+    language = decoder(**sizes).module(dtype, encoders=tuple(encoders))
     return vlm(towers, Module("llm", language, llm, **how))
 
 
@@ -87,10 +89,12 @@ def microbatches(
     seed: int = 0,
     rows: int = 4,
     text_only: tuple[int, ...] = (),
+    vocab: int = VOCAB,
 ) -> list:
     """Random microbatches: 0 to 2 pictures, or ragged clips, a sample, packed and padded rows, uneven targets."""
     rng = np.random.default_rng(seed)
-    return [_microbatch(rng, shape, encoders, rows, i in text_only) for i in range(shape.microbatches)]
+    found = [_microbatch(rng, shape, encoders, rows, i in text_only) for i in range(shape.microbatches)]
+    return [m | {name: m[name] % vocab for name in ("tokens", "targets")} for m in found]
 
 
 def _microbatch(

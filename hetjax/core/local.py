@@ -101,8 +101,9 @@ class Local:
             return self._end(last, carry, batch)
         y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
-        total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
-        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        ids = self.module.definition.vocab
+        total, likely = loss.token_scores(*tokens, ids=ids, axes=self.plan.axes, chunk=self.chunk)
+        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": likely}.items()}
 
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
@@ -185,7 +186,7 @@ class Local:
             return settle(x, axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names))
 
         x, pull = jax.vjp(features, w, carry)
-        head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
+        head = loss.Head(weights[name], definition.last.logical[name].index("vocab"), definition.vocab)
         part, leaf = self.parameters.place_in_last(name)
         mine, spread = at(acc, (part, leaf)), at(self.parameters.spreads, (part, leaf))
         opened = None if tap is None else accumulators.opened(mine, spread, tap, first)

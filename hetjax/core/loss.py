@@ -31,6 +31,7 @@ class Head(NamedTuple):
 
     weight: jax.Array  # [d, v / tp] or [v / tp, d]
     vocab: int  # the dim of `weight` that is the vocabulary
+    ids: int  # of the vocabulary; what is behind them on tp's devices is padding
 
 
 class _Softmax(NamedTuple):
@@ -59,7 +60,7 @@ def add_gradients(
     """
     head = head._replace(weight=head.weight.astype(x.dtype))
     flat = vary_like(x.reshape(-1, x.shape[-1]), head.weight)  # out here: its gradient is summed over tp only once
-    tokens = flat, targets.reshape(-1), weights.reshape(-1).astype(wide(x.dtype))
+    tokens = flat, _known(targets, head.ids).reshape(-1), weights.reshape(-1).astype(wide(x.dtype))
     seed = seed.astype(wide(x.dtype))
     chunk = min(chunk, len(flat))
     order, steps = _weighted_first(tokens[-1], chunk)
@@ -68,7 +69,8 @@ def add_gradients(
         total, g_x, acc = sums
         at = lax.dynamic_slice(order, (i * chunk,), (chunk,))
         x, target, weight = (a.at[at].get(mode="fill", fill_value=0, unique_indices=True) for a in tokens)
-        found = _softmax(_product(x, head.weight, 1, 1 - head.vocab, weight.dtype), target, axes)
+        logits = masked(_product(x, head.weight, 1, 1 - head.vocab, weight.dtype), head.ids, axes)
+        found = _softmax(logits, target, axes)
         g = ((found.powers / found.total[:, None] - found.hit) * (seed * weight)[:, None]).astype(x.dtype)
         g_rows = _product(g, head.weight, 1, head.vocab, g.dtype)
         if acc is not None:
@@ -95,6 +97,19 @@ def _product(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int, dtype: Any) -> 
     return lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=dtype)
 
 
+def masked(logits: jax.Array, ids: int, axes: Axes) -> jax.Array:
+    """`logits` [n, v / tp], -inf behind the vocabulary's `ids`: their powers and their gradients are 0."""
+    columns = logits.shape[1]
+    if columns * axes.tp.size == ids:
+        return logits
+    return jnp.where(jnp.arange(columns, dtype=jnp.int32) + axes.tp.index() * columns < ids, logits, -jnp.inf)
+
+
+def _known(targets: jax.Array, ids: int) -> jax.Array:
+    """`targets`, with one that is no id of the vocabulary where no logit is."""
+    return jnp.where(targets < ids, targets, -1)
+
+
 def _softmax(logits: jax.Array, targets: jax.Array, axes: Axes) -> _Softmax:
     """Of this device's `logits` [n, v / tp]."""
     top = axes.tp.pmax(logits.max(-1))
@@ -106,20 +121,20 @@ def _softmax(logits: jax.Array, targets: jax.Array, axes: Axes) -> _Softmax:
 
 
 def token_scores(
-    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, axes: Axes, chunk: int
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, ids: int, axes: Axes, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """(the sum as in `add_gradients`, the likeliest next id of the whole vocabulary at every position, int32 [b, s]).
 
-    `head` [d, v / tp].
+    `head` [d, v / tp], of `ids` and padding.
     """
 
     def of_chunk(tokens: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, targets = tokens
-        logits = dot(x, head, dtype=wide(x.dtype))
+        logits = masked(dot(x, head, dtype=wide(x.dtype)), ids, axes)
         return _softmax(logits, targets, axes).entropy, likeliest(logits, axes)
 
-    entropies, ids = _by_chunks(of_chunk, chunk, x, targets)
-    return (entropies * weights.astype(entropies.dtype)).sum(), ids
+    entropies, likely = _by_chunks(of_chunk, chunk, x, _known(targets, ids))
+    return (entropies * weights.astype(entropies.dtype)).sum(), likely
 
 
 def likeliest(logits: jax.Array, axes: Axes) -> jax.Array:

@@ -32,6 +32,7 @@ LOGICAL: dict[str, tuple[str, ...]] = {
     "experts": ("ep",),
     "expert_mlp": ("etp",),
 }
+PADDED = frozenset({"vocab"})  # dims that are made longer where the devices that cut them do not divide them
 SEEN = ("dp", "cp", "tp", "sp", "ep", "etp", "tp_of_ep")  # by models
 
 
@@ -79,6 +80,23 @@ class Grid:
     def sharding(self, dims: Dims) -> NamedSharding:
         """The sharding of a tensor with these logical dims."""
         return NamedSharding(self.mesh, self.spec(dims))
+
+    def padded(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+        """The shape that a tensor with these logical dims is given, zeros behind its values, so that it can be cut."""
+        ways = [self.size(self._parts(*LOGICAL[dim])) if dim in PADDED else 1 for dim in dims]
+        return tuple(-(-size // count) * count for size, count in zip(shape, ways, strict=True))
+
+    def fitting(self, shape: tuple[int, ...], where: P) -> P:
+        """`where` for a tensor of this shape: mesh axes that do not divide their dim cut the first other one that they
+        divide, or none."""
+        entries = [*map(axis_names, where), *[()] * (len(shape) - len(where))]
+        for dim, names in enumerate(entries):
+            if shape[dim] % self.size(names):
+                entries[dim] = ()
+                others = (d for d in range(len(shape)) if d != dim and not shape[d] % self.size((*entries[d], *names)))
+                if (other := next(others, None)) is not None:
+                    entries[other] = (*entries[other], *names)
+        return P(*map(_entry, entries))
 
     def size(self, names: tuple[str, ...]) -> int:
         """Devices along these mesh axes."""

@@ -8,7 +8,9 @@
     grads    their sum, cut over the data replicas too, like the optimizer's state; `acc` itself where it has no leading
              dim
 
-Which replicas a leaf has, and over which of them it is cut, is its own (`Spread` in `mesh.py`).
+Which replicas a leaf has, and over which of them it is cut, is its own (`Spread` in `mesh.py`). Where tp does not divide
+a vocabulary, all of these are padded: zeros are behind the values, which are drawn at the true size, and stay there,
+since their gradients are zero.
 
 A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage, which lends
 it; the last one borrows its working weight: it has gradients there, and neither parameter nor optimizer state.
@@ -25,15 +27,16 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer, stacks
 from hetjax.core.graph import Module
-from hetjax.core.mesh import Grid, Spread
+from hetjax.core.mesh import Spread
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.plan import StagePlan
 from hetjax.core.stacks import LAYERS
 from hetjax.core.working import Working
-from models.contract import ModuleDef, Params
-from models.paths import flat, nested
+from models.contract import Dims, ModuleDef, Params
+from models.paths import Path, flat, nested
 
 Tree = Any
+KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 FIRST_KEY, LAST_KEY = 1 << 20, (1 << 20) + 1  # beside the layers' keys, which are their indices
 
 
@@ -47,10 +50,12 @@ class Parameters:
         self.borrowed = frozenset(("last", leaf) for leaf in self.tied if not plan.first)
         lends = plan.first and not plan.last
         self.lent = frozenset(("first", source) for source in module.definition.tied.values() if lends)
-        self.specs = param_specs(module.definition, plan)
+        self._dims = param_dims(module.definition, plan)
         if plan.first:  # one leaf serves both parts
             for leaf in self.tied:
-                del self.specs["last"][leaf]
+                del self._dims["last", leaf]
+        self.specs = nested({path: plan.grid.spec(dims) for path, dims in self._dims.items()})
+        self._true = _by_tail(jax.eval_shape(self._draw, jax.random.key(0)))
         self.leaves = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
         self.trainable, self.frozen = self.split(self.leaves)
         apart = {("last", module.definition.head), *self.borrowed}
@@ -117,7 +122,16 @@ class Parameters:
         shared = self._plan.first and leaf in self.tied
         return ("first", self.tied[leaf]) if shared else ("last", leaf)
 
+    def true_shape(self, path: KeyPath, leaf: Any) -> tuple[int, ...]:
+        """The shape without padding of a leaf of parameters, gradients or optimizer state."""
+        found = _at_tail(self._true, path)
+        return found.shape if found is not None and leaf.ndim else leaf.shape
+
     def _make(self, key: jax.Array) -> Params:
+        drawn = flat(self._draw(key))
+        return nested({path: pad(a, self._plan.grid.padded(a.shape, self._dims[path])) for path, a in drawn.items()})
+
+    def _draw(self, key: jax.Array) -> Params:
         definition, plan = self._module.definition, self._plan
         key = jax.random.fold_in(key, zlib.crc32(self._module.name.encode()) & 0x7FFFFFFF)
         part_key = lambda n: jax.random.fold_in(key, n)
@@ -156,19 +170,16 @@ class Parameters:
 
     def _abstract_state(self) -> Tree:
         """Moments lie as their gradients do: the tail of a moment's path is its parameter's; scalars are repeated."""
-        where = {
-            jax.tree_util.keystr(k): g.sharding.spec
-            for k, g in jax.tree_util.tree_leaves_with_path(self.owned(self.grads))
-        }
+        grads = _by_tail(self.owned(self.grads))
 
-        def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
-            return self._at(leaf, next((where[t] for t in tails if t in where), P()) if leaf.ndim else P())
+        def place(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            grad = _at_tail(grads, path)
+            return self._at(leaf, grad.sharding.spec if grad is not None and leaf.ndim else P())
 
         state = jax.eval_shape(self.tx.init, self.owned(self.trainable))
         return jax.tree_util.tree_map_with_path(place, state)
 
-    def _master(self, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def _master(self, path: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.working.master(tuple(k.key for k in path)))
 
     def _accumulator(self, leaf: jax.ShapeDtypeStruct, spread: Spread) -> jax.ShapeDtypeStruct:
@@ -180,25 +191,33 @@ class Parameters:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(self._plan.mesh, where))
 
 
-def param_specs(definition: ModuleDef, plan: StagePlan) -> dict:
-    """Partition specs of a stage's parameters: {"first", "layers", "last"}, as far as the stage has them."""
-    specs = {}
+def param_dims(definition: ModuleDef, plan: StagePlan) -> dict[Path, Dims]:
+    """Logical dims of a stage's parameters: those of "first", "layers" and "last", as far as the stage has them."""
+    found: dict[Path, Dims] = {}
     if plan.first:
-        specs["first"] = _specs(plan.grid, definition.first.logical)
+        found |= flat({"first": definition.first.logical})
     if plan.hi > plan.lo:
-        kinds = [_specs(plan.grid, part.logical, stacked=True) for part in definition.layers[plan.lo : plan.hi]]
-        specs[LAYERS] = stacks.join(kinds, lambda same: same[0])
+        kinds = [part.logical for part in definition.layers[plan.lo : plan.hi]]
+        of_layer = flat({LAYERS: stacks.join(kinds, lambda same: same[0])})
+        found |= {path: (None, *dims) for path, dims in of_layer.items()}
     if plan.last:
-        specs["last"] = _specs(plan.grid, definition.last.logical)
-    return specs
+        found |= flat({"last": definition.last.logical})
+    return found
 
 
-def _specs(grid: Grid, logical: Mapping, *, stacked: bool = False) -> dict:
-    lead = (None,) if stacked else ()
-    return {
-        k: _specs(grid, v, stacked=stacked) if isinstance(v, Mapping) else grid.spec((*lead, *v))
-        for k, v in logical.items()
-    }
+def pad(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`a` with zeros behind it, of this shape."""
+    return jnp.pad(a, [(0, more - size) for size, more in zip(a.shape, shape, strict=True)]) if a.shape != shape else a
+
+
+def _by_tail(params: Tree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _at_tail(found: Mapping[str, Any], path: KeyPath) -> Any:
+    """What belongs to the parameter of a leaf, whose path ends in that of its parameter; or None."""
+    tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+    return next((found[tail] for tail in tails if tail in found), None)
 
 
 def shardings(tree: Tree) -> Tree:

@@ -166,13 +166,14 @@ class Trainer:
         return float(loss), likeliest
 
     def flat(self, trees: Mapping[StageKey, Tree]) -> dict[str, dict[Path, np.ndarray]]:
-        """Per-stage trees as whole modules on the host: module -> path -> array, layers of all stages concatenated."""
+        """Per-stage trees as whole modules on the host: module -> path -> array, layers of all stages
+        concatenated, without padding."""
         modules: dict[str, dict[Path, np.ndarray]] = {}
         for (name, index), tree in sorted(trees.items()):
             whole = modules.setdefault(name, {})
-            leaves = jax.tree_util.tree_leaves_with_path(self.pipeline.stages[name, index].parameters.owned(tree))
-            for path, leaf in leaves:
-                array = np.asarray(leaf)
+            mine = self.pipeline.stages[name, index].parameters
+            for path, leaf in jax.tree_util.tree_leaves_with_path(mine.owned(tree)):
+                array = np.asarray(leaf)[tuple(map(slice, mine.true_shape(path, leaf)))]
                 whole[path] = np.concatenate([whole[path], array]) if is_stacked(path) and path in whole else array
         return modules
 

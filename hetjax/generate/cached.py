@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hetjax.core import stacks
+from hetjax.core.loss import masked
 from models.axes import Axes
 from models.contract import ModuleDef, Params
 from models.layers import dot, wide
@@ -101,4 +102,4 @@ def step(
 
 def _logits(definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes) -> jax.Array:
     y = definition.last.apply(params["last"], carry, batch, axes)
-    return dot(y["x"][:, 0], y["head"], dtype=wide(y["x"].dtype))
+    return masked(dot(y["x"][:, 0], y["head"], dtype=wide(y["x"].dtype)), definition.vocab, axes)

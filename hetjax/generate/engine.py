@@ -100,7 +100,7 @@ class Engine:
         logits, memory = self._prefill(room)(self.params[self.sink.name], rows, on)
         draw = None
         if not sampling.greedy:
-            vocab = logits.shape[1]
+            vocab = self.sink.definition.vocab
             top_k = min(sampling.top_k or vocab, vocab)
             numbers = (np.float32(sampling.temperature), np.int32(top_k), np.float32(sampling.top_p))
             draw = Draw(*numbers, np.int32(sampling.seed), self._put(prompts, self._by_row))
@@ -171,7 +171,7 @@ class Engine:
         return jax.jit(self._on_devices(run, specs, (self._by_both, self._memory_specs)))
 
     def _decode_program(self, room: int, greedy: bool, ruled: bool) -> Any:
-        axes = self.sink.axes
+        axes, ids = self.sink.axes, self.sink.definition.vocab
 
         def run(
             params: Params,
@@ -185,7 +185,7 @@ class Engine:
         ) -> tuple[jax.Array, jax.Array, Memory]:
             params = self.sink.whole(params)
             prompt_slots = memory.positions.shape[1] - room
-            tokens = pick(penalised(logits, rules, 0), axes, draw, 0)
+            tokens = pick(penalised(logits, rules, 0), ids, axes, draw, 0)
             rules = remembered(rules, tokens, axes)
             done = lengths == 0
             out = vary_like(jnp.full((len(tokens), room), ENDED, jnp.int32), tokens)
@@ -203,7 +203,7 @@ class Engine:
                 logits, memory = cached.step(
                     self.alone, params, memory, tokens, positions, prompt_slots + count - 1, axes
                 )
-                tokens = pick(penalised(logits, rules, count), axes, draw, count)
+                tokens = pick(penalised(logits, rules, count), ids, axes, draw, count)
                 column = jnp.where(done, ENDED, tokens)[:, None]
                 out = lax.dynamic_update_slice_in_dim(out, column, count, 1)
                 done = done | jnp.isin(tokens, stops)

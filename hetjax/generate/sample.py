@@ -80,11 +80,11 @@ def remembered(rules: Rules | None, tokens: jax.Array, axes: Axes) -> Rules | No
     return rules._replace(seen=rules.seen | (jnp.arange(rules.seen.shape[1])[None] == local[:, None]))
 
 
-def pick(logits: jax.Array, axes: Axes, draw: Draw | None, step: jax.Array | int) -> jax.Array:
-    """The next token of every row, int32 [b], of `logits` [b, v / tp]; `draw` None is greedy."""
+def pick(logits: jax.Array, ids: int, axes: Axes, draw: Draw | None, step: jax.Array | int) -> jax.Array:
+    """The next token of every row, int32 [b], of `logits` [b, v / tp] of `ids` and padding; `draw` None is greedy."""
     if draw is None:
         return likeliest(logits, axes)
-    whole = kept(axes.tp.gather(logits, dim=1), draw)
+    whole = kept(axes.tp.gather(logits, dim=1)[:, :ids], draw)  # random numbers depend on how many are drawn
     key = lambda prompt: jax.random.fold_in(jax.random.fold_in(jax.random.key(draw.seed), prompt), step)
     tokens = jax.vmap(lambda prompt, row: jax.random.categorical(key(prompt), row))(draw.prompt, whole)
     return axes.tp.pmax(tokens.astype(jnp.int32))  # the same on all

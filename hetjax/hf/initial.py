@@ -124,7 +124,9 @@ def _filled(stage: Stage, params: Any, start: Start) -> Any:
         if start.source.arrays.keys().isdisjoint(names) and PROJECTOR in names[0]:
             return old
         old.delete()
-        return _read(names, abstract, start.source, stacked=is_stacked(path))
+        return _read(
+            names, abstract, start.source, stage.parameters.true_shape(path, abstract), stacked=is_stacked(path)
+        )
 
     return jax.tree_util.tree_map_with_path(fill, stage.parameters.params, params)
 
@@ -134,7 +136,7 @@ def read(parameters: Parameters, start: Start) -> Any:
 
     def fill(path: Path, abstract: jax.ShapeDtypeStruct) -> jax.Array:
         names = [f"{start.module}/{name}" for name in _names(parameters, path)]
-        return _read(names, abstract, start.source, stacked=is_stacked(path))
+        return _read(names, abstract, start.source, parameters.true_shape(path, abstract), stacked=is_stacked(path))
 
     return jax.tree_util.tree_map_with_path(fill, parameters.params)
 
@@ -145,9 +147,12 @@ def _names(parameters: Parameters, path: Path) -> list[str]:
     return stacks.names(parts, parameters.layers_of) if is_stacked(path) else ["/".join(parts)]
 
 
-def _read(names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, *, stacked: bool) -> jax.Array:
+def _read(
+    names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, true_shape: tuple[int, ...], *, stacked: bool
+) -> jax.Array:
+    wanted = true_shape[1:] if stacked else true_shape
     for name in names:
-        found, wanted = source.arrays.get(name), abstract.shape[1:] if stacked else abstract.shape
+        found = source.arrays.get(name)
         if found is None or found.shape != wanted:
             has = "lacks it" if found is None else f"has shape {list(found.shape)}"
             raise ConvertError(
@@ -155,5 +160,5 @@ def _read(names: list[str], abstract: jax.ShapeDtypeStruct, source: Source, *, s
             )
     leaf = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
     for row, name in enumerate(names):
-        leaf = pieces.put(source.fetch([name])[name], leaf, *((row,) if stacked else ()))
+        leaf = pieces.put(pieces.Padded(source.fetch([name])[name], wanted), leaf, *((row,) if stacked else ()))
     return leaf

@@ -47,6 +47,22 @@ def on_host(stored: Sliceable, kind: Array) -> np.ndarray:
     return whole
 
 
+class Padded:
+    """A stored array of `shape` with zeros behind it, as far as anyone looks."""
+
+    def __init__(self, stored: Sliceable, shape: Sequence[int]) -> None:
+        self._stored, self._shape = stored, shape
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        inside = [slice(min(i.start, n), min(i.stop, n)) for i, n in zip(index, self._shape, strict=True)]
+        if inside == [*index]:
+            return self._stored[index]
+        if any(i.start == i.stop for i in inside):  # files give no empty ranges
+            return np.zeros([i.stop - i.start for i in index])
+        behind = [(0, i.stop - j.stop) for i, j in zip(index, inside, strict=True)]
+        return np.pad(self._stored[tuple(inside)], behind)
+
+
 def put(stored: Sliceable, leaf: jax.Array, *row: int) -> jax.Array:
     """`leaf`, which is given up, with the values of `stored` in its row `row` (without one: in all of it)."""
     sharding = leaf.sharding

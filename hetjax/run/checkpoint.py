@@ -2,23 +2,26 @@
 
     params/llm/first/embed    params/llm/layers/0003/attention/q    optimizer/llm/0/mu/layers/0003/attention/q
 
-so that a run saved under one layout and placement restores under any other. Orbax writes in the background, to a
-temporary directory that it renames when complete: a killed run finds the last complete checkpoint and nothing else.
+so that a run saved under one layout and placement restores under any other; what a layout pads is left out. Orbax
+writes in the background, to a temporary directory that it renames when complete: a killed run finds the last complete
+checkpoint and nothing else.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import stacks
+from hetjax.core.parameters import pad
 from hetjax.core.stage import Stage
 from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
@@ -165,14 +168,14 @@ def unfinished_in(directory: Path) -> list[Path]:
 def programs(trainer: Trainer) -> Thunks:
     """What a save runs, to be compiled with the rest; without it the first save compiles."""
     return [
-        (f"{module}/{index} copy", functools.partial(_compile_copy, stage))
+        (f"{module}/{index} copy", functools.partial(_compile_copy, (module, index), stage))
         for (module, index), stage in trainer.pipeline.stages.items()
     ]
 
 
-def _compile_copy(stage: Stage) -> None:
+def _compile_copy(key: StageKey, stage: Stage) -> None:
     leaves = tuple(jax.tree.leaves((stage.parameters.params, stage.parameters.state)))
-    compiled = _copies.lower(leaves, cuts=_cuts(stage)).compile()
+    compiled = _copies.lower(leaves, stored=_stored(key, stage)).compile()
     stage.memory["copy"] = compiled.memory_analysis()
     stage.programs["copy"] = compiled
 
@@ -181,10 +184,10 @@ def to_names(trainer: Trainer, state: State) -> Names:
     """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
-        trees = (state.params[key], state.optimizer[key])
-        copy = stage.programs.get("copy") or functools.partial(_copies, cuts=_cuts(stage))
-        copies = copy(tuple(jax.tree.leaves(trees)))
-        names |= dict(zip(_names_of(key, stage), copies, strict=True))
+        stored = _stored(key, stage)
+        copy = stage.programs.get("copy") or functools.partial(_copies, stored=stored)
+        copies = copy(tuple(jax.tree.leaves((state.params[key], state.optimizer[key]))))
+        names |= dict(zip(_all_names(stored), copies, strict=True))
     return names
 
 
@@ -192,8 +195,8 @@ def abstract_names(trainer: Trainer) -> Names:
     """The abstract arrays, with shardings, that `from_names` takes."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
-        for name, leaf, cut in _entries(key, stage):
-            names.setdefault(name, _one_layer(leaf) if cut is not None else leaf)
+        for leaf in _stored(key, stage):
+            names = dict.fromkeys(leaf.names, leaf.array) | names
     return names
 
 
@@ -201,59 +204,63 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
     """A state from arrays by name."""
     params, states = {}, {}
     for key, stage in trainer.pipeline.stages.items():
-        mine = stage.parameters
-        abstract = (mine.params, mine.state)
-        entries = _entries(key, stage)
-        rows = jax.device_put(
-            [names[name] for name, _, _ in entries],
-            [leaf.sharding if layer is None else _one_layer(leaf).sharding for _, leaf, layer in entries],
-        )
-        where = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
-        leaves = jax.jit(functools.partial(_join, _cuts(stage)), out_shardings=where)(rows)
-        params[key], states[key] = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        abstract = (stage.parameters.params, stage.parameters.state)
+        leaves, stored = tuple(jax.tree.leaves(abstract)), _stored(key, stage)
+        places = [leaf.array.sharding for leaf in stored for _ in leaf.names]
+        rows = jax.device_put([names[name] for name in _all_names(stored)], places)
+        where = [leaf.sharding for leaf in leaves]
+        joined = jax.jit(functools.partial(_join, stored, leaves), out_shardings=where)(rows)
+        params[key], states[key] = jax.tree.unflatten(jax.tree.structure(abstract), joined)
     return State(params, trainer.pipeline.weights(params), states, trainer.pipeline.zeros(), step)
 
 
-def _entries(key: StageKey, stage: Stage) -> list[tuple[str, jax.ShapeDtypeStruct, int | None]]:
-    """(name, abstract leaf, layer within the stage or None) of all that a stage stores, in the order of its leaves."""
-    mine = stage.parameters
-    found: list[tuple[str, jax.ShapeDtypeStruct, int | None]] = []
+class Stored(NamedTuple):
+    """A leaf as a checkpoint has it: the arrays' names, one for each layer if it is stacked, and what each is like."""
+
+    names: tuple[str, ...]
+    array: jax.ShapeDtypeStruct  # without padding
+    stacked: bool
+
+
+def _stored(key: StageKey, stage: Stage) -> tuple[Stored, ...]:
+    """All that a stage stores, in the order of the leaves of (parameters, state)."""
+    mine, found = stage.parameters, []
     for kind, tree in (("params", mine.params), ("optimizer", mine.state)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            parts, place = path_parts(path), f"{kind}/{key[0]}"
-            if is_stacked(path):
-                rows = enumerate(stacks.names(parts, mine.layers_of))
-                found += [(f"{place}/{name}", leaf, row) for row, name in rows]
-            else:
-                found.append(("/".join([place, *parts]), leaf, None))
-    return found
+            parts, stacked = path_parts(path), is_stacked(path)
+            names = stacks.names(parts, mine.layers_of) if stacked else ["/".join(parts)]
+            shape, spec = mine.true_shape(path, leaf), tuple(leaf.sharding.spec)
+            shape, where = (shape[1:], P(*spec[1:])) if stacked else (shape, P(*spec))
+            place = NamedSharding(leaf.sharding.mesh, stage.plan.grid.fitting(shape, where))
+            array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
+            found.append(Stored(tuple(f"{kind}/{key[0]}/{name}" for name in names), array, stacked))
+    return tuple(found)
 
 
-def _names_of(key: StageKey, stage: Stage) -> list[str]:
-    return [name for name, _, _ in _entries(key, stage)]
+def _all_names(stored: tuple[Stored, ...]) -> list[str]:
+    return [name for leaf in stored for name in leaf.names]
 
 
-def _cuts(stage: Stage) -> tuple[int, ...]:
-    """For each leaf of (parameters, state): how many layers it holds, 0 for one that is not stacked."""
-    mine = stage.parameters
-    leaves = jax.tree_util.tree_leaves_with_path((mine.params, mine.state))
-    return tuple(leaf.shape[0] if is_stacked(path) else 0 for path, leaf in leaves)
-
-
-def _one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    where = NamedSharding(leaf.sharding.mesh, P(*leaf.sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
-
-
-@functools.partial(jax.jit, static_argnames="cuts")
-def _copies(leaves: tuple[jax.Array, ...], cuts: tuple[int, ...]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames="stored")
+def _copies(leaves: tuple[jax.Array, ...], stored: tuple[Stored, ...]) -> list[jax.Array]:
     found = []
-    for leaf, count in zip(leaves, cuts, strict=True):
-        found += [leaf[i] for i in range(count)] or [jnp.copy(leaf)]
+    for leaf, how in zip(leaves, stored, strict=True):
+        rows = [leaf[i] for i in range(len(how.names))] if how.stacked else [jnp.copy(leaf)]
+        found += [_without_padding(row, how.array) for row in rows]
     return found
 
 
-def _join(cuts: tuple[int, ...], rows: list[jax.Array]) -> list[jax.Array]:
+def _without_padding(row: jax.Array, array: jax.ShapeDtypeStruct) -> jax.Array:
+    if row.shape == array.shape:
+        return row
+    uncut = lax.with_sharding_constraint(row, array.sharding)  # first: so that no device has the whole of it
+    return lax.with_sharding_constraint(uncut[tuple(map(slice, array.shape))], array.sharding)
+
+
+def _join(stored: tuple[Stored, ...], leaves: tuple[jax.ShapeDtypeStruct, ...], rows: list[jax.Array]) -> list:
     """The leaves that `_copies` took apart."""
-    rest = iter(rows)
-    return [jnp.stack([next(rest) for _ in range(count)]) if count else next(rest) for count in cuts]
+    rest, found = iter(rows), []
+    for how, leaf in zip(stored, leaves, strict=True):
+        mine = [pad(next(rest), leaf.shape[how.stacked :]) for _ in how.names]
+        found.append(jnp.stack(mine) if how.stacked else mine[0])
+    return found
