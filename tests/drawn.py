@@ -18,6 +18,7 @@ from test_parity import FROZEN_LLM, FROZEN_VISION, PROJECTOR, Case
 from hetjax.core.layout import Layout, check_batch
 from hetjax.core.plan import plan_stages
 from hetjax.core.remat import Remat
+from models.context import CONTEXTS, GATHER
 from models.contract import ModuleDef
 
 SHAPE = tiny.Shape(microbatches=2)
@@ -61,11 +62,14 @@ def definition(name: str, number: int) -> ModuleDef:
 
 
 def layout(rng: random.Random, most: int) -> Layout:
-    """A layout of at most `most` devices."""
+    """A layout of at most `most` devices. Raises ValueError where what was drawn does not go together."""
     while True:
         sizes = {name: rng.choice(options) for name, options in SIZES.items()}
         if sizes["dp"] * sizes["cp"] * sizes["tp"] * sizes["pp"] * sizes["copies"] <= most:
-            return Layout(**sizes, sp=rng.random() < 0.4)
+            break
+    context = rng.choice(CONTEXTS) if sizes["cp"] > 1 else GATHER
+    share = rng.choice([None, None, 1, 2])
+    return Layout(**sizes, sp=rng.random() < 0.4, zero=rng.choice([1, 1, 2, 3]), zero_size=share, context=context)
 
 
 def place(rng: random.Random, layouts: dict[str, Layout]) -> dict[str, Layout]:
@@ -94,6 +98,9 @@ def kinds(case: Case) -> set[str]:
     for side, mine in (("llm", case.llm), ("vision", case.vision)):
         found |= {f"{side} {name}" for name in SIZES if getattr(mine, name) > 1}
         found |= {f"{side} sp"} if mine.sp else set()
+        found |= {f"{side} zero {mine.zero}"} if mine.zero > 1 else set()
+        found |= {f"{side} shards over a part"} if mine.zero_size not in (None, mine.dp) else set()
+        found |= {f"{side} {mine.context}"} if mine.cp > 1 else set()
         ids = mine.device_ids
         found |= {"shuffled"} if list(ids) != sorted(ids) else set()
     llm, vision = set(case.llm.device_ids), set(case.vision.device_ids)
@@ -101,7 +108,7 @@ def kinds(case: Case) -> set[str]:
     return found
 
 
-def cases(count: int, seed: int = 0, tries: int = 12000) -> list[Case]:
+def cases(count: int, seed: int = 0, tries: int = 15000) -> list[Case]:
     """`count` distinct runs: first those that bring most new pairs of kinds, then any."""
     rng = random.Random(seed)
     drawn = dict.fromkeys(filter(None, (draw(rng) for _ in range(tries))))
@@ -114,7 +121,7 @@ def cases(count: int, seed: int = 0, tries: int = 12000) -> list[Case]:
     return found
 
 
-def possible(seed: int = 1, tries: int = 12000) -> set[tuple[str, str]]:
+def possible(seed: int = 1, tries: int = 15000) -> set[tuple[str, str]]:
     """Pairs of kinds that meet in any legal run of a great many."""
     rng = random.Random(seed)
     drawn = filter(None, (draw(rng) for _ in range(tries)))

@@ -8,9 +8,9 @@
     grads    their sum, cut over the data replicas too, like the optimizer's state; `acc` itself where it has no leading
              dim
 
-Which replicas a leaf has, and over which of them it is cut, is its own (`Spread` in `mesh.py`). Where tp does not divide
-a vocabulary, all of these are padded: zeros are behind the values, which are drawn at the true size, and stay there,
-since their gradients are zero.
+Which replicas a leaf has, and over which of them it is cut, is its own (`Spread` in `mesh.py`). Where tp does not
+divide a vocabulary, all of these are padded: zeros are behind the values, which are drawn at the true size, and stay
+there, since their gradients are zero.
 
 A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage, which lends
 it; the last one borrows its working weight: it has gradients there, and neither parameter nor optimizer state.
