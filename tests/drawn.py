@@ -108,7 +108,7 @@ def kinds(case: Case) -> set[str]:
     return found
 
 
-def cases(count: int, seed: int = 0, tries: int = 15000) -> list[Case]:
+def cases(count: int, seed: int = 0, tries: int = 25000) -> list[Case]:
     """`count` distinct runs: first those that bring most new pairs of kinds, then any."""
     rng = random.Random(seed)
     drawn = dict.fromkeys(filter(None, (draw(rng) for _ in range(tries))))
@@ -121,7 +121,7 @@ def cases(count: int, seed: int = 0, tries: int = 15000) -> list[Case]:
     return found
 
 
-def possible(seed: int = 1, tries: int = 15000) -> set[tuple[str, str]]:
+def possible(seed: int = 1, tries: int = 10000) -> set[tuple[str, str]]:
     """Pairs of kinds that meet in any legal run of a great many."""
     rng = random.Random(seed)
     drawn = filter(None, (draw(rng) for _ in range(tries)))
