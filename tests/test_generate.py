@@ -101,6 +101,8 @@ def test_draws_follow_what_temperature_top_k_and_top_p_leave() -> None:
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.015)  # four standard errors
     again = np.asarray(pick(jnp.asarray(many[:7]), 5, ONE_DEVICE, rows._replace(prompt=rows.prompt[:7]), 3))
     np.testing.assert_array_equal(tokens[:7], again)
+    padded = jnp.pad(jnp.asarray(many), ((0, 0), (0, 3)), constant_values=9.0)
+    np.testing.assert_array_equal(tokens, np.asarray(pick(padded, 5, ONE_DEVICE, rows, 3)))
     assert (tokens != np.asarray(pick(jnp.asarray(many), 5, ONE_DEVICE, rows, 4))).any()
     assert (tokens != np.asarray(pick(jnp.asarray(many), 5, ONE_DEVICE, rows._replace(seed=1), 3))).any()
 

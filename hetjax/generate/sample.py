@@ -84,7 +84,7 @@ def pick(logits: jax.Array, ids: int, axes: Axes, draw: Draw | None, step: jax.A
     """The next token of every row, int32 [b], of `logits` [b, v / tp] of `ids` and padding; `draw` None is greedy."""
     if draw is None:
         return likeliest(logits, axes)
-    whole = kept(axes.tp.gather(logits, dim=1)[:, :ids], draw)  # random numbers depend on how many are drawn
+    whole = kept(axes.tp.gather(logits, dim=1)[:, :ids], draw)  # sums of another length would round in another way
     key = lambda prompt: jax.random.fold_in(jax.random.fold_in(jax.random.key(draw.seed), prompt), step)
     tokens = jax.vmap(lambda prompt, row: jax.random.categorical(key(prompt), row))(draw.prompt, whole)
     return axes.tp.pmax(tokens.astype(jnp.int32))  # the same on all
