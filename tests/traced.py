@@ -16,8 +16,9 @@ class Collective(NamedTuple):
     """One of a program, on one device."""
 
     kind: str
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # of several devices
     dtype: str
+    shape: tuple[int, ...]  # of what the device brings
     size: int  # elements of its largest side
     times: int  # how often it runs; those of a loop whose length is not known count once
 
@@ -27,7 +28,9 @@ def collectives(stage: Stage, program: str) -> list[Collective]:
     _, function, args = stage.thunks(evaluate=True)[program].args  # type: ignore[attr-defined]
     closed = jax.make_jaxpr(function)(*args)
     used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return [found for found in _within(used, 1) if math.prod(stage.plan.mesh.shape[axis] for axis in found.axes) > 1]
+    several = {axis for axis, size in stage.plan.mesh.shape.items() if size > 1}
+    all_ = (c._replace(axes=tuple(axis for axis in c.axes if axis in several)) for c in _within(used, 1))
+    return [found for found in all_ if found.axes]
 
 
 def _within(jaxpr: Any, times: int) -> Iterator[Collective]:
@@ -37,7 +40,7 @@ def _within(jaxpr: Any, times: int) -> Iterator[Collective]:
             axes = equation.params.get("axes", equation.params.get("axis_name"))
             for given, made in zip(equation.invars, equation.outvars, strict=True):
                 size = max(math.prod(given.aval.shape), math.prod(made.aval.shape))
-                yield Collective(kind, tuple(axes), str(given.aval.dtype), size, times)
+                yield Collective(kind, tuple(axes), str(given.aval.dtype), tuple(given.aval.shape), size, times)
         inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
         for value in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
             body = getattr(value, "jaxpr", value)

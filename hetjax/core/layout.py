@@ -56,7 +56,7 @@ class Layout:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
         if self.sp and self.tp == 1:
             raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
-        self.expert_shares  # noqa: B018 - is checked
+        _ = self.expert_shares  # refuses what is no whole part
         if self.context not in CONTEXTS:
             raise ValueError(f"Layout.context={self.context!r}; it must be one of {', '.join(CONTEXTS)}")
         if self.context != GATHER and self.cp == 1:
