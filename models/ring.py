@@ -88,7 +88,7 @@ def _forward(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) 
     (found, keys), _ = lax.scan(pass_on, (nothing, (k, v)), jnp.arange(last, dtype=jnp.int32))
     found = met(found, keys, last)
     y = blockwise.tokens_first(found.y.astype(q.dtype), how.sizes)
-    return y, _Kept(q, keys[0] + k, keys[1] + v, sight, y, found.lse + found.y.sum(-1, keepdims=True))
+    return y, _Kept(q, k, v, sight, y, found.lse)
 
 
 def merged(one: Part, other: Part) -> Part:
@@ -117,8 +117,8 @@ def _backward(how: _How, kept: _Kept, g: jax.Array) -> tuple[jax.Array, jax.Arra
         return blockwise.gradients_part(how.sizes, q, *keys, seen, lse, given, dtype=wide(q.dtype))
 
     def met(going: _Going, following: Keys, step: jax.Array | int) -> _Going:
+        arrived = passed(going.sums)
         new = gradients(going.keys, step)
-        arrived = passed(jax.tree.map(lambda a: a + 0 * new.q.sum(), going.sums))
         return _Going(going.q + new.q, following, jax.tree.map(jnp.add, arrived, (new.k, new.v)))
 
     def pass_on(going: _Going, step: jax.Array) -> tuple[_Going, None]:
@@ -143,6 +143,6 @@ _attention.defvjp(_forward, _backward)
 def _sight_at(how: _How, sight: Sight, step: jax.Array | int) -> Sight:
     """`sight` over those keys that are here after so many steps."""
     tokens = how.sizes.queries
-    place = (how.cp.index() + step) % how.cp.size * tokens
+    place = (how.cp.index() - step) % how.cp.size * tokens
     here: Any = lambda x: lax.dynamic_slice_in_dim(x, place, tokens, 1)
     return dataclasses.replace(sight, key_positions=here(sight.key_positions), key_segments=here(sight.key_segments))
