@@ -27,7 +27,7 @@ from hetjax.core.residuals import Kept
 from hetjax.core.settled import settle
 from hetjax.core.stacks import LAYERS, Run
 from models.axes import vary
-from models.contract import Batch, Params
+from models.contract import AUXILIARY, ROUTED, Batch, Params
 
 Tree = Any
 
@@ -85,8 +85,8 @@ class Local:
     # -- the programs --------------------------------------------------------------------------------------------
 
     def outputs(self, weights: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """What leaves the stage; of one that ends in the loss, this device's part of its sum, and the likeliest next id
-        at every position."""
+        """What leaves the stage; of one that ends in the loss, its scores as in `backward`, and the likeliest next id at
+        every position."""
         given = self._given(weights, x, batch)
         first = self.working.given("first", given.weights.get("first", {}), {})
         carry = self._start(first, x, batch)
@@ -98,7 +98,8 @@ class Local:
         y = self.module.definition.last.apply(last, carry, batch, self.plan.axes)
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
         total, ids = loss.token_scores(*tokens, axes=self.plan.axes, chunk=self.chunk)
-        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        found = {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": ids}.items()}
+        return found | {k: y[k] for k in (AUXILIARY, ROUTED) if k in y}
 
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
@@ -128,15 +129,17 @@ class Local:
 
     def backward(
         self, weights: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
-    ) -> tuple[Tree, Tree, jax.Array | None]:
-        """(cotangents of the wanted inputs, accumulators with the gradients added, loss) from those of the outputs.
+    ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+        """(cotangents of the wanted inputs, accumulators with the gradients added, scores) from those of the outputs.
 
-        `first`: whether this is the step's first microbatch (see `accumulators.py`). The loss is this device's part of
-        the sum; its cotangent is given as "loss".
+        `first`: whether this is the step's first microbatch (see `accumulators.py`). Scores are, where the stage ends
+        in the loss: "loss", this device's part of the sum; and what of AUXILIARY and ROUTED the last part returns.
+        Cotangents of the first two are given by their names.
         """
-        given, acc, total = self._given(weights, x, batch), dict(acc), None
+        given, acc = self._given(weights, x, batch), dict(acc)
+        scores: dict[str, jax.Array] = {}
         if self.ends_in_loss:
-            total, g_last, g, acc = self._loss_back(given, kept.end, g["loss"], acc, first)
+            scores, g_last, g, acc = self._loss_back(given, kept.end, g, acc, first)
         else:
             g_last, g = residuals.put_together(kept.end, given.inputs(self._last(given)))(g)
         if g_last:
@@ -145,9 +148,9 @@ class Local:
             if of_run is not None:
                 g, acc = self._scan_back(run, given, of_run, g, acc, first)
         if kept.start is None:
-            return {}, acc, total
+            return {}, acc, scores
         g_x, acc = self._start_back(given, kept.start, g, acc, first)
-        return g_x, acc, total
+        return g_x, acc, scores
 
     # -- their parts ---------------------------------------------------------------------------------------------
 
@@ -167,28 +170,31 @@ class Local:
         return g_x, acc
 
     def _loss_back(
-        self, given: Given, carry: Tree, seed: jax.Array, acc: Tree, first: jax.Array
-    ) -> tuple[jax.Array, Params, Tree, Tree]:
-        """(loss, gradients of the last part's trainable parameters but the head's, cotangent of the carry, accumulators
-        with the head's gradient added), of the carry behind the layers."""
+        self, given: Given, carry: Tree, seeds: Tree, acc: Tree, first: jax.Array
+    ) -> tuple[dict[str, jax.Array], Params, Tree, Tree]:
+        """(scores, gradients of the last part's trainable parameters but the head's, cotangent of the carry,
+        accumulators with the head's gradient added), of the carry behind the layers."""
         definition, name = self.module.definition, self.module.definition.head
         weights, w = self.parameters.full_last(given.weights), self._last(given)
         trains = w.pop(name, None) is not None
 
-        def features(w: Params, carry: Tree) -> jax.Array:
+        def features(w: Params, carry: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
             last = self.working.given("last", weights, w)
-            x = definition.last.apply(last, carry, given.batch, self.plan.axes)["x"]
-            return settle(x, axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names))
+            y = definition.last.apply(last, carry, given.batch, self.plan.axes)
+            varies = axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names)
+            only = lambda key: {key: y[key]} if key in y else {}
+            return (settle(y["x"], varies), only(AUXILIARY)), only(ROUTED)
 
-        x, pull = jax.vjp(features, w, carry)
+        (x, auxiliary), pull, routed = jax.vjp(features, w, carry, has_aux=True)
         head = loss.Head(weights[name], definition.last.logical[name].index("vocab"))
         part, leaf = self.parameters.place_in_last(name)
         mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
         tokens = given.batch["targets"], given.batch["weights"]
-        total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seed, axes=self.plan.axes, chunk=self.chunk)
+        total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seeds["loss"], axes=self.plan.axes, chunk=self.chunk)
         if mine is not None:
             acc = {**acc, part: {**acc[part], leaf: mine[None]}}
-        return total, *pull(g_x), acc
+        g_w, g_carry = pull((g_x, {key: seeds[key] for key in auxiliary}))
+        return {"loss": total, **auxiliary, **routed}, g_w, g_carry, acc
 
     def _chunk(self) -> int:
         """Tokens whose logits exist at a time."""
