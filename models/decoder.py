@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from models import moe
 from models.attention import RopeScaling, attend, prepared, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
 from models.contract import AUXILIARY, ROUTED, Batch, Cached, Dims, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, own, rms_norm, wide, zeros
-from models import moe
 from models.moe import COUNTED, ROUTING, Experts, Mixture
 from models.nnx_parts import part
 from models.recompute import keeps_arguments

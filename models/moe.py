@@ -133,8 +133,8 @@ def route(tokens: jax.Array, router: jax.Array, config: Experts) -> Routed:
 
 
 def count_tokens(segments: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """How much each token that `Mixture` routes on this device counts, [1, n]: nothing where `segments` [b, s] says that
-    it is padding, and a share where several devices route it alike, so that all together count it once."""
+    """How much each token that `Mixture` routes on this device counts, [1, n]: nothing where it is padding, of which
+    `segments` [b, s] are 0, and a share where several devices route it alike: together they count it once."""
     real = (segments > 0).astype(dtype)
     if axes.sp.names:
         parts = real.reshape(len(real), axes.etp.size, axes.tp_of_ep.size, -1)
@@ -148,7 +148,7 @@ def tally(routed: Routed, counted: jax.Array, config: Experts) -> jax.Array:
     chosen = jnp.sum(jax.nn.one_hot(routed.chosen, config.count, dtype=counted.dtype), 1)
     squares = jnp.square(jax.nn.logsumexp(needed(routed.logits, config.z_loss), -1, keepdims=True))
     each = chosen, needed(routed.probabilities, config.balance_loss), squares
-    return jnp.concatenate([jnp.sum(counted[:, :, None] * a, 1) for a in each], -1)[:, None]
+    return jnp.concatenate([jnp.sum(counted[:, :, None] * a[None], 1) for a in each], -1)[:, None]
 
 
 def no_routing(config: Experts, layers: int, x: jax.Array) -> jax.Array:
@@ -162,10 +162,10 @@ def appended(routing: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def outcome(routing: jax.Array, config: Experts) -> dict[str, jax.Array]:
-    """What a language model's output tells of `ROUTING` behind all layers: "routed", and if there is a loss "auxiliary".
+    """What a language model's output tells of `ROUTING` behind all layers: ROUTED, and AUXILIARY if there is a loss.
 
-    The load-balancing loss is that of Mixtral and Qwen3-MoE in transformers: `count` times the sum over experts of (share
-    of tokens that went there, of all layers) times (mean probability, of all layers)."""
+    The load-balancing loss is that of Mixtral and Qwen3-MoE in transformers: `count` times the sum over experts of
+    (share of tokens that went there, of all layers) times (mean probability, of all layers)."""
     sums = sum_like(routing.sum(0), jnp.zeros(()))
     routed = sums[:, : config.count]
     if not config.has_loss:

@@ -21,7 +21,7 @@ from hetjax.core.remat import Remat
 from models.contract import ModuleDef
 
 SHAPE = tiny.Shape(microbatches=2)
-EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8)
+EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5, z_loss=0.1)
 MODELS: list[dict[str, Any]] = [dict(), dict(experts=EXPERTS), dict(tied=True, kv_heads=2)]
 SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
 

@@ -85,8 +85,7 @@ class Local:
     # -- the programs --------------------------------------------------------------------------------------------
 
     def outputs(self, weights: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """What leaves the stage; of one that ends in the loss, its scores as in `backward`, and the likeliest next id at
-        every position."""
+        """What leaves the stage; of one that ends in the loss, scores as in `backward`, and every likeliest next id."""
         given = self._given(weights, x, batch)
         first = self.working.given("first", given.weights.get("first", {}), {})
         carry = self._start(first, x, batch)
@@ -190,7 +189,9 @@ class Local:
         part, leaf = self.parameters.place_in_last(name)
         mine = accumulators.cleared(acc[part][leaf], first)[0] if trains else None
         tokens = given.batch["targets"], given.batch["weights"]
-        total, g_x, mine = loss.add_gradients(x, head, *tokens, mine, seed=seeds["loss"], axes=self.plan.axes, chunk=self.chunk)
+        total, g_x, mine = loss.add_gradients(
+            x, head, *tokens, mine, seed=seeds["loss"], axes=self.plan.axes, chunk=self.chunk
+        )
         if mine is not None:
             acc = {**acc, part: {**acc[part], leaf: mine[None]}}
         g_w, g_carry = pull((g_x, {key: seeds[key] for key in auxiliary}))

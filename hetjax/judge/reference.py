@@ -25,7 +25,7 @@ Tree = Any
 
 
 class Result(NamedTuple):
-    """One reference step: its loss, gradients before clipping, what the step left behind, and in `routed` how many tokens
+    """One reference step: its loss, gradients before clipping, and what the step left behind; `routed`: how many tokens
     went to each expert, by layer (None without experts)."""
 
     loss: jax.Array
@@ -59,7 +59,7 @@ def _behind_layers(
     seen = dict(definition.prepare(batch, ONE_DEVICE))
     if ROUTING in carry:
         carry[ROUTING] = jnp.repeat(carry[ROUTING], microbatches, 0)
-        counted = jnp.eye(microbatches)[:, :, None] * seen[COUNTED].reshape(microbatches, -1)
+        counted = jnp.eye(microbatches)[:, :, None] * seen[COUNTED].reshape(1, microbatches, -1)
         seen[COUNTED] = counted.reshape(microbatches, -1)
     for i, layer in enumerate(definition.layers):
         carry = layer.apply(layer_params(definition, params["layers"], i), carry, seen, ONE_DEVICE)
@@ -114,10 +114,10 @@ def _stacked(layers: list[Tree]) -> Tree:
 
 def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:
     """The loss of a batch that is one microbatch."""
-    return _loss(graph, 1, params, batch)[0]
+    return loss_and_loads(graph, 1, params, batch)[0]
 
 
-def _loss(
+def loss_and_loads(
     graph: Graph, microbatches: int, params: dict[str, Tree], batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array | None]:
     """(cross-entropy from full logits, summed over target tokens and divided by their number, and the mean of the
@@ -146,8 +146,8 @@ def _router_losses(
     """Of each microbatch, with so many `tokens`, from its sums by layer: `routed` and `probabilities` of each expert
     [microbatches, layers, experts], `squares` of logsumexp [microbatches, layers, 1].
 
-    Load balancing as equations 4 to 6 of Switch Transformers (arXiv:2101.03961) over the tokens of all layers, z-loss as
-    equation 5 of ST-MoE (arXiv:2202.08906), its mean over them."""
+    Load balancing as equations 4 to 6 of Switch Transformers (arXiv:2101.03961) over the tokens of all layers, z-loss
+    as equation 5 of ST-MoE (arXiv:2202.08906), its mean over them."""
     seen = jnp.maximum(tokens * routed.shape[1], 1)[:, None]
     fractions, means = routed.sum(1) / seen, probabilities.sum(1) / seen
     balance = experts.count * jnp.einsum("me,me->m", fractions, means)
@@ -170,7 +170,9 @@ class Reference:
 
     def __init__(self, graph: Graph, config: optimizer.OptimizerConfig) -> None:
         self.graph, self.config = graph, config
-        self._grad = jax.jit(jax.value_and_grad(functools.partial(_loss, graph), argnums=1, has_aux=True), static_argnums=0)
+        self._grad = jax.jit(
+            jax.value_and_grad(functools.partial(loss_and_loads, graph), argnums=1, has_aux=True), static_argnums=0
+        )
         self._move = jax.jit(self._moved)  # whole: op by op a GPU compiles hundreds of programs
 
     def with_config(self, config: optimizer.OptimizerConfig) -> "Reference":
