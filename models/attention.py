@@ -107,15 +107,28 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight | None = None)
         if reason is None:
             return fused(q, k, v, sight)
         say("attention goes", reason)
-    block, large = BLOCKS.get(device.platform, BLOCKS["gpu"])
+    block, large = _blocks()
     if q.shape[1] * k.shape[1] >= (large if sight is not None and sight.causal else UNRULED * large):
         return blockwise(q, k, v, sight or everywhere(q, k), block=block)
     return whole(q, k, v, sight)
 
 
 def prepared(sight: Sight) -> Sight:
-    """`sight`, whose `zigzag` is known, with what kernels want of it once per program, not in each layer."""
-    return sight if sight.ordered or program_device().platform != "gpu" else sight.ranged()
+    """`sight` with what kernels want of it once per program, not in each layer."""
+    known = sight.zigzag is not None and not sight.ordered
+    return sight.ranged() if known and program_device().platform == "gpu" else sight
+
+
+def plain_block(reason: str) -> int:
+    """Tokens in a block of attention in plain XLA; on GPUs the log says once why no kernel serves."""
+    if program_device().platform == "gpu":
+        say("attention goes", reason)
+    return _blocks()[0]
+
+
+def _blocks() -> tuple[int, int]:
+    """See `BLOCKS`."""
+    return BLOCKS.get(program_device().platform, BLOCKS["gpu"])
 
 
 def _cudnn_serves(q: jax.Array, sight: Sight | None) -> bool:

@@ -39,6 +39,14 @@ class Axis:
         """The sum of `x` over the axis, of which each device takes its part along `dim`."""
         return lax.psum_scatter(x, self.names, scatter_dimension=dim, tiled=True) if self.names else x
 
+    def exchange(self, x: jax.Array, cut: int, join: int) -> jax.Array:
+        """`x` cut along `cut` into one part for each device, and what all sent here concatenated along `join`."""
+        return lax.all_to_all(x, self.names, cut, join, tiled=True) if self.names else x
+
+    def passed(self, x: jax.Array) -> jax.Array:
+        """The `x` of the device before this one, in a ring: each passes its own on to the next."""
+        return lax.ppermute(x, self.names, [(i, (i + 1) % self.size) for i in range(self.size)]) if self.names else x
+
     def index(self) -> jax.Array | int:
         """This device's position on the axis."""
         return lax.axis_index(self.names) if self.names else 0
@@ -50,6 +58,7 @@ class Axes:
 
     sp: tp again where, between the blocks of a layer, tokens are cut over it (sequence parallelism), else absent.
     ep cuts the experts; tp_of_ep is what it has of tp, and etp the rest of tp, which cuts each expert.
+    context: how attention reaches over cp (`models/context.py`).
     """
 
     dp: Axis = Axis()
@@ -59,6 +68,7 @@ class Axes:
     ep: Axis = Axis()
     etp: Axis = Axis()
     tp_of_ep: Axis = Axis()
+    context: str = "gather"
 
     @property
     def stream(self) -> Axis:
@@ -90,12 +100,12 @@ def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return vary(x, varying_axes(other))
 
 
+def program_device() -> Any:
+    """A device that the program is for: of the mesh, which need not be of this process, or of the process."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def sum_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x`, summed over the axes over which `other` does not vary: the transpose of casting `other` to its type."""
     extra = tuple(sorted(varying_axes(x) - varying_axes(other)))
     return lax.psum(x, extra) if extra else x
-
-
-def program_device() -> Any:
-    """A device that the program is for: of the mesh, which need not be of this process, or of the process."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

@@ -12,7 +12,7 @@ Heads come before tokens, and those that share keys lie behind each other, so th
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +34,31 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, *, block: 
     names = frozenset[str]().union(*map(varying_axes, jax.tree.leaves((q, k, v, sight))))
     # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
     q, k, v, sight = jax.tree.map(lambda x: vary(x, names), (q, k, v, sight))
-    cut = keeps_arguments(functools.partial(_heads, kv=k.shape[2], block=block))
-    return _attention(_Sizes(block, *q.shape[1:3]), cut(q), cut(k), cut(v), sight)
+    cut = keeps_arguments(functools.partial(heads_first, kv=k.shape[2], block=block))
+    return _attention(Sizes(block, *q.shape[1:3]), cut(q), cut(k), cut(v), sight)
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """What the shapes of blocks do not tell."""
 
     block: int
     queries: int
     heads: int
+
+
+class Part(NamedTuple):
+    """Attention of blocks of queries over some of the keys: all, or those of one device."""
+
+    y: jax.Array  # [n, b, kv, h / kv * q, d]
+    lse: jax.Array  # log-sum-exp of each query's logits, lowest where it sees nothing, [n, b, kv, h / kv * q, 1]
+
+
+class Gradients(NamedTuple):
+    """Sums over some pairs of blocks: of one block of queries, of all blocks of keys."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
 
 
 class _Queries(NamedTuple):
@@ -71,14 +86,6 @@ class _Running(NamedTuple):
     y: jax.Array  # sum of the values by these weights, [b, kv, h / kv * q, d]
 
 
-class _Gradients(NamedTuple):
-    """Sums over some pairs of blocks: of one block of queries, of all blocks of keys."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-
-
 class _Kept(NamedTuple):
     """What the backward is given."""
 
@@ -87,19 +94,36 @@ class _Kept(NamedTuple):
     v: jax.Array
     sight: Sight
     y: jax.Array  # [b, q, h, d]
-    lse: jax.Array  # log-sum-exp of each query's logits, in blocks
+    lse: jax.Array  # in blocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(sizes: _Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
+def _attention(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
     return _forward(sizes, q, k, v, sight)[0]
 
 
-def _forward(sizes: _Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[jax.Array, _Kept]:
+def _forward(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[jax.Array, _Kept]:
+    found = attention_part(sizes, q, k, v, sight, dtype=q.dtype)
+    y = tokens_first(found.y, sizes)
+    return y, _Kept(q, k, v, sight, y, found.lse)
+
+
+def _backward(sizes: Sizes, kept: _Kept, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, sight, y, lse = kept
+    cotangent = cotangents(sizes, k, y, g)
+    found = gradients_part(sizes, q, k, v, sight, lse, cotangent, dtype=q.dtype)
+    return found.q, found.k.astype(k.dtype), found.v.astype(v.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def attention_part(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, *, dtype: Any) -> Part:
+    """Attention of `q` over `k` and `v`, all in blocks, as `dtype`."""
     queries, keys = _cut(sizes, q, k, v, sight)
     lowest = jnp.finfo(wide(q.dtype)).min
 
-    def over_keys(query: _Queries) -> tuple[jax.Array, jax.Array]:
+    def over_keys(query: _Queries) -> Part:
         def absorb(j: jax.Array, running: _Running) -> _Running:
             key = _at(keys, j)
             logits = _logits(query, key, sight)
@@ -111,47 +135,65 @@ def _forward(sizes: _Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sig
         y = jnp.zeros_like(query.q, wide(q.dtype))
         start = _Running(jnp.full_like(y[..., :1], lowest), y[..., :1], y)
         top, total, y = _partners(query, keys, sight).each(absorb, start)
-        seen = total > 0
-        total = jnp.where(seen, total, 1)
-        return (y / total).astype(q.dtype), jnp.where(seen, top + jnp.log(total), 0)
+        total = jnp.where(total > 0, total, 1)
+        return Part((y / total).astype(dtype), top + jnp.log(total))
 
-    y, lse = lax.map(over_keys, queries)
-    y = _tokens(y, sizes)
-    return y, _Kept(q, k, v, sight, y, lse)
+    return lax.map(over_keys, queries)
 
 
-def _backward(sizes: _Sizes, kept: _Kept, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, sight, y, lse = kept
+class Cotangents(NamedTuple):
+    """What comes back to the blocks of queries."""
+
+    g: jax.Array  # of the outputs
+    shift: jax.Array  # of each query, off its weights' gradients
+
+
+def cotangents(sizes: Sizes, k: jax.Array, y: jax.Array, g: jax.Array) -> Cotangents:
+    """In blocks, of outputs `y` and their cotangent `g`, [b, q, h, d]."""
+    shift = (g.astype(wide(g.dtype)) * y).sum(-1, keepdims=True)
+    return Cotangents(*(heads_first(x, k.shape[2], sizes.block) for x in (g, shift)))
+
+
+def gradients_part(
+    sizes: Sizes,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sight: Sight,
+    lse: jax.Array,
+    given: Cotangents,
+    *,
+    dtype: Any,
+) -> Gradients:
+    """What `k` and `v` add to the gradient of `q`, as `dtype`, and `q` to theirs, in blocks and at least float32.
+
+    `lse` and `given` are of all keys that the queries see, whichever of them `k` holds.
+    """
     queries, keys = _cut(sizes, q, k, v, sight)
-    shift = (g.astype(wide(g.dtype)) * y).sum(-1, keepdims=True)  # of each query, off its weights' gradients
-    g, shift = (_heads(x, k.shape[2], sizes.block) for x in (g, shift))
 
     def over_keys(
-        sums: tuple[jax.Array, jax.Array], given: tuple[_Queries, jax.Array, jax.Array, jax.Array]
+        sums: tuple[jax.Array, jax.Array], given: tuple[_Queries, Cotangents, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        query, g, shift, lse = given
+        query, (g, shift), lse = given
 
-        def add(j: jax.Array, sums: _Gradients) -> _Gradients:
+        def add(j: jax.Array, sums: Gradients) -> Gradients:
             key = _at(keys, j)
             weights = jnp.exp(_logits(query, key, sight) - lse)
             g_weights = _product("bnqd,bnkd->bnqk", g, key.v)
             g_logits = (weights * (g_weights - shift) * _scale(q)).astype(q.dtype)
-            return _Gradients(
+            return Gradients(
                 sums.q + _product("bnqk,bnkd->bnqd", g_logits, key.k),
                 _add_at(sums.k, j, _product("bnqk,bnqd->bnkd", g_logits, query.q)),
                 _add_at(sums.v, j, _product("bnqk,bnqd->bnkd", weights.astype(g.dtype), g)),
             )
 
         zero = jnp.zeros_like(query.q, wide(q.dtype))
-        g_q, g_k, g_v = _partners(query, keys, sight).each(add, _Gradients(zero, *sums))
-        return (g_k, g_v), g_q.astype(q.dtype)
+        g_q, g_k, g_v = _partners(query, keys, sight).each(add, Gradients(zero, *sums))
+        return (g_k, g_v), g_q.astype(dtype)
 
     zeros = jnp.zeros_like(k, wide(k.dtype)), jnp.zeros_like(v, wide(v.dtype))
-    (g_k, g_v), g_q = lax.scan(over_keys, zeros, (queries, g, shift, lse))
-    return g_q, g_k.astype(k.dtype), g_v.astype(v.dtype), None
-
-
-_attention.defvjp(_forward, _backward)
+    (g_k, g_v), g_q = lax.scan(over_keys, zeros, (queries, given, lse))
+    return Gradients(g_q, g_k, g_v)
 
 
 class _Partners(NamedTuple):
@@ -206,7 +248,7 @@ def _add_at(sums: jax.Array, j: jax.Array, x: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(sums, lax.dynamic_index_in_dim(sums, j, keepdims=False) + x, j, 0)
 
 
-def _cut(sizes: _Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[_Queries, _Keys]:
+def _cut(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> tuple[_Queries, _Keys]:
     """All blocks; what sticks out of the last ones is padding, which neither sees nor is seen."""
     cut = lambda x: _blocks(x, sizes.block)
     queries = _Queries(q, cut(sight.positions), cut(sight.segments))
@@ -220,15 +262,15 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _heads(x: jax.Array, kv: int, block: int) -> jax.Array:
+def heads_first(x: jax.Array, kv: int, block: int) -> jax.Array:
     """`x` [b, s, h, d] as blocks [n, b, kv, h / kv * block, d]."""
     x = _blocks(x, block)
     n, b, size, h, d = x.shape
     return x.reshape(n, b, size, kv, h // kv, d).transpose(0, 1, 3, 4, 2, 5).reshape(n, b, kv, -1, d)
 
 
-def _tokens(blocks: jax.Array, sizes: _Sizes) -> jax.Array:
-    """The inverse of `_heads`, for queries: blocks [n, b, kv, h / kv * block, d] as [b, s, h, d]."""
+def tokens_first(blocks: jax.Array, sizes: Sizes) -> jax.Array:
+    """The inverse of `heads_first`, for queries: blocks [n, b, kv, h / kv * block, d] as [b, s, h, d]."""
     n, b, kv, _, d = blocks.shape
     x = blocks.reshape(n, b, kv, sizes.heads // kv, -1, d).transpose(1, 0, 4, 2, 3, 5)
     return x.reshape(b, -1, sizes.heads, d)[:, : sizes.queries]

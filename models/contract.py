@@ -66,6 +66,8 @@ class ModuleDef:
         experts]: how many tokens went to each, a float without a gradient.
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
+    heads: query heads of attention that reaches over cp by `models/context.py`, in each of its ways; 0: the module's
+        code reaches over cp in its own way, and a layout that asks for another is refused.
     head: of a language model, the leaf of `last` that makes logits of the output "x", which `last` only hands on. Its
         dims are the features and "vocab", in either order.
     table: the leaf of `first` that is only ever looked up in. `first` may be given a `Weight` there, and then adds the
@@ -91,6 +93,7 @@ class ModuleDef:
     prepare: Callable[[Batch, Axes], Batch] = _same
     divisible: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     axes: frozenset[str] = frozenset({"dp", "pp", "copies"})
+    heads: int = 0
     head: str = ""
     table: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -16,8 +16,9 @@ from flax import nnx
 from jax import lax
 
 from models import moe
-from models.attention import RopeScaling, attend, prepared, rope_frequencies, rotate, rotation
+from models.attention import RopeScaling, attend, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
+from models.context import attend_across, prepared, rows_are_whole
 from models.contract import AUXILIARY, ROUTED, Batch, Cached, Dims, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, own, rms_norm, wide, zeros
 from models.moe import COUNTED, ROUTING, Experts, Mixture
@@ -126,6 +127,7 @@ class Decoder:
                 "ep": {"experts": self.experts.count if self.experts else 1},
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp", "sp", *(["ep"] if self.experts else [])}),
+            heads=self.num_heads,
             head="head",
             table="embed",
             tied={"head": "embed"} if self.tied else {},
@@ -200,10 +202,10 @@ def _places(config: Decoder, dtype: Any, packed: bool, batch: Batch, axes: Axes)
         keys = batch["cache.positions"], batch["cache.segment_ids"]
     else:
         keys = axes.cp.gather(positions, dim=1), axes.cp.gather(segments, dim=1)
-    ordered = not packed and not cached and axes.cp.size == 1
+    ordered = not packed and not cached and rows_are_whole(axes)
     zigzag = None if cached else axes.cp.size
     sight = Sight(positions, segments, *keys, window=config.sliding_window, ordered=ordered, zigzag=zigzag)
-    sight = sight if cached else prepared(sight)
+    sight = sight if cached else prepared(sight, axes)
     frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, dtype)
     # of the type in which the heads meet them: cast in a layer they would be kept by each of them
     found = jax.tree.map(axes.tp.vary, {"rotation": rotation(positions, frequencies), "sight": sight})
@@ -263,9 +265,9 @@ class _Attention(nnx.Module):
         q, k = rotate(q, batch["rotation"]), rotate(k, batch["rotation"])
         if cache:
             k, v = (lax.dynamic_update_slice_in_dim(cache[n], a, batch["slot"], 1) for n, a in (("k", k), ("v", v)))
+            y = attend(q, k, v, batch["sight"])
         else:
-            k, v = axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1)
-        y = attend(q, k, v, batch["sight"])
+            y = attend_across(q, k, v, batch["sight"], axes)
         y = axes.total(dot(y, self.o.get_value(), contract=2))
         return y, None if cache is None else {"k": k, "v": v}
 

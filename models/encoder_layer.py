@@ -5,15 +5,15 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from models.attention import attend
 from models.axes import Axes
+from models.context import attend_across
 from models.layers import add, dot, dots, mlp, normal, zeros
 from models.sight import Sight
 from models.weight import Use
 
 
 class Attention(nnx.Module):
-    """Self-attention; heads are cut over tp, keys and values are gathered over cp. Whisper's keys have no bias."""
+    """Self-attention; heads are cut over tp, tokens over cp. Whisper's keys have no bias."""
 
     def __init__(self, width: int, num_heads: int, *, key_bias: bool = True, rngs: nnx.Rngs) -> None:
         d, h, k = width, num_heads, width // num_heads
@@ -25,11 +25,11 @@ class Attention(nnx.Module):
         self.o_bias = zeros((d,), (None,))
 
     def __call__(self, x: jax.Array, axes: Axes, sight: Sight | None = None) -> jax.Array:
-        """`sight` tells which keys, of all, each query of this device sees; None: every one."""
+        """`sight` tells which keys each query sees, as `attend_across` takes it; None: every one."""
         together = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)), gathers=axes.sp)
         biases = (self.q_bias, self.k_bias, self.v_bias)
         q, k, v = (y if b is None else add(y, b.get_value()) for y, b in zip(together, biases, strict=True))
-        y = attend(q, axes.cp.gather(k, dim=1), axes.cp.gather(v, dim=1), sight)
+        y = attend_across(q, k, v, sight, axes)
         return add(axes.total(dot(y, self.o.get_value(), contract=2)), self.o_bias.get_value())
 
 

@@ -82,6 +82,12 @@ def in_order(x: jax.Array, devices: int) -> jax.Array:
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], 1).reshape(x.shape)
 
 
+def in_zigzag(x: jax.Array, devices: int) -> jax.Array:
+    """The inverse of `in_order`."""
+    chunks = x.reshape(x.shape[0], 2, devices, -1, *x.shape[2:])
+    return jnp.stack([chunks[:, 0], chunks[:, 1, ::-1]], 2).reshape(x.shape)
+
+
 class _Ends(NamedTuple):
     """The smallest and largest position and segment of each row's tokens, [b]; of padding alone, an empty range."""
 
@@ -101,7 +107,7 @@ def _ends(positions: jax.Array, segments: jax.Array) -> _Ends:
     )
 
 
-def everywhere(q: jax.Array, k: jax.Array) -> Sight:
+def everywhere(q: jax.Array, k: jax.Array | jax.ShapeDtypeStruct) -> Sight:
     """Every query of `q` [b, q, ...] sees every key of `k` [b, k, ...]."""
     positions, key_positions = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q, k))
     return Sight(positions, positions + 1, key_positions, key_positions + 1, causal=False)

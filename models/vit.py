@@ -135,6 +135,7 @@ class ViT:
             compute_dtype=jnp.dtype(compute_dtype),
             divisible=divisible | cuts,
             axes=frozenset({"dp", "pp", "copies", "tp", *cuts}),
+            heads=self.num_heads,
             rows=self.rows,
             width=self.output_width,
         )

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from models.axes import Axes
+from models.context import prepared
 from models.contract import Batch, ModuleDef
 from models.encoder_layer import Attention, Mlp
 from models.layers import LayerNorm, add, check_counts, dot, exact_gelu, normal, own, zeros
@@ -124,6 +125,7 @@ class Whisper:
             compute_dtype=jnp.dtype(compute_dtype),
             divisible={"tp": cut, "cp": {"rows": self.rows}, "sp": {"rows": self.rows}},
             axes=frozenset({"dp", "pp", "copies", "tp", "cp", "sp"}),
+            heads=self.num_heads,
             rows=self.rows,
             width=self.output_width,
         )
@@ -185,6 +187,7 @@ def _places(config: Whisper, name: str, batch: Batch, axes: Axes) -> Batch:
     place = jnp.broadcast_to(jnp.arange(config.positions, dtype=jnp.int32), (len(frames), config.positions))
     real = (place < positions_of(frames)[:, None]).astype(jnp.int32)
     sight = Sight(own(place, 1, axes.cp), own(real, 1, axes.cp), place, real, causal=False)
+    sight = prepared(sight, axes)
     return {"sight": jax.tree.map(axes.tp.vary, sight)}
 
 

@@ -22,7 +22,7 @@ from models.contract import ModuleDef
 
 SHAPE = tiny.Shape(microbatches=2)
 EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5, z_loss=0.1)
-MODELS: list[dict[str, Any]] = [dict(), dict(experts=EXPERTS), dict(tied=True, kv_heads=2)]
+MODELS: list[dict[str, Any]] = [dict(), dict(experts=EXPERTS), dict(tied=True, kv_heads=2), dict(kv_heads=1, tied=True)]
 SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
 
 

@@ -229,17 +229,26 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("packed", "cp", "dtype", "refused", "served"),
+    ("packed", "cp", "context", "dtype", "refused", "served"),
     [
-        (False, 1, jnp.bfloat16, None, "cuDNN"),
-        (True, 1, jnp.bfloat16, None, "fused"),
-        (False, 2, jnp.bfloat16, None, "fused"),
-        (True, 1, jnp.bfloat16, "not here", None),
-        (False, 1, jnp.float32, "not float32", None),
+        (False, 1, "gather", jnp.bfloat16, None, "cuDNN"),
+        (True, 1, "gather", jnp.bfloat16, None, "fused"),
+        (False, 2, "gather", jnp.bfloat16, None, "fused"),
+        (False, 2, "heads", jnp.bfloat16, None, "cuDNN"),
+        (True, 2, "heads", jnp.bfloat16, None, "fused"),
+        (True, 2, "ring", jnp.bfloat16, "none serves context='ring'", None),
+        (True, 1, "gather", jnp.bfloat16, "not here", None),
+        (False, 1, "gather", jnp.float32, "not float32", None),
     ],
 )
 def test_on_a_gpu_cudnn_serves_rows_of_one_document_and_a_fused_kernel_the_others(
-    packed: bool, cp: int, dtype: Any, refused: str | None, served: str | None, monkeypatch: pytest.MonkeyPatch
+    packed: bool,
+    cp: int,
+    context: str,
+    dtype: Any,
+    refused: str | None,
+    served: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(attention, "program_device", lambda: device)
@@ -256,7 +265,7 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_and_a_fused_kernel_the_other
     definition = config.module(dtype, packed=packed)
     layer = definition.layers[0]
     mesh = jax.sharding.AbstractMesh((cp,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
-    axes = Axes(cp=Axis(("cp",), cp))
+    axes = Axes(cp=Axis(("cp",), cp), context=context)
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     carry = {"x": jax.ShapeDtypeStruct((2, 8, 32), dtype)}
     run = jax.shard_map(
@@ -266,7 +275,8 @@ def test_on_a_gpu_cudnn_serves_rows_of_one_document_and_a_fused_kernel_the_other
     params = jax.eval_shape(layer.init, jax.random.key(0))
     jax.eval_shape(run, params, carry, {"positions": tokens, "segment_ids": tokens})
     assert asked == ([dict(is_causal=True, local_window_size=(4, 0))] if served == "cuDNN" else [])
-    assert given == ([(cp, 5, (2, 8 // cp))] if served == "fused" else []) and said == ([refused] if refused else [])
+    seen = (1, 5, (2, 8)) if context == "heads" else (cp, 5, (2, 8 // cp))  # whole rows, in order
+    assert given == ([seen] if served == "fused" else []) and said == ([refused] if refused else [])
 
 
 @pytest.mark.parametrize(

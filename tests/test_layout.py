@@ -64,6 +64,13 @@ def test_like_repeats_the_encoder_over_the_consumers_context() -> None:
     assert like(Layout(tp=2, pp=2)).device_ids == (0, 1)
 
 
+def test_a_module_is_told_how_its_attention_reaches_over_cp() -> None:
+    layout = Layout(dp=2, cp=4, context="ring")
+    (plan,) = plan_stages("m", module(heads=8), layout, jax.devices())
+    assert plan.axes.context == "ring" and str(layout) == "dp=2 x cp=4, context=ring"
+    assert like(layout).context == "gather"
+
+
 def test_picture_shows_every_device() -> None:
     plans = plan_stages("vision", module(), Layout(dp=2, devices="1,3"), jax.devices())
     plans += plan_stages("llm", module(), Layout(tp=2, pp=2), jax.devices())
@@ -130,6 +137,17 @@ REFUSED = [
         "m: Layout.layers=[5, 0] must be pp=2 counts of at least 1 that add up to 5",
     ),
     (Layout(pp=2, layers=(5,)), module(), "m: Layout.layers=[5] must be pp=2 counts of at least 1"),
+    (
+        Layout(cp=4, tp=2, context="heads"),
+        module(heads=12),
+        "m: context='heads' cuts heads over cp, and cp=4 does not divide the 6 of heads=12 that tp=2 leaves a device; "
+        "use cp of 1, 2, 3, 6, or context='ring'",
+    ),
+    (
+        Layout(cp=2, context="ring"),
+        module(),
+        "m: context='ring', but the model's code reaches over cp in its own way; leave context out",
+    ),
     (Layout(cp=2), module(axes=frozenset({"dp"})), "m: cp=2, but the model's code does not handle cp (it handles dp)"),
 ]
 
@@ -146,6 +164,11 @@ def test_impossible_layouts_are_refused(layout: Layout, definition: ModuleDef, m
         (dict(dp=0), "Layout.dp=0; it must be a whole number of at least 1"),
         (dict(tp=1.5), "Layout.tp=1.5; it must be a whole number of at least 1"),
         (dict(pp=True), "Layout.pp=True; it must be a whole number of at least 1"),
+        (dict(cp=2, context="rings"), "Layout.context='rings'; it must be one of gather, ring, heads"),
+        (
+            dict(context="ring"),
+            "Layout.context='ring' with cp=1, where no sequence is cut; set cp, or leave context out",
+        ),
         (dict(devices="0-x"), "Layout.devices='0-x': '0-x' is neither a number nor a range; write '0-3,6'"),
         (dict(devices="5-2"), "Layout.devices='5-2': the range '5-2' runs backwards; write '2-5'"),
     ],

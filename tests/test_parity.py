@@ -161,6 +161,29 @@ KINDS = {
         remat=Remat.DOTS,
     ),
     "sp: tp 4; audio": Case(Layout(tp=4, sp=True), Layout(dp=2), Layout(tp=2, sp=True, devices=LOW[:1] + "-1")),
+    "llm cp 2 ring, encoder cp 2 by heads": Case(
+        Layout(cp=2, devices="0-1", context="ring"),
+        Layout(cp=2, devices="2-3", context="heads"),
+        blocks=(3, 1),
+    ),
+    "llm cp 4 tp 2 by heads, fewer key heads, encoder cp 2 ring": Case(
+        Layout(cp=4, tp=2, context="heads"), Layout(cp=2, devices="0-1", context="ring")
+    ),
+    "llm cp 4 pp 2 ring, tied, audio cp 2 ring, nothing again": Case(
+        Layout(cp=4, pp=2, context="ring"),
+        Layout(cp=4, tp=2, context="ring"),
+        Layout(cp=2, tp=2, devices=LOW, context="ring"),
+        tied=True,
+        remat=Remat.NONE,
+    ),
+    "llm cp 2 tp 2 pp 2 by heads, experts, audio cp 2 by heads, products kept": Case(
+        Layout(cp=2, tp=2, pp=2, context="heads"),
+        Layout(dp=4),
+        Layout(cp=2, dp=2, devices=LOW, context="heads"),
+        experts=tiny.EXPERTS,
+        remat=Remat.DOTS,
+        encoder_window=2,
+    ),
     "uneven stages, tied": Case(Layout(pp=2, layers=(1, 3), dp=2, devices=LOW), Layout(tp=4, devices=HIGH), tied=True),
 }
 PAPER_CASES = {
@@ -169,8 +192,8 @@ PAPER_CASES = {
     for place in ("colocated", "disjoint")
 }
 DEFAULT = [  # beside the runs of test_drawn.py
-    "cp 2, attention in blocks", "llm cp 4 pp 2 tied", "ratio 3 to 2",
-    "text-only microbatches, and some without targets",
+    "llm cp 4 pp 2 tied", "ratio 3 to 2", "text-only microbatches, and some without targets",
+    "llm cp 2 ring, encoder cp 2 by heads", "llm cp 4 tp 2 by heads, fewer key heads, encoder cp 2 ring",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 

@@ -30,3 +30,9 @@ def test_experts_become_fewer_and_narrower_beside_dense_layers(dense: tuple[int,
     small = _smaller(large, Layout(tp=4, pp=3), {})
     assert small.kinds == kinds and not small.experts.renormalise
     assert small.experts.count == 4 and small.experts.per_token == 4 and small.experts.width % 4 == 0
+
+
+def test_heads_stay_as_many_as_an_exchange_of_them_needs() -> None:
+    large = Decoder(vocab_size=32, width=512, num_layers=4, num_heads=64, num_kv_heads=64, mlp_width=64)
+    assert _smaller(large, Layout(tp=2, cp=4, context="heads"), {}).num_heads == 8
+    assert _smaller(large, Layout(tp=2, cp=4), {}).num_heads == 2

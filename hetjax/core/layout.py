@@ -18,6 +18,8 @@ import re
 
 import numpy as np
 
+from models.context import CONTEXTS, GATHER
+
 AXES = ("dp", "copies", "cp", "tp")
 
 
@@ -29,7 +31,7 @@ class Layout:
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
     `ep`: experts are cut over so many of a stage's devices: those of tp or a part of them; if that is too few, those of
     cp or of the inner part of dp too. `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the
-    tokens are cut over tp.
+    tokens are cut over tp. `context` is how attention reaches over cp: gather, ring or heads (`models/context.py`).
     """
 
     dp: int = 1
@@ -41,6 +43,7 @@ class Layout:
     sp: bool = False
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
+    context: str = GATHER
 
     def __post_init__(self) -> None:
         for name in ("dp", "cp", "tp", "pp", "copies", "ep"):
@@ -50,6 +53,12 @@ class Layout:
         if self.sp and self.tp == 1:
             raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
         self.expert_shares  # noqa: B018 - is checked
+        if self.context not in CONTEXTS:
+            raise ValueError(f"Layout.context={self.context!r}; it must be one of {', '.join(CONTEXTS)}")
+        if self.context != GATHER and self.cp == 1:
+            raise ValueError(
+                f"Layout.context={self.context!r} with cp=1, where no sequence is cut; set cp, or leave context out"
+            )
         if isinstance(self.devices, str):
             object.__setattr__(self, "devices", _parse_devices(self.devices))
         elif self.devices is not None:
@@ -94,7 +103,7 @@ class Layout:
     def __str__(self) -> str:
         sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "ep") if getattr(self, n) > 1]
         sizes += ["sp"] * self.sp
-        return " x ".join(sizes) or "dp=1"
+        return (" x ".join(sizes) or "dp=1") + ("" if self.context == GATHER else f", context={self.context}")
 
 
 def like(layout: Layout) -> Layout:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core.layout import AXES, Layout
 from models.axes import Axes, Axis
+from models.context import GATHER
 from models.contract import Dims
 
 LOGICAL: dict[str, tuple[str, ...]] = {
@@ -37,7 +38,8 @@ SEEN = ("dp", "cp", "tp", "sp", "ep", "etp", "tp_of_ep")  # by models
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A stage's mesh, and the mesh axes that each axis of its layout is made of, outermost first.
+    """A stage's mesh, the mesh axes that each axis of its layout is made of, outermost first, and how attention
+    reaches over cp.
 
     Beside them: "sp", of sequence parallelism, all of tp or nothing. "ep", over which experts are cut; "tp_of_ep", what
     it has of tp; "etp", the rest of tp, which cuts each expert. "kv", that part of tp over which heads of keys and
@@ -46,11 +48,12 @@ class Grid:
 
     mesh: Mesh
     parts: Mapping[str, tuple[str, ...]]
+    context: str = GATHER
 
     @property
     def axes(self) -> Axes:
         """What a model sees."""
-        return Axes(**{name: self._axis(name) for name in SEEN})
+        return Axes(**{name: self._axis(name) for name in SEEN}, context=self.context)
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -132,6 +135,8 @@ def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 
     repeats = layout.tp // kv_heads if 0 < kv_heads < layout.tp else 1
     folded = {name: fold(name, getattr(layout, name), [experts.get(name, 1)]) for name in AXES}
     folded["tp"] = fold("tp", layout.tp, [experts["tp"], repeats])
+    if repeats == layout.tp > 1:  # for a single head an axis of one device: what it cuts meets the data of all of tp
+        folded["tp"] = {"tp_kv": 1, **folded["tp"]}
     parts = {name: tuple(axes) for name, axes in folded.items()}
     inner = {name: innermost(folded[name], size) for name, size in experts.items()}
     parts["ep"] = tuple(axis for name in AXES for axis in inner.get(name, ()))
@@ -139,7 +144,7 @@ def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 
     parts["etp"] = parts["tp"][: len(parts["tp"]) - len(inner["tp"])]
     parts["kv"] = parts["tp"][: len(parts["tp"]) - len(innermost(folded["tp"], repeats))]
     sizes = {axis: size for axes in folded.values() for axis, size in axes.items()}
-    return Grid(Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes)), parts)
+    return Grid(Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes)), parts, layout.context)
 
 
 def fold(axis: str, size: int, inner: Iterable[int]) -> dict[str, int]:

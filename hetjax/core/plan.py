@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from hetjax.core.layout import AXES, Layout
 from hetjax.core.mesh import Grid, make_grid
 from models.axes import Axes
+from models.context import GATHER, HEADS, RING
 from models.contract import ModuleDef
 
 
@@ -50,6 +51,7 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
     """The stages of a module. Raises ValueError, before anything compiles, for a layout that the module cannot have."""
     _check_devices(name, layout, len(devices))
     _check_module(name, definition, layout)
+    _check_context(name, definition, layout)
     counts = _layer_counts(name, definition.num_layers, layout)
     plans = []
     for index in range(layout.pp):
@@ -112,6 +114,24 @@ def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
         fits = [str(n) for n in range(1, 2 * kv + 1) if kv % n == 0 or n % kv == 0]
         raise ValueError(
             f"{name}: of tp={layout.tp} and kv_heads={kv} neither divides the other; use tp of {', '.join(fits[:8])}"
+        )
+
+
+def _check_context(name: str, definition: ModuleDef, layout: Layout) -> None:
+    if layout.context == GATHER:
+        return
+    if not definition.heads:
+        raise ValueError(
+            f"{name}: context={layout.context!r}, but the model's code reaches over cp in its own way; "
+            "leave context out"
+        )
+    mine = definition.heads // layout.tp
+    if layout.context == HEADS and mine % layout.cp:
+        fits = [str(n) for n in range(1, mine + 1) if mine % n == 0]
+        raise ValueError(
+            f"{name}: context={layout.context!r} cuts heads over cp, and cp={layout.cp} does not divide the {mine} of "
+            f"heads={definition.heads} that tp={layout.tp} leaves a device; use cp of {', '.join(fits[:8])}, or "
+            f"context={RING!r}"
         )
 
 

@@ -72,7 +72,7 @@ def prefill(
     carry, caches = run_layers(definition, params, carry, batch, axes, nothing)
     last = (batch["lengths"] - 1)[:, None]
     take = lambda x: jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1)
-    ends = {k: take(x) if "seq" in definition.carry[k] else x for k, x in carry.items()}
+    ends = {k: take(x) if "stream" in definition.carry[k] else x for k, x in carry.items()}
     pad = lambda x, dim: jnp.pad(x, [(0, room * (i == dim)) for i in range(x.ndim)])
     segments = (batch["segment_ids"] > 0).astype(jnp.int32)
     memory = Memory(jax.tree.map(lambda x: pad(x, 2), caches), pad(batch["positions"], 1), pad(segments, 1))

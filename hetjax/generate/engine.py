@@ -55,7 +55,7 @@ class Placed:
 
     def uncut(self, dims: Dims) -> P:
         """The partition spec of a tensor with these logical dims, of which no mesh here cuts the sequence."""
-        return self.plan.grid.spec(tuple(None if dim == "seq" else dim for dim in dims))
+        return self.plan.grid.spec(tuple(None if dim in ("seq", "stream") else dim for dim in dims))
 
     def put(self, batch: Arrays) -> dict[str, jax.Array]:
         """What of the batch the module reads, on its devices."""

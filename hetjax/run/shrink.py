@@ -6,6 +6,7 @@ from typing import Any
 
 from hetjax.core.layout import Layout
 from hetjax.run.experiment import Experiment
+from models.context import HEADS
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT
@@ -40,7 +41,8 @@ def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
     fields = {f.name for f in dataclasses.fields(model)}
     kv_heads = getattr(model, "num_kv_heads", model.num_heads)
     ratio = model.num_heads // kv_heads
-    kv_heads = min(kv_heads, math.lcm(2, layout.tp))
+    cuts = layout.tp * (layout.cp if layout.context == HEADS else 1)  # of the heads
+    kv_heads = min(kv_heads, math.lcm(2, cuts))
     heads = kv_heads * ratio
     sizes: dict[str, Any] = more | {
         "num_layers": min(model.num_layers, max(2, layout.pp)),
