@@ -13,6 +13,7 @@ from models.weight import Use
 
 Batch = Mapping[str, Any]
 Params = dict[str, Any]  # nested dicts of arrays
+AUXILIARY, ROUTED = "auxiliary", "routed"  # keys of a language model's output
 Dims = tuple[str | None, ...]  # one logical name per tensor dim; None is never sharded
 
 
@@ -60,7 +61,9 @@ class ModuleDef:
     reads: microbatch key -> logical dims ("batch", "items", "seq" or None), for every array that `apply` or `prepare`
         reads.
     carry: carry key -> logical dims; the arrays are of floating-point numbers.
-    output: logical dims of what `last` returns, by key.
+    output: logical dims of what `last` returns, by key. A language model's may have, the same on all devices,
+        "auxiliary": a number that training adds to the microbatch's mean loss; and "routed" [layers with experts,
+        experts]: how many tokens went to each, a float without a gradient.
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
     heads: query heads of attention that reaches over cp by `models/context.py`, in each of its ways; 0: the module's

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from models import moe
 from models.attention import RopeScaling, attend, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
 from models.context import attend_across, prepared, rows_are_whole
-from models.contract import Batch, Cached, ModuleDef, Part
+from models.contract import AUXILIARY, ROUTED, Batch, Cached, Dims, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, own, rms_norm, wide, zeros
-from models.moe import Experts, Mixture
+from models.moe import COUNTED, ROUTING, Experts, Mixture
 from models.nnx_parts import part
 from models.recompute import keeps_arguments
 from models.sight import Sight
@@ -101,14 +102,19 @@ class Decoder:
         hidden = {"mlp": self.mlp_width} if "mlp" in layers else {}
         if self.experts is not None:
             hidden["experts.width"] = self.experts.width
+        carry: dict[str, Dims] = {"x": ("batch", "stream", None)}
+        output: dict[str, Dims] = {"x": (*TOKEN_DIMS, None), "head": (None, "vocab")}
+        if self.experts is not None:
+            carry[ROUTING] = ("shards", None, None)
+            output |= {ROUTED: (None, None)} | ({AUXILIARY: ()} if self.experts.has_loss else {})
         return ModuleDef(
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), encoders, rngs=rngs)),
             layers=tuple(layers[kind] for kind in self.kinds),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             prepare=functools.partial(_places, self, wide(compute_dtype), packed),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
-            carry={"x": ("batch", "stream", None)},
-            output={"x": (*TOKEN_DIMS, None), "head": (None, "vocab")},
+            carry=carry,
+            output=output,
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
             divisible={
@@ -132,16 +138,19 @@ class Decoder:
 
 class _First(nnx.Module):
     def __init__(self, config: Decoder, compute_dtype: jnp.dtype, encoders: tuple[str, ...], *, rngs: nnx.Rngs) -> None:
-        self.compute_dtype, self.encoders, self.vocab = compute_dtype, encoders, config.vocab_size
+        self.config, self.compute_dtype, self.encoders = config, compute_dtype, encoders
         self.embed = normal(rngs, (config.vocab_size, config.width), ("vocab", None), config.width**-0.5, Use("tokens"))
 
     def __call__(self, rows: Mapping[str, jax.Array], batch: Batch, axes: Axes) -> Carry:
-        found = keeps_arguments(functools.partial(lookup, vocab=self.vocab, axes=axes))
+        found = keeps_arguments(functools.partial(lookup, vocab=self.config.vocab_size, axes=axes))
         merged = keeps_arguments(functools.partial(merge, axes=axes))
         x = found(self.embed.get_value(), batch["tokens"]).astype(self.compute_dtype)
         for name in self.encoders:
             x = merged(x, rows[name], batch[f"{name}.index"])
-        return {"x": x}
+        experts = self.config.experts
+        if experts is None:
+            return {"x": x}
+        return {"x": x, ROUTING: moe.no_routing(experts, self.config.kinds.count("moe"), x)}
 
 
 def lookup(table: jax.Array | Weight, tokens: jax.Array, vocab: int, axes: Axes) -> jax.Array:
@@ -198,6 +207,8 @@ def _places(config: Decoder, dtype: Any, packed: bool, batch: Batch, axes: Axes)
     frequencies = rope_frequencies(config.head_features, config.rope_theta, config.rope_scaling, dtype)
     # of the type in which the heads meet them: cast in a layer they would be kept by each of them
     found = jax.tree.map(axes.tp.vary, {"rotation": rotation(positions, frequencies), "sight": sight})
+    if config.experts is not None:
+        found[COUNTED] = moe.count_tokens(segments, axes, dtype)
     return found | {"slot": batch["cache.slot"]} if cached else found
 
 
@@ -217,9 +228,12 @@ class _Layer(nnx.Module):
         x, cache = carry["x"], carry.get("cache")
         y, cache = self.attention(rms_norm(x, self.attention_norm.get_value(), self.eps), batch, axes, cache)
         x = x + y
-        block = self.moe if self.kind == "moe" else self.mlp
-        x = x + block(rms_norm(x, self.mlp_norm.get_value(), self.eps), axes)
-        return {"x": x} if cache is None else {"x": x, "cache": cache}
+        y = rms_norm(x, self.mlp_norm.get_value(), self.eps)
+        behind = carry if cache is None else {**carry, "cache": cache}
+        if self.kind == "mlp":
+            return {**behind, "x": x + self.mlp(y, axes)}
+        y, row = self.moe(y, batch[COUNTED], axes)
+        return {**behind, "x": x + y, ROUTING: moe.appended(carry[ROUTING], row)}
 
 
 class _Attention(nnx.Module):
@@ -259,7 +273,7 @@ class _Attention(nnx.Module):
 class _Last(nnx.Module):
     def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
         d, vocab = config.width, config.vocab_size
-        self.eps, self.tied = config.norm_eps, config.tied
+        self.eps, self.tied, self.experts = config.norm_eps, config.tied, config.experts
         self.norm = ones((d,), (None,))
         shape, dims = ((vocab, d), ("vocab", None)) if config.tied else ((d, vocab), (None, "vocab"))
         self.head = normal(rngs, shape, dims, d**-0.5, Use("x"))
@@ -267,4 +281,5 @@ class _Last(nnx.Module):
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         head = self.head.get_value()
         x = axes.sp.gather(rms_norm(carry["x"], self.norm.get_value(), self.eps), dim=1)
-        return {"x": x, "head": head.T if self.tied else head}
+        found = {"x": x, "head": head.T if self.tied else head}
+        return found if self.experts is None else found | moe.outcome(carry[ROUTING], self.experts)

@@ -22,7 +22,7 @@ from models.context import CONTEXTS, GATHER
 from models.contract import ModuleDef
 
 SHAPE = tiny.Shape(microbatches=2)
-EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8)
+EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5, z_loss=0.1)
 MODELS: list[dict[str, Any]] = [
     dict(),
     dict(experts=EXPERTS),

@@ -46,7 +46,7 @@ def test_every_schedule_gives_the_same_bits_whatever_lay_in_the_accumulators() -
         state = trainer.init()
         full = {key: jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), tree) for key, tree in state.acc.items()}
         done = trainer.gradients(state._replace(acc=full), data)
-        found.append(bits((done.grads, done.losses, done.reduced.squares)))
+        found.append(bits((done.grads, done.scores, done.reduced.squares)))
     assert len(orders) == len(SCHEDULES)
     assert all(bits == found[0] for bits in found)
     assert np.isfinite(np.concatenate(done.reduced.squares)).all()

@@ -26,7 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "qwen3_moe with its router's loss": (
         text("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.02, router_jitter_noise=0.1),
-        {"llm": "router_aux_loss_coef=0.02"},
+        {"llm": ""},
     ),
     "siglip": (vision("siglip", attention_dropout=0.5, dropout=0.5), {"vision": "attention_dropout=0.5"}),
     "whisper": (

@@ -95,7 +95,7 @@ def gradients(keep: Mapping[Any, Keep]) -> list[np.ndarray]:
         stage.set_keep(keep[key])
     trainer.compile()
     done = trainer.gradients(trainer.init(), tiny.microbatches(SHAPE))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((done.grads, done.losses))]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((done.grads, done.scores))]
 
 
 def test_what_is_computed_again_changes_no_number(together: Budget) -> None:

@@ -19,18 +19,22 @@ from jax.sharding import PartitionSpec as P
 from hetjax.core import optimizer
 from hetjax.core.tasks import HostTimes, StageKey
 from hetjax.core.wiring import Tie, Wiring
+from models.contract import AUXILIARY, ROUTED
 
 Tree = Any
+Scores = dict[str, jax.Array]  # of a microbatch: "loss", the sum over its targets, and what its model tells beside
 
 
 class Outcome(NamedTuple):
     """Device scalars of a step: read them one step late, and the host never blocks."""
 
-    loss: jax.Array  # mean over the step's targets
+    loss: jax.Array  # mean over the step's targets, and the mean of the microbatches' auxiliary losses
     norm: jax.Array  # global gradient norm before clipping
     module_squares: dict[str, list[jax.Array]]  # sums of squares of gradients, an array of leaves per stage and tie
     ok: jax.Array  # False: the step was skipped
     host: HostTimes  # of the pass over the schedule
+    auxiliary: jax.Array | None = None  # what of the loss is auxiliary
+    routed: jax.Array | None = None  # [layers with experts, experts]: how many of the step's tokens went to each
 
 
 class Reduced(NamedTuple):
@@ -53,7 +57,7 @@ class Finish:
         self.paths = self._paths()
         self.everywhere = [NamedSharding(stage.plan.mesh, P()) for stage in self.stages.values()]
         self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
-        self.decide: Any = None  # (squares, losses, [count, rate]) -> (loss, norm, ok, decision)
+        self.decide: Any = None  # (squares, scores, [count, rate]) -> (fields of the outcome, decision)
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
@@ -84,19 +88,24 @@ class Finish:
         self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
     def _compile_decide(self) -> None:
-        spec, loss = self.wiring.spec, self.wiring.stages[self.wiring.last].ends["loss"]
+        spec, scores = self.wiring.spec, self.wiring.stages[self.wiring.last].scores
 
-        def decide(squares: list, losses: list, scalars: jax.Array) -> tuple[jax.Array, ...]:
-            count, rate = scalars[0].astype(loss.dtype), scalars[1].astype(self.dtype)
-            total = jnp.stack(losses).sum() / count
+        def decide(squares: list, scores: list[Scores], scalars: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+            total = jax.tree.map(lambda *parts: jnp.stack(parts).sum(0), *scores)
+            count, rate = scalars[0].astype(total["loss"].dtype), scalars[1].astype(self.dtype)
+            loss, told = total["loss"] / count, {k: total[k] for k in (ROUTED,) if k in total}
+            if AUXILIARY in total:
+                told[AUXILIARY] = total[AUXILIARY] / len(scores)
+                loss += told[AUXILIARY]
             norm = jnp.sqrt(jnp.concatenate(squares).sum())
-            ok = jnp.isfinite(norm) & jnp.isfinite(total)
+            ok = jnp.isfinite(norm) & jnp.isfinite(loss)
             scale = optimizer.clip_scale(norm, spec.optimizer.clip_norm)
-            return total, norm, ok, jnp.stack([scale, ok.astype(self.dtype), rate])
+            return {"loss": loss, "norm": norm, "ok": ok, **told}, jnp.stack([scale, ok.astype(self.dtype), rate])
 
         at_home = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=self.home)
         squares = [at_home((len(paths),), self.dtype) for _, paths in self.paths]
-        args = (squares, [at_home((), loss.dtype)] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype))
+        of_one = {k: at_home(a.shape, a.dtype) for k, a in scores.items()}
+        args = (squares, [of_one] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype))
         self.decide = jax.jit(decide).lower(*args).compile()
 
     def scalars(self, count: float, rate: float) -> np.ndarray:

@@ -25,7 +25,7 @@ from hetjax.core.residuals import Kept, vjp
 from hetjax.core.settled import settle
 from hetjax.core.stacks import LAYERS
 from models.axes import vary
-from models.contract import Batch, Params
+from models.contract import AUXILIARY, ROUTED, Batch, Params
 from models.paths import at
 
 Tree = Any
@@ -89,8 +89,7 @@ class Local:
     # -- the programs --------------------------------------------------------------------------------------------
 
     def outputs(self, weights: Params, x: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """What leaves the stage; of one that ends in the loss, this device's part of its sum, and the likeliest next id
-        at every position."""
+        """What leaves the stage; of one that ends in the loss, scores as in `backward`, and every likeliest next id."""
         given = self._given(weights, x, batch)
         first = self.working.given("first", given.weights.get("first", {}), {})
         carry = self._start(first, x, batch)
@@ -103,7 +102,9 @@ class Local:
         tokens = y["x"], y["head"], batch["targets"], batch["weights"]
         ids = self.module.definition.vocab
         total, likely = loss.token_scores(*tokens, ids=ids, axes=self.plan.axes, chunk=self.chunk)
-        return {k: settle(v, frozenset(self.plan.grid.tokens)) for k, v in {"loss": total, "likeliest": likely}.items()}
+        tokens_cut = frozenset(self.plan.grid.tokens)
+        found = {k: settle(v, tokens_cut) for k, v in {"loss": total, "likeliest": likely}.items()}
+        return found | {k: y[k] for k in (AUXILIARY, ROUTED) if k in y}
 
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
@@ -133,15 +134,17 @@ class Local:
 
     def backward(
         self, weights: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
-    ) -> tuple[Tree, Tree, jax.Array | None]:
-        """(cotangents of the wanted inputs, accumulators with the gradients added, loss) from those of the outputs.
+    ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+        """(cotangents of the wanted inputs, accumulators with the gradients added, scores) from those of the outputs.
 
-        `first`: whether this is the step's first microbatch (see `accumulators.py`). The loss is this device's part of
-        the sum; its cotangent is given as "loss".
+        `first`: whether this is the step's first microbatch (see `accumulators.py`). Scores are, where the stage ends
+        in the loss: "loss", this device's part of the sum; and what of AUXILIARY and ROUTED the last part returns.
+        Cotangents of the first two are given by their names.
         """
-        given, acc, total = self._given(weights, x, batch), dict(acc), None
+        given, acc = self._given(weights, x, batch), dict(acc)
+        scores: dict[str, jax.Array] = {}
         if self.ends_in_loss:
-            total, g_last, g, acc = self._loss_back(given, kept.end, g["loss"], acc, first)
+            scores, g_last, g, acc = self._loss_back(given, kept.end, g, acc, first)
         else:
             g_last, g = residuals.put_together(kept.end, given.inputs(self._last(given)))(g)
         if g_last:
@@ -152,9 +155,9 @@ class Local:
                 g, of_layers = self.loops.backward(run, *given.to_layers, of_run, g, of_layers, first)
         acc |= {LAYERS: of_layers} if of_layers else {}
         if kept.start is None:
-            return {}, acc, total
+            return {}, acc, scores
         g_x, acc = self._start_back(given, kept.start, g, acc, first)
-        return g_x, acc, total
+        return g_x, acc, scores
 
     # -- their parts ---------------------------------------------------------------------------------------------
 
@@ -172,31 +175,34 @@ class Local:
         return g_x, {**acc, "first": accumulators.add(mine, g_first, spreads, first)} if mine else acc
 
     def _loss_back(
-        self, given: Given, carry: Tree, seed: jax.Array, acc: Tree, first: jax.Array
-    ) -> tuple[jax.Array, Params, Tree, Tree]:
-        """(loss, gradients of the last part's trainable parameters but the head's, cotangent of the carry, accumulators
-        with the head's gradient added), of the carry behind the layers."""
+        self, given: Given, carry: Tree, seeds: Tree, acc: Tree, first: jax.Array
+    ) -> tuple[dict[str, jax.Array], Params, Tree, Tree]:
+        """(scores, gradients of the last part's trainable parameters but the head's, cotangent of the carry,
+        accumulators with the head's gradient added), of the carry behind the layers."""
         definition, name = self.module.definition, self.module.definition.head
         weights, w = self.parameters.full_last(given.weights), self._last(given)
         tap = w.pop(name, None)
 
-        def features(w: Params, carry: Tree) -> jax.Array:
+        def features(w: Params, carry: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
             last = self.working.given("last", weights, w)
-            x = definition.last.apply(last, carry, given.batch, self.plan.axes)["x"]
-            return settle(x, axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names))
+            y = definition.last.apply(last, carry, given.batch, self.plan.axes)
+            varies = axes_of(self.plan.grid.spec(definition.output["x"])) | set(self.plan.axes.sp.names)
+            only = lambda key: {key: y[key]} if key in y else {}
+            return (settle(y["x"], varies), only(AUXILIARY)), only(ROUTED)
 
-        x, pull = jax.vjp(features, w, carry)
+        (x, auxiliary), pull, routed = jax.vjp(features, w, carry, has_aux=True)
         head = loss.Head(weights[name], definition.last.logical[name].index("vocab"), definition.vocab)
         part, leaf = self.parameters.place_in_last(name)
         mine, spread = at(acc, (part, leaf)), at(self.parameters.spreads, (part, leaf))
         opened = None if tap is None else accumulators.opened(mine, spread, tap, first)
         tokens = given.batch["targets"], given.batch["weights"]
         total, g_x, found = loss.add_gradients(
-            x, head, *tokens, opened, seed=seed, axes=self.plan.axes, chunk=self.chunk
+            x, head, *tokens, opened, seed=seeds["loss"], axes=self.plan.axes, chunk=self.chunk
         )
         if found is not None:
             acc = {**acc, part: {**acc[part], leaf: accumulators.closed(mine, spread, found, first)}}
-        return total, *pull(g_x), acc
+        g_w, g_carry = pull((g_x, {key: seeds[key] for key in auxiliary}))
+        return {"loss": total, **auxiliary, **routed}, g_w, g_carry, acc
 
     def _chunk(self) -> int:
         """Tokens whose logits exist at a time."""

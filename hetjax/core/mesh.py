@@ -25,6 +25,7 @@ LOGICAL: dict[str, tuple[str, ...]] = {
     "items": ("dp",),
     "seq": ("cp",),
     "stream": ("cp", "sp"),  # the tokens between the blocks of a layer
+    "shards": ("dp", "cp", "sp"),  # one row for each device that sees other tokens
     "heads": ("tp",),
     "kv_heads": ("kv",),
     "mlp": ("tp",),

@@ -18,13 +18,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
-from hetjax.core.finish import Finish, Outcome, Reduced
+from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.schedule import build_schedule
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.wiring import Link, Tie, Wiring
+from models.contract import AUXILIARY
 
 IN_FLIGHT = 8
 Tree = Any
@@ -64,14 +65,15 @@ class Pipeline(Wiring):
 
     def gradients(
         self, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
-    ) -> tuple[Reduced, list[jax.Array], HostTimes]:
-        """Gradients of (sum of token losses) / `count`, the loss sum of each microbatch, and where time went.
+    ) -> tuple[Reduced, list[Scores], HostTimes]:
+        """Gradients of (sum of token losses) / `count` + mean of the microbatches' auxiliary losses, the scores of each
+        microbatch, and where time went.
 
         `acc` is consumed. Returns before the devices are done.
         """
         step = _Gradients(self, weights, microbatches, dict(acc), count)
         host = self._walk(self.schedule.gradients, step.doing)
-        return step.reduced(), [step.losses[i] for i in range(len(microbatches))], host
+        return step.reduced(), [step.scores[i] for i in range(len(microbatches))], host
 
     def update(
         self,
@@ -79,7 +81,7 @@ class Pipeline(Wiring):
         weights: Trees,
         states: Trees,
         reduced: Reduced,
-        losses: list[jax.Array],
+        scores: list[Scores],
         *,
         count: float,
         learning_rate: float,
@@ -87,11 +89,11 @@ class Pipeline(Wiring):
     ) -> tuple[Trees, Trees, Trees, Outcome]:
         """New (params, working weights, optimizer states) and the outcome. The first three arguments are consumed.
 
-        `losses` are the microbatches' loss sums, `count` the step's target tokens.
+        `scores` are the microbatches', `count` the step's target tokens.
         """
-        step = _Update(self.finish, dict(params), dict(weights), dict(states), reduced, losses, count, learning_rate)
+        step = _Update(self.finish, dict(params), dict(weights), dict(states), reduced, scores, count, learning_rate)
         self._walk(self.schedule.update, step.doing)
-        return step.params, step.weights, step.states, Outcome(*step.decided, host)
+        return step.params, step.weights, step.states, Outcome(**step.decided, host=host)
 
     def weights(self, params: Trees) -> Trees:
         """The working weights of these parameters."""
@@ -142,13 +144,14 @@ class _Gradients:
         self, pipeline: Pipeline, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
     ) -> None:
         self.pipeline, self.weights, self.microbatches, self.acc = pipeline, weights, microbatches, acc
-        loss = pipeline.stages[pipeline.last].ends["loss"]
-        self.seed = jax.device_put(np.asarray(1.0 / max(count, 1.0), loss.dtype), loss.sharding)
+        shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / len(microbatches)}
+        ends = pipeline.stages[pipeline.last].ends
+        self.seeds = {k: jax.device_put(np.asarray(shares[k], a.dtype), a.sharding) for k, a in ends.items()}
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
         self.cotangents: dict[tuple[StageKey, int], dict[str, jax.Array]] = {}
         self.leaving: dict[Task, tuple[Link, dict[str, jax.Array]]] = {}
-        self.losses: dict[int, jax.Array] = {}
+        self.scores: dict[int, Scores] = {}
         self.grads = dict(acc)
         self.squares: dict[StageKey, jax.Array] = {}
         self.tied: list[jax.Array] = []  # squares of each tie, in their order
@@ -179,7 +182,7 @@ class _Gradients:
         if stage.has_backward:
             self.kept[key, i] = (x, packed, kept)
         if key == self.pipeline.last:
-            self.cotangents[key, i] = {"loss": self.seed}
+            self.cotangents[key, i] = self.seeds
         for link in self.pipeline.links[key]:
             self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
         return done
@@ -196,7 +199,7 @@ class _Gradients:
         if key in self.acc:
             self.acc[key] = acc
         if key == self.pipeline.last:
-            self.losses[i] = done
+            self.scores[i], done = done, done["loss"]
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
@@ -242,28 +245,28 @@ class _Update:
         weights: Trees,
         states: Trees,
         reduced: Reduced,
-        losses: list[jax.Array],
+        scores: list[Scores],
         count: float,
         learning_rate: float,
     ) -> None:
-        self.finish, self.reduced, self.losses = finish, reduced, losses
+        self.finish, self.reduced, self.scores = finish, reduced, scores
         self.params, self.weights, self.states = params, weights, states
         self.scalars = finish.scalars(count, learning_rate)
         self.decisions: dict[StageKey, jax.Array] = {}
-        self.decided: tuple[jax.Array, jax.Array, dict[str, list[jax.Array]], jax.Array]
+        self.decided: dict[str, Any] = {}  # fields of the outcome
         self.doing: Doing = {Kind.DECIDE: self._decide, Kind.UPDATE: self._update, Kind.TIE: self._tie}
 
     def _decide(self, task: Task) -> None:
-        """From squares and losses, which every device of a stage has, on one device; the decision to all."""
+        """From squares and scores, which every device of a stage has, on one device; the decision to all."""
         finish = self.finish
         local = [x.addressable_data(0) for x in self.reduced.squares]
         *squares, scalars = jax.device_put([*local, self.scalars], finish.home)
-        losses = [x.addressable_data(0) for x in self.losses]
-        loss, norm, ok, decision = finish.decide(squares, losses, scalars)
+        scores = jax.tree.map(lambda x: x.addressable_data(0), self.scores)
+        found, decision = finish.decide(squares, scores, scalars)
         module_squares: dict[str, list[jax.Array]] = {}
         for (name, _), of_stage in zip(finish.paths, squares, strict=True):
             module_squares.setdefault(name, []).append(of_stage)
-        self.decided = loss, norm, module_squares, ok
+        self.decided = {**found, "module_squares": module_squares}
         copies = jax.device_put([decision] * len(finish.everywhere), finish.everywhere)
         self.decisions = dict(zip(finish.stages, copies, strict=True))
 

@@ -1,8 +1,8 @@
 """One pipeline stage: a range of a module's layers on one mesh, as compiled programs.
 
     forward   (weights, x, packed)                       -> (y, residuals, done) no y where the stage ends in the loss
-    backward  (weights, x, packed, residuals, g, acc, first) -> (gx, acc, done)  acc is donated; done: a loss
-    evaluate  (weights, x, packed)                       -> y                    nothing kept; the sink: loss and ids
+    backward  (weights, x, packed, residuals, g, acc, first) -> (gx, acc, done)  acc is donated; done: scores
+    evaluate  (weights, x, packed)                       -> y                    nothing kept; the sink: scores, ids
     reduce    (acc)                                      -> (grads, squares)     once a step, where leaves have replicas
     measure   (acc)                                      -> squares              once a step, where none has
     update    (params, state, copies, grads, decision)   -> (params, state, copies)    the first three are donated
@@ -11,9 +11,9 @@
 All but the last two are per-device programs, ONE `jax.shard_map` over all axes, of the model in `local.py`. Each data
 replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1); under ZeRO-2
 and 3 `acc` lies in shards. `squares` are the sums of squares of the gradients that are complete, by leaf. `packed` is
-what the stage reads of the microbatch (`packing.py`); `done` a number that is there when the program is through, the
-loss where it makes that; `copies` are the working weights that are no parameters (`working.py`); `decision` is [scale,
-1 if the step counts, rate].
+what the stage reads of the microbatch (`packing.py`); `done` a number that is there when the program is through, or all
+scores where it makes the loss (`Local.backward`); `copies` are the working weights that are no parameters
+(`working.py`); `decision` is [scale, 1 if the step counts, rate].
 """
 
 import functools
@@ -33,7 +33,7 @@ from hetjax.core.parameters import Parameters, shardings, spec_tree
 from hetjax.core.plan import StagePlan
 from hetjax.core.remat import Keep, Policy, Remat
 from hetjax.core.residuals import Crossing
-from models.contract import Params
+from models.contract import AUXILIARY, ROUTED, Params
 from models.layers import wide
 
 Tree = Any
@@ -69,6 +69,7 @@ class Stage:
         zigzags = {k: reads[k].index("seq") for k in self.batch if plan.axes.cp.size > 1 and "seq" in reads[k]}
         self.packings = packing.packings(self.batch, zigzags)
         self.packed = [p.struct for p in self.packings]
+        self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # of a stage that ends in the loss
         self.y, self.ends = self._find_outputs()
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
@@ -124,7 +125,9 @@ class Stage:
         each residual varies over the mesh is found too."""
         self.evaluated = {k: self.plan.grid.spec(d) for k, d in self.local.dims.items()}
         if self.ends_in_loss:
-            self.evaluated = {"loss": P(), "likeliest": self.plan.grid.spec(("batch", "seq"))}
+            output = self.module.definition.output
+            found_too = {k: self.plan.grid.spec(output[k]) for k in (AUXILIARY, ROUTED) if k in output}
+            self.evaluated = {"loss": P(), "likeliest": self.plan.grid.spec(("batch", "seq")), **found_too}
         found = self._trace(self._scores, self.evaluated, self.batch)
         if self.has_backward:
 
@@ -134,7 +137,10 @@ class Stage:
 
             self._trace(probe, P(), self.batch)
         found = {k: _at(v, NamedSharding(self.plan.mesh, self.evaluated[k])) for k, v in found.items()}
-        return ({}, {"loss": found["loss"]}) if self.ends_in_loss else (found, found)
+        if not self.ends_in_loss:
+            return found, found
+        self.scores = {k: v for k, v in found.items() if k != "likeliest"}
+        return {}, {k: v for k, v in self.scores.items() if k != ROUTED}
 
     def _trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
         inputs = (self.parameters.weights, self.x, dict(batch))
@@ -161,17 +167,20 @@ class Stage:
         g: Tree,
         acc: Tree,
         first: jax.Array,
-    ) -> tuple[Tree, Tree, jax.Array]:
+    ) -> tuple[Tree, Tree, Tree]:
         batch = packing.unpack(self.packings, packed)
-        g_x, acc, loss = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, _done() if loss is None else lax.psum(loss, self.plan.grid.tokens)
+        g_x, acc, scores = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
+        return g_x, acc, self._summed(scores) if scores else _done()
 
     def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
         return self._scores(weights, x, packing.unpack(self.packings, packed))
 
     def _scores(self, weights: Params, x: Tree, batch: Tree) -> Tree:
         y = self.local.outputs(weights, x, batch)
-        return {**y, "loss": lax.psum(y["loss"], self.plan.grid.tokens)} if self.ends_in_loss else y
+        return self._summed(y) if self.ends_in_loss else y
+
+    def _summed(self, scores: Tree) -> Tree:
+        return {**scores, "loss": lax.psum(scores["loss"], self.plan.grid.tokens)}
 
     def _reduce(self, acc: Tree) -> tuple[Tree, jax.Array]:
         mine = self.parameters

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from hetjax.core import optimizer
-from hetjax.core.finish import Outcome, Reduced
+from hetjax.core.finish import Outcome, Reduced, Scores
 from hetjax.core.layout import check_batch
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
@@ -39,7 +39,7 @@ class StepGradients(NamedTuple):
     """What `Trainer.gradients` leaves for `Trainer.update`."""
 
     reduced: Reduced
-    losses: list[jax.Array]  # sums, one per microbatch
+    scores: list[Scores]  # of each microbatch
     target_count: float
     host: HostTimes
 
@@ -141,8 +141,8 @@ class Trainer:
             )
         prepared = [self.prepare(m) for m in microbatches]
         count = sum(m.target_count for m in prepared)
-        reduced, losses, host = self.pipeline.gradients(state.weights, prepared, state.acc, count)
-        return StepGradients(reduced, losses, count, host)
+        reduced, scores, host = self.pipeline.gradients(state.weights, prepared, state.acc, count)
+        return StepGradients(reduced, scores, count, host)
 
     def update(self, state: State, done: StepGradients) -> tuple[State, Outcome]:
         """The state after the step whose gradients these are. `state` is consumed."""
@@ -151,7 +151,7 @@ class Trainer:
             state.weights,
             state.optimizer,
             done.reduced,
-            done.losses,
+            done.scores,
             count=done.target_count,
             learning_rate=self.learning_rate(state.step + 1),
             host=done.host,

@@ -43,12 +43,20 @@ PLAIN = (
 )
 
 
-def decoder(path: str) -> Decoder:
-    """The settings of the decoder at `path`. Raises ConvertError if there is none."""
+def decoder(path: str, balance_loss: float | None = None, z_loss: float | None = None) -> Decoder:
+    """The settings of the decoder at `path`; losses of its experts' routers that are None are its own too.
+
+    Raises ConvertError if there is no decoder, or none with experts where losses are set."""
     found = [model for model in open_source(path).models.values() if isinstance(model, Decoder)]
     if len(found) != 1:
         raise ConvertError(f"pretrained.decoder.path={path!r} holds {len(found)} decoders; name a source with one")
-    return found[0]
+    (model,) = found
+    losses = {k: v for k, v in (("balance_loss", balance_loss), ("z_loss", z_loss)) if v is not None}
+    if not losses:
+        return model
+    if model.experts is None:
+        raise ConvertError(f"pretrained.decoder.{min(losses)} is set, and {path} has no experts; leave it out")
+    return dataclasses.replace(model, experts=dataclasses.replace(model.experts, **losses))
 
 
 def encoder(path: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Any:

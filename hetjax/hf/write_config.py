@@ -11,7 +11,7 @@ from typing import Any
 
 from hetjax.hf import read_config
 from hetjax.hf.errors import ConvertError
-from hetjax.hf.families import registry
+from hetjax.hf.families import experts, registry
 from hetjax.hf.families.decoder import told_rope
 from hetjax.hf.fields import VERSION
 from hetjax.hf.parts import OF_DATA, OF_PROJECTOR, Model, Parts
@@ -25,7 +25,7 @@ def write(
     """config.json of the models. `item_token` stands for a picture's or clip's rows.
 
     `sources`: those that "llm", "vision" and "audio" came with, kept where they say the same."""
-    sources = dict(sources or {})
+    parts, sources = _without_z_loss(parts), {part: _told(source, parts) for part, source in (sources or {}).items()}
     found = [sources.get(part) for part in parts.models]
     if found[0] is not None and all(source == found[0] for source in found) and _same(found[0], parts):
         return _modernised(copy.deepcopy(found[0]), dtype) | _dtype(dtype)
@@ -50,6 +50,28 @@ def write(
         "tie_word_embeddings": parts.llm.tied,
         **{whole.fields[part]: config | _dtype(dtype) for part, config in inner.items()},
     } | _dtype(dtype)
+
+
+def _without_z_loss(parts: Parts) -> Parts:
+    """The models, without the one loss of routers that no config tells."""
+    llm = parts.llm
+    if llm is None or llm.experts is None:
+        return parts
+    return dataclasses.replace(
+        parts, llm=dataclasses.replace(llm, experts=dataclasses.replace(llm.experts, z_loss=0.0))
+    )
+
+
+def _told(source: Config, parts: Parts) -> Config:
+    """A source's config, which tells of the load-balancing loss that the run had."""
+    field = registry.fields(source).get("llm")
+    mixture = None if parts.llm is None else parts.llm.experts
+    if field is None or mixture is None:
+        return source
+    if not field:
+        return source | experts.told_loss(source, mixture)
+    inner = source.get(field) or {}
+    return source | {field: inner | experts.told_loss(inner, mixture)} if inner else source
 
 
 def _dtype(dtype: str) -> Config:

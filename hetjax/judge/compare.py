@@ -37,17 +37,18 @@ class StepReport(NamedTuple):
     gradients: dict[str, Worst]
     state: dict[str, Worst]
     params: dict[str, Worst]
+    routed: float = 0.0  # share of the tokens' choices of experts that one side has made and the other has not
 
     @property
     def loss_error(self) -> float:
         """Relative difference of the losses."""
         return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-30)
 
-    def within(self, *, loss: float, leaves: float, params: float) -> bool:
-        """Whether the loss and every leaf are within tolerance (a NaN is not)."""
+    def within(self, *, loss: float, leaves: float, params: float, routed: float = 1e-12) -> bool:
+        """Whether the loss, every leaf and the routers' choices are within tolerance (a NaN is not)."""
         bounds = ((self.gradients, leaves), (self.state, leaves), (self.params, params))
         good = [w.error <= bound for found, bound in bounds for w in found.values()]
-        return self.loss_error <= loss and all(good)
+        return self.loss_error <= loss and self.routed <= routed and all(good)
 
 
 def worst_leaf(got: Mapping[Path, np.ndarray], reference: Mapping[Path, np.ndarray], definition: ModuleDef) -> Worst:
@@ -107,8 +108,17 @@ def compare(
             {m: worst_leaf(got[m], _leaves(result.grads[m]), definitions[m]) for m in got},
             {m: worst_leaf(states[m], _leaves(reference_state[m]), definitions[m]) for m in states if states[m]},
             {m: worst_leaf(moved[m], _leaves(expected[m]), definitions[m]) for m in moved},
+            _routed_apart(outcome.routed, result.routed),
         )
         before = _like(params, moved)
+
+
+def _routed_apart(got: jax.Array | None, reference: jax.Array | None) -> float:
+    """Of choices [layers, experts]."""
+    if got is None or reference is None:
+        return 0.0 if got is reference else float("inf")
+    mine, theirs = np.asarray(got, np.float64), np.asarray(reference, np.float64)
+    return float(np.abs(mine - theirs).sum() / 2 / max(theirs.sum(), 1))
 
 
 def _like(reference: dict[str, Any], flat: Flat) -> dict[str, Any]:

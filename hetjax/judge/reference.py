@@ -19,17 +19,20 @@ from hetjax.core import optimizer
 from hetjax.core.graph import Graph
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
+from models.moe import COUNTED, ROUTING, Experts
 
 Tree = Any
 
 
 class Result(NamedTuple):
-    """One reference step: mean loss over the targets, gradients before clipping, and what the step left behind."""
+    """One reference step: its loss, gradients before clipping, and what the step left behind; `routed`: how many tokens
+    went to each expert, by layer (None without experts)."""
 
     loss: jax.Array
     grads: dict[str, Tree]
     params: dict[str, Tree]
     state: dict[str, Tree]
+    routed: jax.Array | None = None
 
 
 def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -45,10 +48,25 @@ def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) 
 
 def apply_module(definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array]) -> Tree:
     """A module from its first part to its last, layer by layer."""
-    carry = definition.first.apply(params["first"], x, batch, ONE_DEVICE)
-    seen = definition.prepare(batch, ONE_DEVICE)
+    return _end(definition, params, _behind_layers(definition, params, x, batch), batch)
+
+
+def _behind_layers(
+    definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array], microbatches: int = 1
+) -> Tree:
+    """The carry behind a module's layers; of so many microbatches each has its own sums of what routers say."""
+    carry = dict(definition.first.apply(params["first"], x, batch, ONE_DEVICE))
+    seen = dict(definition.prepare(batch, ONE_DEVICE))
+    if ROUTING in carry:
+        carry[ROUTING] = jnp.repeat(carry[ROUTING], microbatches, 0)
+        counted = jnp.eye(microbatches)[:, :, None] * seen[COUNTED].reshape(1, microbatches, -1)
+        seen[COUNTED] = counted.reshape(microbatches, -1)
     for i, layer in enumerate(definition.layers):
         carry = layer.apply(layer_params(definition, params["layers"], i), carry, seen, ONE_DEVICE)
+    return carry
+
+
+def _end(definition: ModuleDef, params: Tree, carry: Tree, batch: Mapping[str, jax.Array]) -> Tree:
     last = dict(params["last"]) | {path: params["first"][source] for path, source in definition.tied.items()}
     return definition.last.apply(last, carry, batch, ONE_DEVICE)
 
@@ -95,16 +113,45 @@ def _stacked(layers: list[Tree]) -> Tree:
 
 
 def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Cross-entropy from full logits, summed over target tokens and divided by their number."""
+    """The loss of a batch that is one microbatch."""
+    return loss_and_loads(graph, 1, params, batch)[0]
+
+
+def loss_and_loads(
+    graph: Graph, microbatches: int, params: dict[str, Tree], batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array | None]:
+    """(cross-entropy from full logits, summed over target tokens and divided by their number, and the mean of the
+    microbatches' router losses; how many tokens went to each expert, by layer)."""
     edges: dict[str, jax.Array] = {}
     for encoder in graph.encoders:
         y = apply_module(encoder.definition, params[encoder.name], {}, batch)
         edges |= {encoder.name if k == "x" else f"{encoder.name}.{k}": v for k, v in y.items()}
-    y = apply_module(graph.sink.definition, params[graph.sink.name], edges, batch)
+    sink, mine = graph.sink.definition, params[graph.sink.name]
+    carry = _behind_layers(sink, mine, edges, batch, microbatches)
+    y = _end(sink, mine, carry, batch)
     logits = (y["x"] @ y["head"].astype(y["x"].dtype)).astype(jnp.promote_types(y["x"].dtype, jnp.float32))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), batch["targets"][..., None], -1)[..., 0]
     weights = batch["weights"].astype(logits.dtype)
-    return -(chosen * weights).sum() / jnp.maximum(weights.sum(), 1)
+    loss = -(chosen * weights).sum() / jnp.maximum(weights.sum(), 1)
+    if ROUTING not in carry:
+        return loss, None
+    experts, tokens = sink.config.experts, (batch["segment_ids"] > 0).reshape(microbatches, -1).sum(1)
+    routed, probabilities, squares = jnp.split(carry[ROUTING], (experts.count, 2 * experts.count), -1)
+    return loss + jnp.mean(_router_losses(experts, tokens, routed, probabilities, squares)), routed.sum(0)
+
+
+def _router_losses(
+    experts: Experts, tokens: jax.Array, routed: jax.Array, probabilities: jax.Array, squares: jax.Array
+) -> jax.Array:
+    """Of each microbatch, with so many `tokens`, from its sums by layer: `routed` and `probabilities` of each expert
+    [microbatches, layers, experts], `squares` of logsumexp [microbatches, layers, 1].
+
+    Load balancing as equations 4 to 6 of Switch Transformers (arXiv:2101.03961) over the tokens of all layers, z-loss
+    as equation 5 of ST-MoE (arXiv:2202.08906), its mean over them."""
+    seen = jnp.maximum(tokens * routed.shape[1], 1)[:, None]
+    fractions, means = routed.sum(1) / seen, probabilities.sum(1) / seen
+    balance = experts.count * jnp.einsum("me,me->m", fractions, means)
+    return experts.balance_loss * balance + experts.z_loss * (squares.sum(1) / seen)[:, 0]
 
 
 def learning_rate(config: optimizer.OptimizerConfig, step: int) -> float:
@@ -123,7 +170,9 @@ class Reference:
 
     def __init__(self, graph: Graph, config: optimizer.OptimizerConfig) -> None:
         self.graph, self.config = graph, config
-        self._grad = jax.jit(jax.value_and_grad(functools.partial(mean_loss, graph)))
+        self._grad = jax.jit(
+            jax.value_and_grad(functools.partial(loss_and_loads, graph), argnums=1, has_aux=True), static_argnums=0
+        )
         self._move = jax.jit(self._moved)  # whole: op by op a GPU compiles hundreds of programs
 
     def with_config(self, config: optimizer.OptimizerConfig) -> "Reference":
@@ -153,8 +202,8 @@ class Reference:
         step: int,
     ) -> Result:
         """One training step over all microbatches."""
-        loss, grads = self._grad(params, whole_batch(self.graph, microbatches))
-        return self.update(params, state, loss, self.split(grads)[0], step)
+        (loss, routed), grads = self._grad(len(microbatches), params, whole_batch(self.graph, microbatches))
+        return self.update(params, state, loss, self.split(grads)[0], step)._replace(routed=routed)
 
     def update(
         self, params: dict[str, Tree], state: dict[str, Tree], loss: jax.Array, grads: dict[str, Tree], step: int

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from hetjax.core import flops
 from hetjax.core.finish import Outcome
@@ -71,6 +72,7 @@ class Log:
         }
         for name, squares in outcome.module_squares.items():
             values[f"gradient_norm/{name}"] = math.sqrt(sum(float(s.sum()) for s in squares))
+        values |= routing(getattr(self.trainer.graph.sink.definition.config, "kinds", ()), outcome)
         seconds = time.perf_counter() - self.start
         values |= {
             "tokens_per_second": self.tokens / seconds,
@@ -98,6 +100,18 @@ class Log:
         used = max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         values["peak_memory_gib"] = used / 2**30  # of a device; of the process where devices do not tell
         return values
+
+
+def routing(kinds: Sequence[str], outcome: Outcome) -> Values:
+    """The part of the loss that is routers' own, if they have one; for each of the layers, of these kinds, that has
+    experts the tokens of the expert with most of them over the mean."""
+    values: Values = {} if outcome.auxiliary is None else {"auxiliary_loss": float(outcome.auxiliary)}
+    if outcome.routed is None:
+        return values
+    layers = [i for i, kind in enumerate(kinds) if kind == "moe"]
+    routed = np.asarray(outcome.routed)
+    loads = routed.max(1) / np.maximum(routed.mean(1), 1e-9)
+    return values | {f"expert_load/{i}": float(load) for i, load in zip(layers, loads, strict=True)}
 
 
 def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Any
 from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import decoder, experts
 from hetjax.hf.families.family import LINEAR
-from hetjax.hf.fields import Config
+from hetjax.hf.fields import Config, nonzero
 from models.decoder import Decoder
 from models.moe import Experts
 
@@ -19,7 +19,8 @@ KEYS = {
 
 def traits(c: Config, where: str) -> dict[str, Any]:
     """Experts and window."""
-    mixture = Experts(experts.count(c, where, default=8), c["num_experts_per_tok"], c["intermediate_size"])
+    sizes = experts.count(c, where, default=8), c["num_experts_per_tok"], c["intermediate_size"]
+    mixture = Experts(*sizes, balance_loss=experts.balance_loss(c))
     return dict(experts=mixture, sliding_window=decoder.window(c, where))
 
 
@@ -62,5 +63,5 @@ FAMILY = decoder.family(
     fields=fields,
     keys=KEYS,
     renamed={"num_experts": "num_local_experts"},
-    unapplied=lambda config: experts.unapplied(config, "router_jitter_noise"),
+    unapplied=lambda config: nonzero(config, "attention_dropout", "router_jitter_noise"),
 )

@@ -31,7 +31,8 @@ def _experts(c: Config, where: str) -> Experts | None:
     dense = tuple(i for i in layers if i in c["mlp_only_layers"] or (i + 1) % step)
     if len(dense) == len(layers):
         return None
-    return Experts(count, c["num_experts_per_tok"], c["moe_intermediate_size"], c["norm_topk_prob"], dense)
+    sizes = count, c["num_experts_per_tok"], c["moe_intermediate_size"]
+    return Experts(*sizes, c["norm_topk_prob"], dense, balance_loss=experts.balance_loss(c))
 
 
 def fields(model: Decoder) -> dict[str, Any]:
@@ -70,5 +71,4 @@ FAMILY = decoder.family(
     fields=fields,
     keys=KEYS,
     renamed={"num_local_experts": "num_experts"},
-    unapplied=experts.unapplied,
 )
