@@ -126,28 +126,26 @@ def test_what_was_saved_under_one_level_restores_under_another() -> None:
         np.testing.assert_array_equal(names[name], array, err_msg=name)
 
 
-def test_levels_divide_what_their_names_say() -> None:
+WHOLE, HALF, ALL = 1, 2, 8
+DIVIDED = {  # (compute dtype, zero, zero_size) -> by what: state, accumulators, copies, parameters
+    ("bfloat16", 1, None): (ALL, WHOLE, WHOLE, ALL),
+    ("bfloat16", 2, None): (ALL, ALL, WHOLE, ALL),
+    ("bfloat16", 3, None): (ALL, ALL, ALL, ALL),
+    ("bfloat16", 3, 2): (HALF, HALF, HALF, HALF),
+    ("bfloat16", 1, 1): (WHOLE, WHOLE, WHOLE, WHOLE),
+    ("float32", 3, None): (ALL, ALL, ALL, ALL),  # weights that lie alone are the parameters themselves
+}
+
+
+@pytest.mark.parametrize(("dtype", "zero", "size"), DIVIDED)
+def test_levels_divide_what_their_names_say(dtype: str, zero: int, size: int | None) -> None:
     """Bytes on each of 8 devices, against one's; a few norms and biases apart."""
 
     def held(**layout: Any) -> np.ndarray:
-        module = Module("llm", MODEL.module(jnp.bfloat16), Layout(**layout))
+        module = Module("llm", MODEL.module(jnp.dtype(dtype)), Layout(**layout))
         (plan,) = plan_stages(module.name, module.definition, module.layout, jax.devices())
         mine = Parameters(module, plan, ADAMW, seed=0, dtype=jnp.float32)
-        trees = mine.state, mine.acc, mine.copies, mine.params
-        return np.array([memory.local_bytes(tree) for tree in trees])
+        return np.array([memory.local_bytes(tree) for tree in (mine.state, mine.acc, mine.copies, mine.params)])
 
-    one = held()
-    table = {
-        (zero, size): one / held(dp=8, zero=zero, zero_size=size)
-        for zero, size in [(1, None), (2, None), (3, None), (3, 2), (1, 1)]
-    }
-    whole, cut, part = 1, 8, 2
-    expected = {
-        (1, None): (cut, whole, whole, cut),
-        (2, None): (cut, cut, whole, cut),
-        (3, None): (cut, cut, cut, cut),
-        (3, 2): (part, part, part, part),
-        (1, 1): (whole, whole, whole, whole),
-    }
-    for level, ratios in table.items():
-        np.testing.assert_allclose(ratios, expected[level], rtol=0.25, err_msg=str(level))
+    ratios = held() / held(dp=8, zero=zero, zero_size=size)
+    np.testing.assert_allclose(ratios, DIVIDED[dtype, zero, size], rtol=0.25)
