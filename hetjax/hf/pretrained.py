@@ -51,7 +51,7 @@ def decoder(path: str, balance_loss: float | None = None, z_loss: float | None =
     if len(found) != 1:
         raise ConvertError(f"pretrained.decoder.path={path!r} holds {len(found)} decoders; name a source with one")
     (model,) = found
-    losses = {k: v for k, v in (("balance_loss", balance_loss), ("z_loss", z_loss)) if v is not None}
+    losses: dict[str, Any] = {k: v for k, v in (("balance_loss", balance_loss), ("z_loss", z_loss)) if v is not None}
     if not losses:
         return model
     if model.experts is None:
