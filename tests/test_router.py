@@ -45,14 +45,14 @@ def liking(params: Any) -> Any:
 
 @pytest.mark.slow
 def test_a_run_with_the_loss_balances_and_one_without_does_not() -> None:
-    plain = Experts(count=8, per_token=2, width=12)
+    plain = Experts(count=8, per_token=2, width=12, dense_layers=(0,))  # several layers may balance each other
     with_loss, without = loads(dataclasses.replace(plain, balance_loss=0.5)), loads(plain)
-    assert all(record.keys() == {"auxiliary_loss", "expert_load/0", "expert_load/1"} for record in with_loss)
-    assert all(record.keys() == {"expert_load/0", "expert_load/1"} for record in without)
-    for layer in ("expert_load/0", "expert_load/1"):
-        assert min(with_loss[0][layer], without[0][layer]) > 2
-        assert max(record[layer] for record in with_loss[-4:]) < 1.5
-        assert min(record[layer] for record in without[-4:]) > 1.5
+    layer = "expert_load/1"
+    assert all(record.keys() == {"auxiliary_loss", layer} for record in with_loss)
+    assert all(record.keys() == {layer} for record in without)
+    assert min(with_loss[0][layer], without[0][layer]) > 2
+    assert max(record[layer] for record in with_loss[-4:]) < 1.5
+    assert min(record[layer] for record in without[-4:]) > 2
 
 
 def test_metrics_tell_the_largest_load_over_the_mean_of_layers_with_experts() -> None:
