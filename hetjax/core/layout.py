@@ -54,6 +54,8 @@ class Layout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
+        if not isinstance(self.sp, bool):
+            raise ValueError(f"Layout.sp={self.sp!r}; it must be True or False")
         if self.sp and self.tp == 1:
             raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
         _ = self.expert_shares  # refuses what is no whole part
