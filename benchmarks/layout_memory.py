@@ -1,6 +1,6 @@
-"""Memory of a decoder on eight devices under each stage of ZeRO, from the compiled programs.
+"""Memory of a decoder on eight devices under each stage of ZeRO and sequence parallelism, from the compiled programs.
 
-    python benchmarks/zero.py
+    python benchmarks/layout_memory.py
 
 Float32, since a CPU widens whole stacks of bfloat16 weights before a loop; AdamW, rematerialised layers. Nothing runs.
 """
@@ -33,6 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO-3": dict(zero=3),
     "ZeRO-2, shards of 4": dict(zero=2, zero_size=4),
     "ZeRO-3, shards of 4": dict(zero=3, zero_size=4),
+    "tp 4": dict(dp=2, tp=4),
+    "tp 4, sp": dict(dp=2, tp=4, sp=True),
+    "tp 4, sp, ZeRO-3": dict(dp=2, tp=4, sp=True, zero=3),
 }
 
 
@@ -41,12 +44,12 @@ def main() -> None:
     emulate(DEVICES)
     parts = [*memory.DeviceMemory._fields, "total"]
     print(f"| MiB | {' | '.join(parts)} | backward's workspace |\n|{' --- |' * (len(parts) + 2)}", flush=True)
-    for name, zero in CASES.items():
-        trainer = WORK.trainer(Layout(dp=DEVICES, **zero))
+    for name, sizes in CASES.items():
+        trainer = WORK.trainer(Layout(**(dict(dp=DEVICES) | sizes)))
         taken = memory.estimate(trainer)[0]
         backward = trainer.pipeline.stages["llm", 0].memory["backward"].temp_size_in_bytes
-        sizes = [f"{size / 2**20:.1f}" for size in (*taken, taken.total, backward)]
-        print(f"| {name} | {' | '.join(sizes)} |", flush=True)
+        found = [f"{size / 2**20:.1f}" for size in (*taken, taken.total, backward)]
+        print(f"| {name} | {' | '.join(found)} |", flush=True)
 
 
 if __name__ == "__main__":
