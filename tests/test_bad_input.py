@@ -149,7 +149,10 @@ LAYOUTS = [
         layouts(llm=dict(cp=4)) | {"settings.DataConfig.seq_len": 20},
         "llm: cp=4 cuts the sequence into 8 chunks (zig-zag), which do not divide",
     ),
-    (layouts(llm=dict(tp=4)), "llm: tp=4 does not divide kv_heads=2; use tp of 1, 2"),
+    (
+        model(num_heads=6, num_kv_heads=3, head_dim=4),
+        "llm: of tp=2 and kv_heads=3 neither divides the other; use tp of 1, 3, 6",
+    ),
     (layouts(vision=dict(tp=4)), "vision: tp=4 does not divide heads=2; use tp of 1, 2"),
     (layouts(llm=dict(pp=3)), "llm: pp=3 stages for 2 layers; use pp of at most 2"),
     (

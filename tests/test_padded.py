@@ -32,7 +32,7 @@ VOCAB = 61
 ADAMW = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=2)
 CUT = Layout(dp=2, tp=4)  # 16 ids a device, of which the last one has three of padding
-STAGES = Layout(pp=2, tp=4)
+STAGES, SHARDS = Layout(pp=2, tp=4), Layout(dp=2, tp=4, zero=3)
 WAYS = Sampling(), Sampling(temperature=100.0)
 
 
@@ -66,7 +66,7 @@ def embeddings(trainer: Trainer, state: State) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "tied"), [(STAGES, True), pytest.param(CUT, False, marks=pytest.mark.slow)], ids=["tied", "untied"]
+    ("layout", "tied"), [(STAGES, True), pytest.param(SHARDS, False, marks=pytest.mark.slow)], ids=["tied", "untied"]
 )
 def test_values_and_checkpoints_are_those_of_one_device(layout: Layout, tied: bool, tmp_path: Path) -> None:
     cut, one = build(layout, tied=tied), build(Layout(), tied=tied)
@@ -151,6 +151,8 @@ def test_an_export_is_that_of_a_run_under_tp_1(tmp_path: Path) -> None:
     found = []
     for tp in (1, 2):
         changes = runs.layouts(vision=dict(), llm=dict(tp=tp)) | runs.settings(steps=4, num_microbatches=1)
+        # Adam would move key biases, whose gradient is zero but for rounding, by that
+        changes |= {"optimizer.OptimizerConfig.name": "sgd", "optimizer.OptimizerConfig.weight_decay": 0.0}
         changes |= {"decoder.Decoder.vocab_size": 33, "vit.ViT.feature_layer": -2}
         assert train.main(runs.arguments(gin, tmp_path / f"run{tp}", changes)) == 0
         assert convert.main(["to_hf", str(tmp_path / f"run{tp}"), "--out", str(tmp_path / f"out{tp}")]) == 0

@@ -165,6 +165,9 @@ KINDS = {
     "vocabulary of 61: tp 2": Case(Layout(tp=2, devices=LOW[:1] + "-1"), Layout(dp=2, devices="4-5"), vocab=61),
     "vocabulary of 61: tp 4, pp 2, sp, tied": Case(Layout(tp=4, pp=2, sp=True), Layout(dp=4), vocab=61, tied=True),
     "vocabulary of 61: tp 4, dp 2, clip active": Case(Layout(tp=4, dp=2), Layout(dp=4), vocab=61, changes=CLIP),
+    "vocabulary of 61: tp 2, dp 2, pp 2, zero 3, tied, clip active": Case(
+        Layout(tp=2, dp=2, pp=2, zero=3), Layout(dp=4), vocab=61, tied=True, changes=CLIP
+    ),
     "llm cp 2 ring, encoder cp 2 by heads": Case(
         Layout(cp=2, devices="0-1", context="ring"),
         Layout(cp=2, devices="2-3", context="heads"),
