@@ -125,11 +125,12 @@ def _price(now: Choice, then: Choice) -> tuple[float, int]:
 def _workspace(stage: Stage, kept: int, whole: int) -> int:
     """A layer's inner results, or all layers' if they are computed again without a loop to hold them back; and of the
     forward what leaves it beside what is kept, of the backward as much again, the gradients of the widest leaf and of a
-    chunk's logits. Under ZeRO-3 the gathered weights of a layer and of the ends; under ZeRO-2 too the gradients of a
-    layer, and side by side."""
+    chunk's logits. Under ZeRO-2 and 3 the gradients of a layer, twice to lie side by side, if they are more than those;
+    under ZeRO-3 the gathered weights of two layers and of one end."""
     inner = whole if stage.module.unroll and kept < whole else whole // len(stage.local.loops.layers)
     mine, definition = stage.parameters, stage.module.definition
-    moved = sum(map(mine.working.gathered_bytes, mine.weights)) + 2 * mine.working.scattered_bytes(LAYERS)
+    gathered = 2 * mine.working.gathered_bytes(LAYERS) + max(map(mine.working.gathered_bytes, ("first", "last")))
+    scattered = 2 * mine.working.scattered_bytes(LAYERS)
     ends = [leaf for part, leaves in mine.trainable.items() if part != LAYERS for leaf in jax.tree.leaves(leaves)]
     widest, logits = max(map(memory.local_bytes, ends), default=0), 0
     if stage.ends_in_loss:
@@ -139,4 +140,4 @@ def _workspace(stage: Stage, kept: int, whole: int) -> int:
         head = mine.leaves[part][leaf]
         ids = memory.local_bytes(head) // head.dtype.itemsize // definition.width
         logits = 2 * tokens * ids * stage.ends["loss"].dtype.itemsize
-    return moved + inner + max(memory.local_bytes(stage.y), inner + widest + logits)
+    return gathered + inner + max(memory.local_bytes(stage.y), inner + max(widest + logits, scattered))
