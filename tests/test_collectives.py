@@ -52,7 +52,9 @@ def test_under_sequence_parallelism_no_activation_is_reduced_whole() -> None:
 def test_experts_are_exchanged_over_ep_alone() -> None:
     found = programs(Layout(dp=2, ep=2), experts=EXPERTS)
     forward, backward = (found[name] for name in MICROBATCH)
-    sent = [c for c in forward + backward if c.elements > 1]
+    routing = (LAYERS, 2 * EXPERTS.count + 1)  # sums of what routers say, made whole behind the last layer
+    assert [c.times for c in forward + backward if c.shape == routing] == [1]
+    sent = [c for c in forward + backward if c.elements > 1 and c.shape != routing]
     assert {c.axes for c in sent} == {("dp",)} and {c.name for c in sent} == {"all_gather", "reduce_scatter"}
     tokens = 2 * tiny.SEQ  # of a device
     rows = [c for c in forward if c.shape == (tokens, tiny.WIDTH)]
