@@ -62,7 +62,9 @@ def test_under_sequence_parallelism_no_activation_is_reduced_whole() -> None:
 def test_experts_are_exchanged_over_ep_alone() -> None:
     found = programs(Layout(dp=2, ep=2), experts=EXPERTS)
     forward, backward = found["forward"], found["backward"]
-    sent = [c for c in forward + backward if c.size > 1]
+    routing = (LAYERS, 2 * EXPERTS.count + 1)  # sums of what routers say, made whole behind the last layer
+    assert [c.times for c in forward + backward if c.shape == routing] == [1]
+    sent = [c for c in forward + backward if c.size > 1 and c.shape != routing]
     assert {c.axes for c in sent} == {("dp",)} and {c.kind for c in sent} == {"all_gather", "reduce_scatter"}
     tokens = 2 * tiny.SEQ  # of a device
     rows = [c for c in forward if c.shape == (tokens, tiny.WIDTH)]

@@ -39,7 +39,9 @@ RICH = dataclasses.replace(
 CONFIGS = {
     "rich": RICH,
     "tied": dataclasses.replace(DECODER, tied=True),
-    "experts": dataclasses.replace(RICH, num_layers=3, experts=Experts(8, 2, 8, dense_layers=(1,))),
+    "experts": dataclasses.replace(
+        RICH, num_layers=3, experts=Experts(8, 2, 8, dense_layers=(1,), balance_loss=0.5, z_loss=0.1)
+    ),
     "three": dataclasses.replace(DECODER, num_heads=12, num_kv_heads=3),
     "siglip": VIT,
     "audio": dataclasses.replace(WHISPER, variant="qwen2_audio", projector="mlp"),
@@ -59,7 +61,9 @@ def scored(definition: ModuleDef, axes: Axes, params: Tree, x: Tree, batch: Tree
     head, empty = loss.Head(y["head"], 1, definition.vocab), 0 * y["head"]
     total, g_x, g_head = loss.add_gradients(y["x"], head, *tokens, empty, seed=seed, axes=axes, chunk=3)
     mine = g["x"] / axes.sp.size  # gathered over sp, the rows are there once for each of its devices
-    return {"x": axes.sp.pmax(y["x"]), "loss": total}, *pull({"x": mine + g_x, "head": g_head})
+    beside = {k: v for k, v in y.items() if k not in ("x", "head")}  # what routers tell
+    pulled = pull({"x": mine + g_x, "head": g_head} | {k: g[k] for k in beside})
+    return {"x": axes.sp.pmax(y["x"]), "loss": total} | beside, *pulled
 
 
 def example(config: Decoder | ViT | Whisper) -> tuple[ModuleDef, Tree, Tree]:

@@ -15,7 +15,7 @@ from models.axes import ONE_DEVICE
 from models.decoder import Decoder
 from models.grouped import grouped_dot
 from models.layers import dot
-from models.moe import Experts
+from models.moe import ROUTING, Experts, no_routing
 from models.vit import ViT
 
 Tree = Any
@@ -113,9 +113,9 @@ def test_a_checkpoint_policy_sees_the_products() -> None:
         layer, seen = definition.layers[0], definition.prepare(batch, ONE_DEVICE)
         params = layer.init(jax.random.key(0))
         run_layer = jax.checkpoint(lambda w, c: layer.apply(w, c, seen, ONE_DEVICE)["x"], policy=policy)
-        return [
-            a.shape for a in jax.tree.leaves(jax.vjp(run_layer, params, {"x": jnp.ones((1, SEQ, DECODER.width))})[1])
-        ]
+        x = jnp.ones((1, SEQ, DECODER.width))
+        routing = {ROUTING: no_routing(config.experts, config.num_layers, x)} if config.experts else {}
+        return [a.shape for a in jax.tree.leaves(jax.vjp(run_layer, params, {"x": x, **routing})[1])]
 
     hidden = (SEQ, DECODER.mlp_width)
     assert hidden == (DECODER.width, DECODER.mlp_width)

@@ -190,7 +190,7 @@ def test_experts_have_the_gradients_of_all_experts_weighted_by_one_hot_choices(x
     w = random_params(dataclasses.replace(DECODER, experts=config).module(jnp.float64))["layers"]["moe"]
     w = {name: jnp.asarray(a[0]) for name, a in w.items()}
     w["router"] = w["router"].at[:, 3].set(-10.0).at[:, 1].set(10.0)
-    assert layer.logical["moe"]["gate"] == ("experts", None, "mlp")
+    assert layer.logical["moe"]["gate"] == ("experts", None, "expert_mlp")
     x = jnp.abs(jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16))))
     block = nnx.split(nnx.eval_shape(lambda: Mixture(config, 16, rngs=nnx.Rngs(0))))[0]
 
