@@ -66,7 +66,7 @@ vision/test_config.Layout.dp = 4
 audio/test_config.Encoder.name = 'audio'
 audio/test_config.ViT.width = 32
 llm/test_config.Encoder.model = @llm/axes.Axis()
-llm/axes.Axis.name = 'tp'
+llm/axes.Axis.names = ('tp',)
 llm/axes.Axis.size = %WIDTH
 """
 EXPECTED = Experiment(
@@ -89,7 +89,7 @@ def same(got: Experiment, **changes: Any) -> bool:
 def test_a_file_becomes_a_dataclass(tmp_path: Path) -> None:
     got = load(tmp_path, BASE)
     assert same(got)
-    assert (got.llm.model.name, got.llm.model.size) == ("tp", 64)
+    assert (got.llm.model.names, got.llm.model.size) == (("tp",), 64)
 
 
 def test_settings_of_the_command_line_win_and_the_last_of_them(tmp_path: Path) -> None:
