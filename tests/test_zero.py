@@ -64,7 +64,7 @@ def test_zero_2_and_3_scatter_once_a_layer_and_zero_3_gathers_in_the_narrow_type
     zero: int, size: int | None, copies: bool
 ) -> None:
     mine = stage(Layout(dp=4, tp=2, zero=zero, zero_size=size), copies=copies)
-    inside = mine.plan.grid.spread((8, 8), P()).inside
+    inside = [axis for axis in mine.plan.grid.spread((8, 8), P()).inside if mine.plan.mesh.shape[axis] > 1]
     backward = over_data(mine, "backward")
     assert all(set(c.axes) == set(inside) for c in backward), "nothing crosses to the others that have the same shards"
     scatters = [c for c in backward if c.kind == "reduce_scatter"]
