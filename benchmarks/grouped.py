@@ -4,13 +4,15 @@
 
 Forward and both gradients for tokens that each go to 4 experts, of 8 or of 64, drawn evenly; then beside one dense
 product of the same FLOPs. bfloat16 with float32 gradients of the weights, float32 on a CPU, where the second part takes
-minutes and is left out unless `--tiny`. `--described` compiles the first part for an H100 that is only described
+minutes and is left out unless `--tiny`. The results are held against float64 on the CPU; exit status 1 if they are
+wrong. `--described` compiles the first part for an H100 that is only described
 instead (needs the extra `cuda12` or `cuda13`), and runs nothing: FLOPs by cost.py, workspace by `memory_analysis`.
 """
 
 import argparse
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ ACTIVE, FEW, MANY = 4, 8, 64  # experts
 SIZES, TINY = (4096, 512, 1024), (64, 16, 32)  # tokens, features, hidden
 
 
-def main() -> None:
-    """Prints a line per program."""
+def main() -> int:
+    """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
@@ -49,6 +51,7 @@ def main() -> None:
         found += [beside_dense(*((8, 64, 16, 32) if flags.tiny else case)) for case in CASES]
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))
+    return 0 if found[0].get("right", True) else 1
 
 
 def dtype() -> Any:
@@ -74,10 +77,12 @@ def active(tokens: int, features: int, hidden: int, repeats: int) -> dict[str, A
     """Time with few and with many experts, in turns."""
     x = jax.random.normal(jax.random.key(0), (tokens * ACTIVE, features), dtype())
     g = jax.random.normal(jax.random.key(1), (tokens * ACTIVE, hidden), dtype())
-    program, runs = jax.jit(both), {}
+    program, runs, errors = jax.jit(both), {}, {}
     for experts in (FEW, MANY):
         w = jax.random.normal(jax.random.key(2), (experts, features, hidden), dtype())
         given = x, w, w.astype(jnp.float32), g, jnp.asarray(drawn(experts, tokens))
+        pairs = zip(program(*given), defined(*given), strict=True)
+        errors[experts] = [float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)) for a, b in pairs]
         runs[str(experts)] = functools.partial(lambda given: jax.block_until_ready(program(*given)), given)
     times = measured(runs, repeats=repeats)
     for experts, time in times.items():
@@ -85,7 +90,21 @@ def active(tokens: int, features: int, hidden: int, repeats: int) -> dict[str, A
     few, many = times[str(FEW)], times[str(MANY)]
     ratio = {"cpu": many.cpu / few.cpu, "wall": many.wall / few.wall}
     print(f"  ratio of CPU time {ratio['cpu']:.2f}, of wall time {ratio['wall']:.2f}", flush=True)
-    return {"times": {experts: time._asdict() for experts, time in times.items()}, "ratio": ratio}
+    worst = max(map(max, errors.values()))
+    print(f"  error of product and gradients against float64: {worst:.1e}", flush=True)
+    found = {"times": {experts: time._asdict() for experts, time in times.items()}, "ratio": ratio}
+    return found | {"errors": errors, "right": worst < (1e-5 if dtype() == jnp.float32 else 2e-2)}
+
+
+def defined(
+    x: jax.Array, w: jax.Array, tap: jax.Array, g: jax.Array, sizes: jax.Array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `both` should be, in float64."""
+    xs, ws, gs = (np.asarray(a).astype(np.float64) for a in (x, w, g))
+    rows = np.split(np.arange(len(xs)), np.cumsum(np.asarray(sizes))[:-1])
+    y = np.concatenate([xs[r] @ m for r, m in zip(rows, ws, strict=True)])
+    g_x = np.concatenate([gs[r] @ m.T for r, m in zip(rows, ws, strict=True)])
+    return y, g_x, np.stack([xs[r].T @ gs[r] for r in rows])
 
 
 def compiled(tokens: int, features: int, hidden: int) -> dict[str, Any]:
@@ -138,4 +157,4 @@ def products(form: Callable[..., jax.Array], x: jax.Array, w: jax.Array, g: jax.
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
