@@ -172,7 +172,7 @@ def test_a_layout_changes_neither_outputs_nor_gradients(name: str, layout: Layou
     ("name", "layout", "message"),
     [
         ("three", Layout(tp=2), "of tp=2 and kv_heads=3 neither divides the other; use tp of 1, 3, 6"),
-        ("rich", Layout(tp=2, ep=2), "ep=2, but the model's code does not handle ep"),
+        ("rich", Layout(tp=2, ep=2), "ep=2 cuts experts, and the model has none; set ep=1"),
         ("experts", Layout(dp=3, ep=3), "ep=3 does not divide experts=8; use ep of 1, 2, 4, 8"),
         ("experts", Layout(tp=3), "tp=3 does not divide heads=8"),
         ("siglip", Layout(cp=8), "cp=8 does not divide tokens=4; use cp of 1, 2, 4"),

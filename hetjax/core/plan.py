@@ -87,7 +87,9 @@ def _check_devices(name: str, layout: Layout, available: int) -> None:
 
 
 def _check_module(name: str, definition: ModuleDef, layout: Layout) -> None:
-    for axis in (*AXES, "pp", "ep"):
+    if layout.ep > 1 and "ep" not in definition.axes:
+        raise ValueError(f"{name}: ep={layout.ep} cuts experts, and the model has none; set ep=1")
+    for axis in (*AXES, "pp"):
         if getattr(layout, axis) > 1 and axis not in definition.axes:
             raise ValueError(
                 f"{name}: {axis}={getattr(layout, axis)}, but the model's code does not handle {axis} "
