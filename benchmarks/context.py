@@ -11,45 +11,19 @@ import argparse
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from synthetic import emulate
+from synthetic import emulate, one_row
 
-from hetjax.core.graph import Module, vlm
-from hetjax.core.layout import Layout, zigzag
-from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.layout import zigzag
 from hetjax.core.remat import Remat
-from hetjax.core.stage import Stage
-from hetjax.core.train_spec import TrainSpec
-from hetjax.core.trainer import Trainer
 from models.axes import Axes, Axis
 from models.context import CONTEXTS, attend_across, prepared
 from models.decoder import Decoder
 from models.sight import Sight
 
 MODEL = Decoder(vocab_size=512, width=256, num_layers=4, num_heads=8, num_kv_heads=2, mlp_width=768)
-
-
-def compiled(context: str, cp: int, tokens: int) -> Stage:
-    """The decoder as one stage, forward and backward compiled."""
-    row = {k: jax.ShapeDtypeStruct((1, tokens), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
-    row["weights"] = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
-    layout = Layout(cp=cp, context=context)
-    spec = TrainSpec(
-        graph=vlm((), Module("llm", MODEL.module(jnp.float32), layout, Remat.NONE)),
-        devices=jax.devices(),
-        batch=row,
-        groups=1,
-        num_microbatches=1,
-        optimizer=OptimizerConfig(),
-    )
-    stage = Trainer(spec).pipeline.stages["llm", 0]
-    thunks = stage.thunks(evaluate=False)
-    for name in ("forward", "backward"):
-        thunks[name]()
-    return stage
 
 
 def seconds(context: str, cp: int, tokens: int) -> float:
@@ -87,7 +61,8 @@ def main() -> None:
         + (" CPU s of attention" if flags.time else "")
     )
     for context in CONTEXTS:
-        stage = compiled(context, flags.cp, flags.tokens)
+        layout = Layout(cp=flags.cp, context=context)
+        stage = one_row(MODEL.module(jnp.float32), layout, Remat.NONE, flags.tokens, jax.devices())
         kept = sum(np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in stage.kept)
         sizes = [kept, *(stage.memory[p].temp_size_in_bytes for p in ("forward", "backward"))]
         line = f"{context:<8} {sizes[0] / 2**20:>9.1f} {sizes[1] / 2**20:>8.1f} {sizes[2] / 2**20:>8.1f}"

@@ -21,14 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from mfu import DECODERS
+from synthetic import one_row
 
-from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
-from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
 from hetjax.core.stage import Stage
-from hetjax.core.train_spec import TrainSpec
-from hetjax.core.trainer import Trainer
 from models import attention
 
 # From the data sheet and `cudaGetDeviceProperties`.
@@ -68,21 +65,7 @@ def described(topology: str) -> list[jax.Device]:
 def compiled(size: str, seq_len: int, *, packed: bool, cp: int) -> Stage:
     """The language model as one stage on a described node of eight H100, forward and backward compiled."""
     definition = DECODERS[size].module(jnp.bfloat16, packed=packed)
-    row = {k: jax.ShapeDtypeStruct((1, seq_len), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
-    row["weights"] = jax.ShapeDtypeStruct((1, seq_len), jnp.float32)
-    spec = TrainSpec(
-        graph=vlm((), Module("llm", definition, Layout(tp=2, cp=cp), Remat.FULL)),
-        devices=described("1x1x8"),
-        batch=row,
-        groups=1,
-        num_microbatches=1,
-        optimizer=OptimizerConfig(),
-    )
-    stage = Trainer(spec).pipeline.stages["llm", 0]
-    thunks = stage.thunks(evaluate=False)
-    for name in ("forward", "backward"):
-        thunks[name]()
-    return stage
+    return one_row(definition, Layout(tp=2, cp=cp), Remat.FULL, seq_len, described("1x1x8"))
 
 
 def kernels(text: str) -> Mapping[str, int]:

@@ -15,8 +15,10 @@ from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
+from hetjax.core.stage import Stage
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import State, Trainer
+from models.contract import ModuleDef
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -100,6 +102,25 @@ class Workload:
     def step(self) -> list[Microbatch]:
         """The microbatches of one step."""
         return [self.microbatch(i) for i in range(self.num_microbatches)]
+
+
+def one_row(definition: ModuleDef, layout: Layout, remat: Remat, tokens: int, devices: list[jax.Device]) -> Stage:
+    """A language model as one stage, forward and backward compiled for one row of so many tokens."""
+    row = {k: jax.ShapeDtypeStruct((1, tokens), jnp.int32) for k in ("tokens", "positions", "segment_ids", "targets")}
+    row["weights"] = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
+    spec = TrainSpec(
+        graph=vlm((), Module("llm", definition, layout, remat)),
+        devices=devices,
+        batch=row,
+        groups=1,
+        num_microbatches=1,
+        optimizer=OptimizerConfig(),
+    )
+    stage = Trainer(spec).pipeline.stages["llm", 0]
+    thunks = stage.thunks(evaluate=False)
+    for name in ("forward", "backward"):
+        thunks[name]()
+    return stage
 
 
 def emulate(devices: int) -> None:

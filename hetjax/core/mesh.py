@@ -193,7 +193,8 @@ def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 
     repeats = layout.tp // kv_heads if 0 < kv_heads < layout.tp else 1
     alone = {name: [size] for name, size in experts.items()}  # the inner parts of an axis that are used alone
     alone["tp"].append(repeats)
-    alone["dp"].append(layout.zero_size or layout.dp)
+    shared = layout.zero_size or layout.dp
+    alone["dp"].append(shared)
     folded = {name: fold(name, getattr(layout, name), alone.get(name, ())) for name in AXES}
     if repeats == layout.tp > 1:  # for a single head an axis of one device: what it cuts meets the data of all of tp
         folded["tp"] = {"tp_kv": 1, **folded["tp"]}
@@ -202,7 +203,6 @@ def make_grid(layout: Layout, devices: Sequence[jax.Device], *, kv_heads: int = 
     parts["ep"] = tuple(axis for name in AXES for axis in inner.get(name, ()))
     parts["tp_of_ep"], parts["sp"] = inner["tp"], parts["tp"] if layout.sp else ()
     parts["etp"] = parts["tp"][: len(parts["tp"]) - len(inner["tp"])]
-    shared = layout.dp if layout.zero_size is None else layout.zero_size
     repeated = len(parts["dp"]) - len(innermost(folded["dp"], shared))
     parts["across"] = parts["dp"][:repeated] if shared < layout.dp else ()
     parts["kv"] = parts["tp"][: len(parts["tp"]) - len(innermost(folded["tp"], repeats))]

@@ -138,6 +138,18 @@ def unpack(packings: Iterable[Packing], words: Iterable[jax.Array]) -> dict[str,
     return {k: v for packing, row in zip(packings, words, strict=True) for k, v in packing.unpack(row).items()}
 
 
+class Recording(dict):
+    """A batch that remembers which of its arrays a model read."""
+
+    def __init__(self, items: Mapping[str, jax.Array]) -> None:
+        super().__init__(items)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> jax.Array:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
 class Prepared(dict[str, np.ndarray]):
     """A global microbatch, with what each stage reads of it packed already. Its arrays must not be changed.
 

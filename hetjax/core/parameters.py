@@ -68,7 +68,8 @@ class Parameters:
         self.moving = self.working.abstract_copies(self.params, moving=True)  # and change with each step
         self.trains = bool(self.trainable)
         self.spreads = nested({path: self.working.spreads[path] for path in flat(self.trainable)})
-        self.are_repeated = any(spread.count > 1 for spread in jax.tree.leaves(self.spreads))
+        self._several = nested({path: spread for path, spread in flat(self.spreads).items() if spread.count > 1})
+        self.are_repeated = bool(self._several)
         self.grads = jax.tree.map(lambda a, spread: self._at(a, spread.cut), self.trainable, self.spreads)
         self.acc = jax.tree.map(self._accumulator, self.trainable, self.spreads)
         self.tx = optimizer.transformation(config, module.name)
@@ -103,8 +104,7 @@ class Parameters:
 
     def repeated(self, tree: Tree) -> Tree:
         """Of nested dicts with what belongs to trainable leaves, that of those which have several accumulators."""
-        spreads = flat(self.spreads)
-        return nested({path: leaf for path, leaf in flat(tree).items() if spreads[path].count > 1})
+        return _at_paths(tree, self._several)
 
     def layers_of(self, path: Sequence[str]) -> list[int]:
         """The module's layers whose rows the stacked leaf at `path` holds; `path` begins behind "layers"."""

@@ -112,7 +112,7 @@ class Stage:
         found: set[str] = set()
 
         def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
-            recording = _Recording(batch)
+            recording = packing.Recording(batch)
             self.local.outputs(weights, dict(x), recording)
             found.update(recording.read)
             return jnp.zeros(())
@@ -281,18 +281,6 @@ class Stage:
         compiled = jax.jit(function, donate_argnums=donate, keep_unused=True, **options).lower(*args).compile()
         self.memory[name] = compiled.memory_analysis()
         self.programs[name] = compiled
-
-
-class _Recording(dict):
-    """A batch that remembers which of its arrays a model read."""
-
-    def __init__(self, items: Mapping[str, jax.Array]) -> None:
-        super().__init__(items)
-        self.read: set[str] = set()
-
-    def __getitem__(self, key: str) -> jax.Array:
-        self.read.add(key)
-        return super().__getitem__(key)
 
 
 def _done() -> jax.Array:
