@@ -11,12 +11,13 @@ import argparse
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from synthetic import emulate, one_row
 
-from hetjax.core.layout import zigzag
+from hetjax.core.layout import Layout, zigzag
 from hetjax.core.remat import Remat
 from models.axes import Axes, Axis
 from models.context import CONTEXTS, attend_across, prepared
