@@ -9,7 +9,7 @@ from hetjax.core.packing import Packing
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
-from hetjax.core.tasks import Kind, StageKey, StageNode
+from hetjax.core.tasks import OFFLOADS, Kind, StageKey, StageNode
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -108,7 +108,8 @@ class Wiring:
         end = None
         if stage.parameters.trains:
             end = Kind.REDUCE if stage.parameters.are_repeated else Kind.MEASURE
-        return StageNode(*key, frozenset(stage.plan.device_ids), stage.has_backward, upstream, end)
+        offload = frozenset().union(*(OFFLOADS[kind] for kind in stage.module.layout.offload))
+        return StageNode(*key, frozenset(stage.plan.device_ids), stage.has_backward, upstream, end, offload)
 
     @property
     def boundaries(self) -> dict[str, Boundary]:
