@@ -20,9 +20,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from hetjax.core.tasks import OF_STAGES, Kind, Needs, Task, Thing
+from hetjax.core.tasks import COMPUTING, OF_STAGES, Kind, Needs, StageKey, Task, Thing
 
-COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.REDUCE, Kind.MEASURE, Kind.UPDATE})
 Slotted = tuple[int, int, Task]  # the place in front of which task, the order there, and what
 
 
@@ -97,16 +96,17 @@ class _Gaps:
 
 
 class Moment(NamedTuple):
-    """A task that computes, and what is where while it does: how many things of all microbatches, by `Thing` of
-    microbatch -1."""
+    """A task of `kind` works on a stage, and so many things are on their devices and on the host while it does, those
+    of all microbatches together (as `Thing` of microbatch -1)."""
 
-    task: Task
-    device: collections.Counter[Thing]
-    host: collections.Counter[Thing]
+    stage: StageKey
+    kind: Kind
+    device: frozenset[tuple[Thing, int]]
+    host: frozenset[tuple[Thing, int]]
 
 
 def moments(order: Sequence[Task], needs: Needs, home: frozenset[Thing]) -> Iterator[Moment]:
-    """What a step holds, task by task."""
+    """What a step holds, computing task by task."""
     always = [Thing(what, key) for key in needs.nodes for what in OF_STAGES]
     moved = {task.thing: task.kind for task in reversed(order) if task.thing}  # first in the step
     there = [thing for thing in always if thing not in home or moved.get(thing) is Kind.GONE]
@@ -131,7 +131,8 @@ def moments(order: Sequence[Task], needs: Needs, home: frozenset[Thing]) -> Iter
                 made.add(thing)
                 device[thing._replace(microbatch=-1)] += 1
         if task.kind in COMPUTING:
-            yield Moment(task, +device, +host)
+            now = (frozenset((+held).items()) for held in (device, host))
+            yield Moment(task.stage, task.kind, *now)
         for thing in dict.fromkeys((*needs.reads(task), *needs.writes(task))):
             if thing.what not in OF_STAGES and last[thing] == task:
                 device[thing._replace(microbatch=-1)] -= 1

@@ -20,7 +20,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
-from hetjax.core.offload import with_moves
+from hetjax.core.offload import Moment, moments, with_moves
 from hetjax.core.tasks import Kind, Needs, StageKey, StageNode, Task, Thing
 
 KINDS = ("1f1b", "gpipe")
@@ -32,13 +32,14 @@ class Schedule:
     """`gradients`: every task up to the finished gradients, in order. `update`: those behind them.
 
     `max_in_flight`: per stage, the most microbatches whose forward is done and backward is not. `home`: what of the
-    stages lies on the host between steps.
+    stages lies on the host between steps. `moments`: what is where while a task computes, each once.
     """
 
     gradients: tuple[Task, ...]
     update: tuple[Task, ...]
     max_in_flight: dict[StageKey, int]
-    home: frozenset[Thing] = frozenset()
+    home: frozenset[Thing]
+    moments: tuple[Moment, ...]
 
     @property
     def order(self) -> tuple[Task, ...]:
@@ -72,8 +73,8 @@ def build_schedule(
     computed = simulation.run()
     tasks = [*_with_ends(computed, simulation.end, needs), *needs.behind_gradients()]
     tasks, home = with_moves(tasks, needs)
-    decide = tasks.index(needs.decide)
-    return Schedule(tuple(tasks[:decide]), tuple(tasks[decide:]), _in_flight(nodes, computed), home)
+    decide, found = tasks.index(needs.decide), tuple(dict.fromkeys(moments(tasks, needs, home)))
+    return Schedule(tuple(tasks[:decide]), tuple(tasks[decide:]), _in_flight(nodes, computed), home, found)
 
 
 def _with_ends(computed: Sequence[Task], end: dict[Task, float], needs: Needs) -> list[Task]:

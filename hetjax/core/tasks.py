@@ -24,6 +24,9 @@ class Kind(enum.Enum):
     RETURN = "return"  # the thing is on the device again
 
 
+COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.REDUCE, Kind.MEASURE, Kind.UPDATE})
+
+
 class What(enum.Enum):
     """What a stage holds on its devices, and what may be in the host's memory instead between two uses."""
 
