@@ -8,15 +8,19 @@ import pytest
 from test_schedule import random_nodes, vlm
 
 from hetjax.core.schedule import Schedule, build_schedule
-from hetjax.core.tasks import COMPUTING, OF_STAGES, Kind, Needs, StageKey, StageNode, Task, Thing, What
+from hetjax.core.tasks import COMPUTING, OF_STAGES, OFFLOADS, Kind, Needs, StageKey, StageNode, Task, Thing, What
 
 MOVES = (Kind.LEAVE, Kind.GONE, Kind.RETURN)
+OFFLOADED = frozenset().union(*OFFLOADS.values())
+USED_WITHIN = OFFLOADED - {What.MASTERS, What.STATE}  # by microbatches
 USED_AHEAD = (Kind.FORWARD, Kind.BACKWARD)  # what they use may return one task before
 
 
 def offloaded(nodes: Sequence[StageNode], rng: random.Random) -> list[StageNode]:
     """Each module with some kinds of things."""
-    kinds = {node.module: frozenset(what for what in What if rng.random() < 0.7) for node in nodes}
+    kinds = {
+        node.module: frozenset(what for what in What if what in OFFLOADED and rng.random() < 0.7) for node in nodes
+    }
     return [dataclasses.replace(node, offload=kinds[node.module]) for node in nodes]
 
 
@@ -79,7 +83,7 @@ class Walk:
             ahead = [t for t in behind if t.stage[0] == thing.stage[0]]
             assert use is None or behind == ahead, "another module works, and it is back"
             assert use is None or len(behind) <= (use.kind in USED_AHEAD), "so early nobody needs it"
-            if thing.what in (What.MASTERS, What.STATE) and use is not None:
+            if thing.what not in USED_WITHIN and use is not None:
                 start = next(i for i, (_, t) in enumerate(self.tasks[n:], n) if t is use)
                 assert all(t.kind is not Kind.DECIDE for _, t in self.tasks[n:start]), "the step may be undecided"
 
@@ -91,6 +95,7 @@ class Walk:
             assert thing.stage[0] == task.stage[0] or not self.shares(task, thing), "its memory may not be free yet"
         for thing in self.there:
             may_go = thing.what in self.nodes[thing.stage].offload and self.shares(task, thing)
+            assert not may_go or thing.what in USED_WITHIN or task.kind not in USED_AHEAD, "the update alone needs it"
             if may_go and thing.stage[0] != task.stage[0]:
                 assert self.between(n, thing)[1] is None, (task, thing)
 
@@ -108,6 +113,7 @@ def test_every_use_has_its_thing_and_others_find_the_memory_free(seed: int) -> N
     walk.run()
     between = Walk(schedule, nodes, walk.needs)
     assert {t for t in walk.there if t.what in OF_STAGES} == between.there, "a step ends as it begins"
+    assert {t.thing for t in schedule.order if t.thing and t.thing.what in OF_STAGES} <= schedule.home
     without = build_schedule(plain, num, ties=ties, **options)
     assert [t for t in schedule.order if t.kind not in MOVES] == list(without.order)
     assert schedule.update[0].kind is Kind.DECIDE
@@ -122,15 +128,15 @@ def held(schedule: Schedule, key: StageKey, what: What) -> list[int]:
 
 
 def test_an_encoder_is_away_while_the_language_model_works() -> None:
-    nodes = [dataclasses.replace(node, offload=frozenset(What)) for node in vlm(vision=[[0, 1]], llm=[[0, 1]])]
+    nodes = [dataclasses.replace(node, offload=OFFLOADED) for node in vlm(vision=[[0, 1]], llm=[[0, 1]])]
     schedule = build_schedule(nodes, 3)
     vision, llm = ("vision", 0), ("llm", 0)
     by_module = {key: [m for m in schedule.moments if m.stage == key] for key in (vision, llm)}
     for m in by_module[llm]:
-        assert not any(thing.stage == vision for thing, _ in m.device), m
+        assert {thing.what for thing, _ in m.device if thing.stage == vision} <= {What.SUMS}, m
     for m in by_module[vision]:
         there = {thing.what for thing, _ in m.device if thing.stage == llm}
-        assert there <= {What.INPUTS}, m
+        assert there <= {What.INPUTS, What.SUMS}, m
     most = lambda key, what: max(held(schedule, key, what))
     assert most(vision, What.RESIDUALS) == 2 and most(llm, What.RESIDUALS) == 1
     plain = build_schedule(vlm(vision=[[0, 1]], llm=[[0, 1]]), 3)

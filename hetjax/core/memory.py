@@ -40,6 +40,7 @@ COLUMNS = {
     What.RESIDUALS: "activations",
     What.INPUTS: "activations",
     What.COTANGENTS: "activations",
+    What.SUMS: "gradients",
 }
 BETWEEN = {  # programs that run between steps, and what of their stage they are given
     "cast": (What.WEIGHTS, What.MASTERS),
@@ -57,8 +58,10 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
 
 def _workspace(stage: Stage, name: str) -> int:
     """What a program takes beside what is counted of what it is given and puts out."""
-    found = stage.memory[name]
-    counted = {"forward": local_bytes(stage.kept), "cast": local_bytes(stage.parameters.copies)}
+    found, mine = stage.memory[name], stage.parameters
+    counted = {"forward": local_bytes(stage.kept), "cast": local_bytes(mine.copies)}
+    if name == "reduce":
+        counted["reduce"] = local_bytes(mine.repeated(mine.grads))
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes - counted.get(name, 0)
 
 
@@ -74,7 +77,8 @@ def of_step(
         for device in devices[key]:
             columns = dict.fromkeys(DeviceMemory._fields, 0)
             columns["workspace"] = workspace.get((key, program), 0)
-            columns["gradients"] = sum(_gradients(pipeline.stages[k], program) for k in devices if device in devices[k])
+            trained = [s.parameters for k, s in pipeline.stages.items() if device in devices[k] and s.parameters.trains]
+            columns["gradients"] = sum(local_bytes(mine.acc) for mine in trained)
             for thing, count in there:
                 columns[COLUMNS[thing.what]] += count * sizes[thing] * (device in devices[thing.stage])
             now = DeviceMemory(**columns)
@@ -106,20 +110,13 @@ def things(pipeline: Pipeline, key: StageKey, kept: int) -> dict[Thing, int]:
         Thing(What.STATE, key): local_bytes(mine.state),
         Thing(What.RESIDUALS, key): local_bytes(stage.packed) + kept,
         Thing(What.COTANGENTS, key): 0,
+        Thing(What.SUMS, key): local_bytes(mine.repeated(mine.grads)) if mine.trains else 0,
     }
     for link in pipeline.links[key]:
         found[Thing(What.COTANGENTS, key)] = local_bytes([link.boundary.source[k] for k in link.boundary.gradients])
     for link in pipeline.sources[key]:
         found[Thing(What.INPUTS, key, -1, link.source)] = local_bytes([stage.x[name] for name in link.names.values()])
     return found
-
-
-def _gradients(stage: Stage, program: str) -> int:
-    """The accumulators, and at the update the sums over replicas that have been made of them."""
-    mine = stage.parameters
-    if not mine.trains:
-        return 0
-    return local_bytes(mine.acc) + (local_bytes(mine.repeated(mine.grads)) if program == "update" else 0)
 
 
 def local_bytes(tree: Any) -> int:

@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from hetjax.core.tasks import COMPUTING, OF_STAGES, Kind, Needs, StageKey, Task, Thing
+from hetjax.core.tasks import COMPUTING, OF_STAGES, Kind, Needs, StageKey, Task, Thing, What
 
 Slotted = tuple[int, int, Task]  # the place in front of which task, the order there, and what
 
@@ -134,7 +134,7 @@ def moments(order: Sequence[Task], needs: Needs, home: frozenset[Thing]) -> Iter
             now = (frozenset((+held).items()) for held in (device, host))
             yield Moment(task.stage, task.kind, *now)
         for thing in dict.fromkeys((*needs.reads(task), *needs.writes(task))):
-            if thing.what not in OF_STAGES and last[thing] == task:
+            if thing.what not in (*OF_STAGES, What.SUMS) and last[thing] == task:
                 device[thing._replace(microbatch=-1)] -= 1
                 if thing in away:
                     away.remove(thing)

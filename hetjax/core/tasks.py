@@ -28,7 +28,7 @@ COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.REDUCE, Kind.MEASURE, K
 
 
 class What(enum.Enum):
-    """What a stage holds on its devices, and what may be in the host's memory instead between two uses."""
+    """What a stage holds on its devices. All but the last may be in the host's memory instead, between two uses."""
 
     WEIGHTS = "weights"  # what the programs are given of the parameters
     MASTERS = "masters"  # the parameters that have working weights beside them
@@ -36,6 +36,7 @@ class What(enum.Enum):
     RESIDUALS = "residuals"  # what the backward of a microbatch needs of its forward
     INPUTS = "inputs"  # of a microbatch, from another stage
     COTANGENTS = "cotangents"  # of the outputs of a microbatch
+    SUMS = "sums"  # of gradients over replicas, from their reduction to the step's end
 
 
 OFFLOADS = {
@@ -175,6 +176,8 @@ class Needs:
         if kind is Kind.BOUNDARY and to is not None:
             forward = to in self.consumers[key]
             return [Thing(What.INPUTS, to, i, key) if forward else Thing(What.COTANGENTS, to, i)]
+        if kind is Kind.REDUCE:
+            return [Thing(What.SUMS, key)]
         if kind is Kind.UPDATE:
             return [Thing(what, key) for what in OF_STAGES]
         if kind is Kind.TIE and to is not None and (key, to) not in self._ties:
