@@ -18,6 +18,7 @@ from test_parity import FROZEN_LLM, FROZEN_VISION, PROJECTOR, Case
 from hetjax.core.layout import Layout, check_batch
 from hetjax.core.plan import plan_stages
 from hetjax.core.remat import Remat
+from hetjax.core.tasks import OFFLOADS
 from models.context import CONTEXTS, GATHER
 from models.contract import ModuleDef
 
@@ -69,7 +70,8 @@ def layout(rng: random.Random, most: int) -> Layout:
             break
     context = rng.choice(CONTEXTS) if sizes["cp"] > 1 else GATHER
     share = rng.choice([None, None, 1, 2])
-    return Layout(**sizes, sp=rng.random() < 0.4, zero=rng.choice([1, 1, 2, 3]), zero_size=share, context=context)
+    cut = dict(sp=rng.random() < 0.4, zero=rng.choice([1, 1, 2, 3]), zero_size=share, context=context)
+    return Layout(**sizes, **cut, offload=tuple(kind for kind in OFFLOADS if rng.random() < 0.3))
 
 
 def place(rng: random.Random, layouts: dict[str, Layout]) -> dict[str, Layout]:
@@ -101,6 +103,7 @@ def kinds(case: Case) -> set[str]:
         found |= {f"{side} zero {mine.zero}"} if mine.zero > 1 else set()
         found |= {f"{side} shards over a part"} if mine.zero_size not in (None, mine.dp) else set()
         found |= {f"{side} {mine.context}"} if mine.cp > 1 else set()
+        found |= {f"{side} offloads {kind}" for kind in mine.offload}
         ids = mine.device_ids
         found |= {"shuffled"} if list(ids) != sorted(ids) else set()
     llm, vision = set(case.llm.device_ids), set(case.vision.device_ids)
