@@ -1,5 +1,5 @@
-"""What offload costs and frees on one accelerator: steps of a 1B decoder with residuals and optimizer state in the host's
-memory or not, under GPipe, whose residuals wait longest.
+"""What offload costs and frees on one accelerator: steps of a 1B decoder with residuals and optimizer state in the
+host's memory or not, under GPipe, whose residuals wait longest.
 
     python benchmarks/offload.py [--repeats 3] [--json FILE] [--tiny]
 

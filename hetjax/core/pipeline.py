@@ -1,4 +1,4 @@
-"""The host loop: walks a schedule's tasks over the stages of all modules. The only file that dispatches work.
+"""The host loop: walks a schedule's tasks over the stages of all modules; `step.py` does what each of them is.
 
 One Python thread hands each task to its devices and goes on; arrays are futures. The order is the schedule's and
 nothing else's: it asks no device what is ready, so every process that runs it issues the same tasks in the same order.
