@@ -22,6 +22,8 @@ def on_device(tree: Tree) -> Tree:
 
 def _put(tree: Tree, memory: str) -> Tree:
     leaves, structure = jax.tree.flatten(tree)
+    if all(leaf.sharding.memory_kind == memory for leaf in leaves):
+        return tree
     where = [leaf.sharding.with_memory_kind(memory) for leaf in leaves]
     return jax.tree.unflatten(structure, jax.device_put(leaves, where))
 
@@ -68,6 +70,7 @@ class Alive:
             if thing not in self._host:
                 self._host[thing] = self._leaving[thing] = on_host(tree)
         elif task.kind is Kind.GONE:
-            jax.block_until_ready(self._leaving.pop(thing, ()))
+            leaves = jax.tree.leaves(self._leaving.pop(thing, ()))
+            jax.block_until_ready([leaf for leaf in leaves if not leaf.is_deleted()])  # of a state that was given up
         else:
             self._device[thing] = on_device(self._host[thing])

@@ -145,6 +145,7 @@ class Pipeline(Wiring):
             if done is not None:
                 queue.append(done)
             seconds = time.perf_counter() - begun
-            waiting, working = waiting + begun - start, working + seconds
+            waits = task.kind is Kind.GONE
+            waiting, working = waiting + begun - start + seconds * waits, working + seconds * (not waits)
             crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
         return HostTimes(len(tasks), working, crossing, waiting)
