@@ -17,6 +17,7 @@ from test_parity import ADAMW, FROZEN_LLM, FROZEN_VISION, Case
 
 from hetjax.core import memory
 from hetjax.core.alive import HOST
+from hetjax.core.budget import Budget
 from hetjax.core.layout import Layout
 from hetjax.core.offload import moments
 from hetjax.core.pipeline import Pipeline
@@ -167,12 +168,14 @@ def test_what_is_offloaded_has_left_the_device_while_the_other_module_works(
     """At each task both memories hold what the memory table says, to the byte but for a few scalars."""
     trainer = built(CASES["colocated, a window of 2"], kinds, compiled("colocated, a window of 2"))
     pipeline, sizes = trainer.pipeline, {}
-    for key, stage in pipeline.stages.items():
-        sizes |= memory.things(pipeline, key, memory.local_bytes(stage.kept))
+    kept = {key: memory.local_bytes(stage.kept) for key, stage in pipeline.stages.items()}
+    for key in pipeline.stages:
+        sizes |= memory.things(pipeline, key, kept[key])
     total = lambda held: sum(count * sizes[thing] for thing, count in held)
     seen = iter(watched_step(monkeypatch, trainer))
     told = moments(pipeline.schedule.order, needs_of(pipeline), pipeline.schedule.home)
     leaving: set[Thing] = set()
+    most, most_on_host = 0, 0
     for task in pipeline.schedule.order:
         if task.thing is not None:
             leaving = leaving | {task.thing} if task.kind is Kind.LEAVE else leaving - {task.thing}
@@ -183,6 +186,18 @@ def test_what_is_offloaded_has_left_the_device_while_the_other_module_works(
             gone = sum(sizes[thing._replace(microbatch=-1)] for thing in leaving)
             assert abs(device - expected + gone) < SCALARS, task
             assert task.kind is Kind.UPDATE or abs(host - total(moment.host)) < SCALARS, task
+            most, most_on_host = max(most, total(moment.device)), max(most_on_host, total(moment.host))
             others = {thing.what for thing, _ in moment.device if thing.stage[0] != task.stage[0]}
             if kinds and task.kind in (Kind.FORWARD, Kind.BACKWARD):
                 assert others <= {What.SUMS, What.INPUTS} - ({What.INPUTS} if task.kind is Kind.BACKWARD else set())
+    table = memory.of_step(pipeline, kept, {})[0]
+    accumulators = sum(memory.local_bytes(stage.parameters.acc) for stage in pipeline.stages.values())
+    assert (table.total, table.host) == (most + accumulators, most_on_host)
+
+
+def test_the_budget_of_remat_counts_what_is_away_as_gone() -> None:
+    name = "colocated, a window of 2"
+    budgets = [Budget(built(CASES[name], kinds, compiled(name))) for kinds in ((), ("residuals",))]
+    there, away = (budget.estimate(budget.whole)[0] for budget in budgets)
+    assert away.total < there.total and away.host > 0 == there.host
+    assert budgets[0].basis != budgets[1].basis
