@@ -27,7 +27,8 @@ Microbatches = Sequence[Mapping[str, np.ndarray]]
 
 
 class State(NamedTuple):
-    """All that a step changes. Arrays are per stage, under that stage's layout."""
+    """All that a step changes. Arrays are per stage, under that stage's layout; those that it offloads in the host's
+    memory."""
 
     params: dict[StageKey, Tree]
     weights: dict[StageKey, Tree]  # what the programs are given of them
