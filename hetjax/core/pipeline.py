@@ -109,8 +109,7 @@ class Pipeline(Wiring):
         for key, stage in self.stages.items():  # producers come before their consumers
             y = stage.programs["evaluate"](weights[key], inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
-                moved = link.boundary.forward(y)
-                inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
+                inputs[link.target] |= _moved(link, y)
         likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
         return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
 
@@ -149,7 +148,7 @@ class _Gradients:
         self.seeds = {k: jax.device_put(np.asarray(shares[k], a.dtype), a.sharding) for k, a in ends.items()}
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
-        self.cotangents: dict[tuple[StageKey, int], dict[str, jax.Array]] = {}
+        self.cotangents: dict[tuple[StageKey, int], dict[StageKey, Tree]] = collections.defaultdict(dict)
         self.leaving: dict[Task, tuple[Link, dict[str, jax.Array]]] = {}
         self.scores: dict[int, Scores] = {}
         self.grads = dict(acc)
@@ -182,17 +181,18 @@ class _Gradients:
         if stage.has_backward:
             self.kept[key, i] = (x, packed, kept)
         if key == self.pipeline.last:
-            self.cotangents[key, i] = self.seeds
+            self.cotangents[key, i][key] = self.seeds
         for link in self.pipeline.links[key]:
             self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
         return done
 
     def _backward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
+        returned = self.cotangents.pop((key, i))  # in the order in which they arrived, but added in that of the links
         g_x, acc, done = self.pipeline.stages[key].programs["backward"](
             self.weights[key],
             *self.kept.pop((key, i)),
-            self.cotangents.pop((key, i)),
+            [returned[consumer] for consumer in [link.target for link in self.pipeline.links[key]] or [key]],
             self.acc.get(key, {}),
             self.pipeline.flags[key][i == 0],
         )
@@ -209,10 +209,9 @@ class _Gradients:
     def _boundary(self, task: Task) -> None:
         link, arrays = self.leaving.pop(task)
         if task.to == link.target:
-            moved = link.boundary.forward(arrays)
-            self.inputs[link.target, task.microbatch] |= {name: moved[k] for k, name in link.names.items()}
+            self.inputs[link.target, task.microbatch] |= _moved(link, arrays)
         else:
-            self.cotangents[link.source, task.microbatch] = link.boundary.backward(arrays)
+            self.cotangents[link.source, task.microbatch][link.target] = link.boundary.backward(arrays)
 
     def _reduce(self, task: Task) -> None:
         key = task.stage
@@ -283,6 +282,12 @@ class _Update:
         for tie in self.finish.ties:
             if (tie.owner, tie.copy) == (task.stage, task.to):
                 _lend(tie, self.weights)
+
+
+def _moved(link: Link, y: Tree) -> dict[str, jax.Array]:
+    """What of a stage's outputs the link's target takes, as its inputs."""
+    moved = link.boundary.forward({k: y[k] for k in link.names})
+    return {name: moved[k] for k, name in link.names.items()}
 
 
 def _lend(tie: Tie, weights: Trees) -> None:

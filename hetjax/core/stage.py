@@ -17,6 +17,7 @@ scores where it makes the loss (`Local.backward`); `copies` are the working weig
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,6 +72,7 @@ class Stage:
         self.packed = [p.struct for p in self.packings]
         self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # of a stage that ends in the loss
         self.y, self.ends = self._find_outputs()
+        self.consumers: list[tuple[str, ...]] = []  # keys of `y` that each stage takes which takes some, in their order
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
@@ -164,12 +166,13 @@ class Stage:
         x: Tree,
         packed: list[jax.Array],
         kept: list[jax.Array],
-        g: Tree,
+        g: list[Tree],
         acc: Tree,
         first: jax.Array,
     ) -> tuple[Tree, Tree, Tree]:
         batch = packing.unpack(self.packings, packed)
-        g_x, acc, scores = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
+        residuals = self._crossing.back(kept)
+        g_x, acc, scores = self.local.backward(weights, x, batch, residuals, _added(g), acc, first)
         return g_x, acc, self._summed(scores) if scores else _done()
 
     def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
@@ -226,8 +229,9 @@ class Stage:
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
-            args = (*inputs, self.kept, self.ends, mine.acc, self._whole((), jnp.bool_))
-            backward = self._whole_backward((*specs, kept_specs, spec_tree(self.ends)))
+            returned = [{k: self.ends[k] for k in keys} for keys in self.consumers] or [self.ends]
+            args = (*inputs, self.kept, returned, mine.acc, self._whole((), jnp.bool_))
+            backward = self._whole_backward((*specs, kept_specs, spec_tree(returned)))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
             acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.repeated(mine.grads))
@@ -281,6 +285,15 @@ class Stage:
         compiled = jax.jit(function, donate_argnums=donate, keep_unused=True, **options).lower(*args).compile()
         self.memory[name] = compiled.memory_analysis()
         self.programs[name] = compiled
+
+
+def _added(returned: list[Tree]) -> Tree:
+    """The cotangents of all outputs, each the sum of what the stages that take it return, in their order."""
+    found: dict[str, list[jax.Array]] = {}
+    for name, g in itertools.chain.from_iterable(tree.items() for tree in returned):
+        found.setdefault(name, []).append(g)
+    total = lambda g: g[0] if len(g) == 1 else sum(a.astype(wide(a.dtype)) for a in g).astype(g[0].dtype)
+    return {name: total(g) for name, g in found.items()}
 
 
 def _done() -> jax.Array:

@@ -224,7 +224,8 @@ def build_graph(experiment: Experiment) -> Graph:
     llm = experiment.llm
     packed = experiment.data.pack or (experiment.held_out is not None and experiment.held_out.pack)
     names = tuple(e.name for e in experiment.encoders)
-    definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=names, packed=packed)
+    deep = {tower.name: len(tower.definition.output) - 1 for tower in towers}
+    definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=names, deepstack=deep, packed=packed)
     return vlm(towers, Module(llm.name, definition, *how(llm)))
 
 
