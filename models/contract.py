@@ -125,6 +125,11 @@ class ModuleDef:
         """Layers between `first` and `last`."""
         return len(self.layers)
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """The keys of the output that enter another module."""
+        return tuple(key for key in self.output if key not in (AUXILIARY, ROUTED))
+
     def takes(self, lo: int, hi: int) -> frozenset[str]:
         """What of other modules enters layers `lo` to `hi`, and the first part if they are the first."""
         return frozenset(self.first.takes if lo == 0 else ()).union(*(layer.takes for layer in self.layers[lo:hi]))

@@ -9,6 +9,7 @@ tokens do. Where a token sees no item, the layer leaves it as it is.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,15 +57,28 @@ class CrossAttention:
                 f"CrossAttention.layers names all {num_layers} layers, so none looks at the text; leave one out"
             )
 
+    def check_encoders(self, encoders: tuple[str, ...], deepstack: Mapping[str, int]) -> None:
+        """Raises ValueError unless `encoder` is one of these, and gives no features to add (`deepstack`: how many)."""
+        if self.encoder not in encoders:
+            raise ValueError(
+                f"CrossAttention.encoder={self.encoder!r}; the encoders are {list(encoders)}; name one of "
+                "these, or set Decoder.cross_attention to None"
+            )
+        if deepstack.get(self.encoder):
+            raise ValueError(
+                f"CrossAttention.encoder={self.encoder!r} gives features to add at its places in the text (deepstack), "
+                "but layers attend to it, and its items have one place each; set the encoder's deepstack to ()"
+            )
+
 
 class Media(NamedTuple):
     """Where tokens and items stand. Documents are numbered over all rows of text, from 1 on; 0 is padding."""
 
     positions: jax.Array  # of this device's tokens in their documents, [1, b * s]
     documents: jax.Array  # [1, b * s]
-    index: jax.Array  # as `merge` takes it, of all tokens of cp, [tokens]
-    index_positions: jax.Array  # of these tokens
-    index_documents: jax.Array
+    places: jax.Array  # as `merge` takes an index, of all tokens of cp, [tokens]
+    place_positions: jax.Array  # of these tokens
+    place_documents: jax.Array
 
 
 def media(index: jax.Array, positions: jax.Array, segments: jax.Array, axes: Axes) -> Media:
@@ -80,11 +94,11 @@ def who_sees(found: Media, items: int, rows: int, dtype: Any, axes: Axes) -> tup
     """(which rows of this replica's `items`, of so many `rows` each, its tokens see; [b * s] of `dtype`: 1 for a token
     that sees any, else 0). All are NaN where an index points at another replica's items: wrong ones would train in
     silence."""
-    item = found.index // rows - axes.dp.index() * items
-    stands = (found.index >= 0) & (found.index % rows == 0)  # by its first row
+    item = found.places // rows - axes.dp.index() * items
+    stands = (found.places >= 0) & (found.places % rows == 0)  # by its first row
     at = jnp.where(stands, item, items)
     put = lambda x: vary_like(jnp.zeros(items, x.dtype), at).at[at].set(x, mode="drop")[None]
-    by_item = Sight(found.positions, found.documents, put(found.index_positions), put(found.index_documents))
+    by_item = Sight(found.positions, found.documents, put(found.place_positions), put(found.place_documents))
     sees = by_item.mask().any(-1)[0].astype(dtype)
     stray = (stands & ((item < 0) | (item >= items))).any()
     of_rows = lambda x: jnp.repeat(x, rows, 1)
@@ -131,7 +145,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: jax.Array, found: Media, axes: Axes) -> jax.Array:
         """`x` [b, s, d] of the stream behind the layer, `rows` [items, rows, d] of this data replica."""
-        sight, sees = who_sees(found, *rows.shape[:2], x.dtype, axes)
+        sight, sees = who_sees(found, rows.shape[0], rows.shape[1], x.dtype, axes)
         sees = own(sees.reshape(len(x), -1), 1, axes.sp)
         y = self.attention(rms_norm(x, self.attention_norm.get_value(), self.eps), rows, sight, axes)
         x = x + gated(y, self.attention_gate.get_value(), sees)

@@ -2,36 +2,35 @@
 
 Differences between the members are settings: grouped heads, biases (Qwen2), norms of queries and keys (Qwen3), a
 sliding window (Mistral), scaled rotary positions (Llama 3.1), a head tied to the embedding, experts in place of MLPs
-(Mixtral, Qwen3-MoE).
+(Mixtral, Qwen3-MoE), layers that attend to an encoder (Llama 3.2 Vision), features of an encoder's layers added behind
+the first layers (Qwen3-VL).
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from models import moe
-from models.attention import RopeScaling, attend, rope_frequencies, rotate, rotation
+from models.attention import RopeScaling, rope_frequencies, rotation
 from models.axes import Axes
-from models.context import attend_across, prepared, rows_are_whole
+from models.context import prepared, rows_are_whole
 from models.contract import AUXILIARY, ROUTED, Batch, Cached, Dims, ModuleDef, Part
 from models.cross_attention import MEDIA, CrossAttention, media
-from models.cross_attention import Layer as CrossLayer
-from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, rms_norm, wide, zeros
-from models.moe import COUNTED, ROUTING, Experts, Mixture
+from models.decoder_layer import Carry, Feature, Layer
+from models.layers import check_counts, normal, ones, rms_norm, wide
+from models.moe import COUNTED, ROUTING, Experts
 from models.nnx_parts import part
 from models.recompute import keeps_arguments
-from models.rows import add_rows, lookup, merge
+from models.rows import lookup, merge
 from models.sight import Sight
 from models.weight import Use
 
-Carry = dict[str, Any]
-Cache = dict[str, jax.Array]
 TOKEN_DIMS = ("batch", "seq")
 
 
@@ -108,7 +107,7 @@ class Decoder:
         compute_dtype: Any,
         *,
         encoders: tuple[str, ...] = (),
-        deepstack: Mapping[str, int] = {},
+        deepstack: Mapping[str, int] | None = None,
         packed: bool = True,
     ) -> ModuleDef:
         """The model as the core sees it, merging the outputs of `encoders`; activations are in `compute_dtype`.
@@ -119,13 +118,12 @@ class Decoder:
         no segments may then serve. What comes out at padding differs, and nobody reads it.
         """
         reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
-        self._check_encoders(encoders, deepstack)
+        features = self._features(encoders, deepstack or {})
         crossed = () if self.cross_attention is None else (self.cross_attention.encoder,)
         merged = tuple(e for e in encoders if e not in crossed)
-        depths = range(self.num_layers)
-        features = [tuple(e for e in encoders if i < deepstack.get(e, 0)) for i in depths]
-        which = list(zip(self.kinds, [tuple((e, f"{e}.deep{i}") for e in features[i]) for i in depths], strict=True))
+        which = list(zip(self.kinds, features, strict=True))
         layers = {kind: self._layer(*kind) for kind in dict.fromkeys(which)}
+        added = tuple(dict.fromkeys(feature.places for feature in itertools.chain(*features)))
         hidden = {} if set(self.kinds) == {"moe"} else {"mlp": self.mlp_width}
         if self.experts is not None:
             hidden["experts.width"] = self.experts.width
@@ -138,7 +136,7 @@ class Decoder:
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), merged, rngs=rngs), takes=merged),
             layers=tuple(layers[kind] for kind in which),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
-            prepare=functools.partial(_places, self, wide(compute_dtype), packed, tuple(deepstack)),
+            prepare=functools.partial(_places, self, wide(compute_dtype), packed, added),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
             carry=carry,
             output=output,
@@ -159,32 +157,23 @@ class Decoder:
             width=self.width,
         )
 
-    def _check_encoders(self, encoders: tuple[str, ...], deepstack: Mapping[str, int]) -> None:
+    def _features(self, encoders: tuple[str, ...], deepstack: Mapping[str, int]) -> list[tuple[Feature, ...]]:
+        """Those that are added behind each layer. Raises ValueError where encoders and layers do not fit."""
+        if self.cross_attention is not None:
+            self.cross_attention.check_encoders(encoders, deepstack)
         for name, count in deepstack.items():
             if count > self.num_layers:
                 raise ValueError(
                     f"Decoder.num_layers={self.num_layers}, but {name} gives features for {count} layers (deepstack); "
                     "let it give fewer"
                 )
-        if self.cross_attention is not None:
-            name = self.cross_attention.encoder
-            if name not in encoders:
-                raise ValueError(
-                    f"CrossAttention.encoder={name!r}; the encoders are {list(encoders)}, name one of these, or set "
-                    "Decoder.cross_attention to None"
-                )
-            if deepstack.get(name):
-                raise ValueError(
-                    f"CrossAttention.encoder={name!r} gives features to add at its places in the text (deepstack), but "
-                    "layers attend to it, and its items have one place each; set the encoder's deepstack to ()"
-                )
+        depths = range(self.num_layers)
+        return [tuple(Feature(e, depth) for e in encoders if depth < deepstack.get(e, 0)) for depth in depths]
 
-    def _layer(self, kind: str, features: tuple[tuple[str, str], ...]) -> Part:
-        takes = tuple(name for _, name in features)
-        if kind == "cross":
-            assert self.cross_attention is not None
-            takes = (self.cross_attention.encoder, *takes)
-        return part(lambda rngs: _Layer(self, kind, features, rngs=rngs), takes=takes)
+    def _layer(self, kind: str, features: tuple[Feature, ...]) -> Part:
+        attended = (self.cross_attention.encoder,) if self.cross_attention and kind == "cross" else ()
+        takes = (*attended, *(feature.name for feature in features))
+        return part(lambda rngs: Layer(self, kind, features, rngs=rngs), takes=takes)
 
 
 class _First(nnx.Module):
@@ -204,8 +193,9 @@ class _First(nnx.Module):
         return {"x": x, ROUTING: moe.no_routing(experts, self.config.kinds.count("moe"), x)}
 
 
-def _places(config: Decoder, dtype: Any, packed: bool, deepstack: tuple[str, ...], batch: Batch, axes: Axes) -> Batch:
-    """What the layers are given of a batch: rotary positions as `dtype`, who sees whom; the slot of a cache."""
+def _places(config: Decoder, dtype: Any, packed: bool, added: tuple[str, ...], batch: Batch, axes: Axes) -> Batch:
+    """What the layers are given of a batch: rotary positions as `dtype`, who sees whom; the slot of a cache; the arrays
+    `added`, which tell the places where features are added."""
     positions, segments = batch["positions"], batch["segment_ids"]
     cached = "cache.slot" in batch
     if cached:
@@ -223,87 +213,7 @@ def _places(config: Decoder, dtype: Any, packed: bool, deepstack: tuple[str, ...
         found[MEDIA] = media(batch[f"{config.cross_attention.encoder}.index"], positions, segments, axes)
     if config.experts is not None:
         found[COUNTED] = moe.count_tokens(segments, axes, dtype)
-    if cached:
-        return found | {"slot": batch["cache.slot"]}  # a new token is no place of an item
-    return found | {f"{name}.index": batch[f"{name}.index"] for name in deepstack}
-
-
-class _Layer(nnx.Module):
-    """`features`: (encoder, name of what enters), added at the encoder's places behind all else."""
-
-    def __init__(self, config: Decoder, kind: str, features: tuple[tuple[str, str], ...], *, rngs: nnx.Rngs) -> None:
-        self.eps, self.kind, self.features = config.norm_eps, kind, features
-        if kind == "cross":
-            assert config.cross_attention is not None
-            sizes = config.width, config.num_heads, config.num_kv_heads, config.head_features, config.norm_eps
-            self.encoder = config.cross_attention.encoder
-            self.cross = CrossLayer(config.cross_attention, config.mlp_width, *sizes, rngs=rngs)
-            return
-        self.attention_norm = ones((config.width,), (None,))
-        self.attention = _Attention(config, rngs=rngs)
-        self.mlp_norm = ones((config.width,), (None,))
-        if kind == "moe":
-            assert config.experts is not None
-            self.moe = Mixture(config.experts, config.width, rngs=rngs)
-        else:
-            self.mlp = GatedMlp(config.width, config.mlp_width, rngs=rngs)
-
-    def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
-        behind = {key: carry[key] for key in ("x", ROUTING, "cache") if key in carry}
-        if self.kind == "cross":
-            behind["x"] = self.cross(carry["x"], carry[self.encoder], batch[MEDIA], axes)
-        else:
-            behind |= self._own(behind, batch, axes)
-        for encoder, name in self.features if "slot" not in batch else ():
-            added = keeps_arguments(functools.partial(add_rows, axes=axes))
-            behind["x"] = added(behind["x"], carry[name], batch[f"{encoder}.index"])
-        return behind
-
-    def _own(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
-        """What changes in a layer whose tokens look at each other."""
-        x, cache = carry["x"], carry.get("cache")
-        y, cache = self.attention(rms_norm(x, self.attention_norm.get_value(), self.eps), batch, axes, cache)
-        x = x + y
-        y = rms_norm(x, self.mlp_norm.get_value(), self.eps)
-        changed = {} if cache is None else {"cache": cache}
-        if self.kind == "mlp":
-            return {**changed, "x": x + self.mlp(y, axes)}
-        y, row = self.moe(y, batch[COUNTED], axes)
-        return {**changed, "x": x + y, ROUTING: moe.appended(carry[ROUTING], row)}
-
-
-class _Attention(nnx.Module):
-    def __init__(self, config: Decoder, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        d, h, kv, k = config.width, config.num_heads, config.num_kv_heads, config.head_features
-        self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5, Use("x"))
-        self.k = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5, Use("x"))
-        self.v = normal(rngs, (d, kv, k), (None, "kv_heads", None), d**-0.5, Use("x"))
-        self.o = normal(rngs, (h, k, d), ("heads", None, None), (h * k) ** -0.5, Use("y"))
-        if config.attention_bias:
-            self.q_bias = zeros((h, k), ("heads", None))
-            self.k_bias = zeros((kv, k), ("kv_heads", None))
-            self.v_bias = zeros((kv, k), ("kv_heads", None))
-        if config.qk_norm:
-            self.q_norm = ones((k,), (None,))
-            self.k_norm = ones((k,), (None,))
-
-    def __call__(self, x: jax.Array, batch: Batch, axes: Axes, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        config = self.config
-        q, k, v = dots(x, *(w.get_value() for w in (self.q, self.k, self.v)), gathers=axes.sp)
-        if config.attention_bias:
-            q, k, v = (add(y, b.get_value()) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
-        if config.qk_norm:
-            q = rms_norm(q, self.q_norm.get_value(), config.norm_eps)
-            k = rms_norm(k, self.k_norm.get_value(), config.norm_eps)
-        q, k = rotate(q, batch["rotation"]), rotate(k, batch["rotation"])
-        if cache:
-            k, v = (lax.dynamic_update_slice_in_dim(cache[n], a, batch["slot"], 1) for n, a in (("k", k), ("v", v)))
-            y = attend(q, k, v, batch["sight"])
-        else:
-            y = attend_across(q, k, v, batch["sight"], axes)
-        y = axes.total(dot(y, self.o.get_value(), contract=2))
-        return y, None if cache is None else {"k": k, "v": v}
+    return found | ({"slot": batch["cache.slot"]} if cached else {key: batch[key] for key in added})
 
 
 class _Last(nnx.Module):

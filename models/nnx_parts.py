@@ -32,4 +32,4 @@ def part(make: Callable[[nnx.Rngs], nnx.Module], *, takes: tuple[str, ...] = ())
 
     told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}
     uses = {path: use for path, use in told("use").items() if use}
-    return Part(init, apply, nested(told("logical")), uses, takes)
+    return Part(init, apply, nested(told("logical")), uses, takes=takes)

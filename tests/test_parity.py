@@ -41,7 +41,7 @@ class Case:
     vocab: int = tiny.VOCAB
     feature_layer: int | tuple[int, ...] = -1
     deepstack: tuple[int, ...] = ()
-    cross: tuple[int, ...] = ()  # layers that attend to the encoder of pictures
+    cross: tuple[int, ...] = ()  # layers that attend to an encoder, that of clips beside `deepstack`
     blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
     experts: Experts | None = None
     remat: Remat = Remat.FULL

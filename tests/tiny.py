@@ -82,7 +82,8 @@ def graph(
     how = dict(remat=remat, unroll=unroll)
     towers = tuple(Module(n, models[n].module(dtype, name=n), layout, **how) for n, layout in encoders.items())
     sizes = dict(tied=tied, experts=experts, num_kv_heads=kv_heads, vocab_size=vocab)
-    sizes |= {"cross_attention": CrossAttention(cross, gate=0.5)} if cross else {}
+    attended = "audio" if deepstack else "vision"  # layers attend to an encoder without features of layers
+    sizes |= {"cross_attention": CrossAttention(cross, attended, gate=0.5)} if cross else {}
     deep = {name: len(deepstack) for name in encoders if name != "audio"}
     language = decoder(**sizes).module(dtype, encoders=tuple(encoders), deepstack=deep)
     return vlm(towers, Module("llm", language, llm, **how))

@@ -82,12 +82,12 @@ class Graph:
         """Raises ValueError unless all that encoders give is taken, and all that is taken is given."""
         sink = self.sink
         taken = sink.definition.takes(0, sink.definition.num_layers)
-        given = {e.name(k): e.producer for e in self.edges for k in self.module(e.producer).definition.output}
+        given = {e.name(k): e.producer for e in self.edges for k in self.module(e.producer).definition.gives}
         for name, producer in given.items():
             if name not in taken:
                 raise ValueError(
-                    f"edges: {producer} gives {name!r}, which no part of {sink.name} takes (they take {sorted(taken)}); "
-                    f"let {producer} give what is taken, or make {sink.name}'s definition for all that it gives"
+                    f"edges: {producer} gives {name!r}, which no part of {sink.name} takes, they take {sorted(taken)}; "
+                    f"let {producer} give these alone, or make {sink.name}'s definition for all that it gives"
                 )
         for name in sorted(taken):
             if name not in given:

@@ -8,6 +8,7 @@ has a VJP of its own. Where the end makes the loss, the forward stops before it:
 accumulators, computes loss and gradients in one pass.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from hetjax.core.settled import settle
 from hetjax.core.stacks import LAYERS
 from models.axes import sum_like, vary
 from models.contract import AUXILIARY, ROUTED, Batch, Params
+from models.layers import wide
 from models.paths import at
 
 Tree = Any
@@ -136,15 +138,16 @@ class Local:
         return y, Residuals(of_start, of_runs, of_end)
 
     def backward(
-        self, weights: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
+        self, weights: Params, x: Tree, batch: Batch, kept: Residuals, returned: list[Tree], acc: Tree, first: jax.Array
     ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
-        """(cotangents of the wanted inputs, accumulators with the gradients added, scores) from those of the outputs.
+        """(cotangents of the wanted inputs, accumulators with the gradients added, scores) from those of the outputs,
+        which each stage that takes some of them `returned`.
 
         `first`: whether this is the step's first microbatch (see `accumulators.py`). Scores are, where the stage ends
         in the loss: "loss", this device's part of the sum; and what of AUXILIARY and ROUTED the last part returns.
         Cotangents of the first two are given by their names.
         """
-        given, acc = self._given(weights, x, batch), dict(acc)
+        given, acc, g = self._given(weights, x, batch), dict(acc), _added(returned)
         scores: dict[str, jax.Array] = {}
         if self.ends_in_loss:
             scores, g_last, g, acc = self._loss_back(given, kept.end, g, acc, first)
@@ -256,3 +259,12 @@ class Local:
 
     def _vary(self, x: jax.Array) -> jax.Array:
         return vary(x, self.plan.grid.data)
+
+
+def _added(returned: list[Tree]) -> Tree:
+    """The cotangents of all outputs, each the sum of what the stages that take it return, in their order."""
+    found: dict[str, list[jax.Array]] = {}
+    for name, g in itertools.chain.from_iterable(tree.items() for tree in returned):
+        found.setdefault(name, []).append(g)
+    total = lambda g: g[0] if len(g) == 1 else sum(a.astype(wide(a.dtype)) for a in g).astype(g[0].dtype)
+    return {name: total(g) for name, g in found.items()}

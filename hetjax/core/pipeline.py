@@ -109,7 +109,7 @@ class Pipeline(Wiring):
         for key, stage in self.stages.items():  # producers come before their consumers
             y = stage.programs["evaluate"](weights[key], inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
-                inputs[link.target] |= _moved(link, y)
+                inputs[link.target] |= link.forward(y)
         likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
         return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
 
@@ -188,11 +188,11 @@ class _Gradients:
 
     def _backward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
-        returned = self.cotangents.pop((key, i))  # in the order in which they arrived, but added in that of the links
+        returned = sorted(self.cotangents.pop((key, i)).items())  # in the order of the stages, not of their arrival
         g_x, acc, done = self.pipeline.stages[key].programs["backward"](
             self.weights[key],
             *self.kept.pop((key, i)),
-            [returned[consumer] for consumer in [link.target for link in self.pipeline.links[key]] or [key]],
+            [g for _, g in returned],
             self.acc.get(key, {}),
             self.pipeline.flags[key][i == 0],
         )
@@ -209,7 +209,7 @@ class _Gradients:
     def _boundary(self, task: Task) -> None:
         link, arrays = self.leaving.pop(task)
         if task.to == link.target:
-            self.inputs[link.target, task.microbatch] |= _moved(link, arrays)
+            self.inputs[link.target, task.microbatch] |= link.forward(arrays)
         else:
             self.cotangents[link.source, task.microbatch][link.target] = link.boundary.backward(arrays)
 
@@ -282,12 +282,6 @@ class _Update:
         for tie in self.finish.ties:
             if (tie.owner, tie.copy) == (task.stage, task.to):
                 _lend(tie, self.weights)
-
-
-def _moved(link: Link, y: Tree) -> dict[str, jax.Array]:
-    """What of a stage's outputs the link's target takes, as its inputs."""
-    moved = link.boundary.forward({k: y[k] for k in link.names})
-    return {name: moved[k] for k, name in link.names.items()}
 
 
 def _lend(tie: Tie, weights: Trees) -> None:

@@ -17,7 +17,6 @@ scores where it makes the loss (`Local.backward`); `copies` are the working weig
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -171,8 +170,7 @@ class Stage:
         first: jax.Array,
     ) -> tuple[Tree, Tree, Tree]:
         batch = packing.unpack(self.packings, packed)
-        residuals = self._crossing.back(kept)
-        g_x, acc, scores = self.local.backward(weights, x, batch, residuals, _added(g), acc, first)
+        g_x, acc, scores = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
         return g_x, acc, self._summed(scores) if scores else _done()
 
     def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
@@ -285,15 +283,6 @@ class Stage:
         compiled = jax.jit(function, donate_argnums=donate, keep_unused=True, **options).lower(*args).compile()
         self.memory[name] = compiled.memory_analysis()
         self.programs[name] = compiled
-
-
-def _added(returned: list[Tree]) -> Tree:
-    """The cotangents of all outputs, each the sum of what the stages that take it return, in their order."""
-    found: dict[str, list[jax.Array]] = {}
-    for name, g in itertools.chain.from_iterable(tree.items() for tree in returned):
-        found.setdefault(name, []).append(g)
-    total = lambda g: g[0] if len(g) == 1 else sum(a.astype(wide(a.dtype)) for a in g).astype(g[0].dtype)
-    return {name: total(g) for name, g in found.items()}
 
 
 def _done() -> jax.Array:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Module
 from hetjax.core.packing import Packing
@@ -22,6 +24,11 @@ class Link(NamedTuple):
     target: StageKey
     names: dict[str, str]  # output key -> input key, of what the target takes
     boundary: Boundary
+
+    def forward(self, y: Tree) -> dict[str, jax.Array]:
+        """What the target takes of the source's outputs, as its inputs."""
+        moved = self.boundary.forward({k: y[k] for k in self.names})
+        return {name: moved[k] for k, name in self.names.items()}
 
 
 class Tie(NamedTuple):
