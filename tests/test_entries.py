@@ -3,13 +3,17 @@
 The reference gives each layer what it takes, and lets jax add the cotangents. (`drawn.py` draws more such runs.)
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from test_parity import FROZEN_LLM, FROZEN_VISION, MOMENTUM, Case, run
 
 from hetjax.core.layout import Layout
 from hetjax.core.remat import Remat
+from models.axes import ONE_DEVICE
+from models.cross_attention import CrossAttention, media, who_sees
 
 DEEP = dict(deepstack=(1, 0, -1))  # of the encoder's two layers, behind the first three of the decoder's four
 CROSS = dict(cross=(1, 3))
@@ -47,7 +51,7 @@ KINDS = {
         Layout(cp=2, dp=2, context="ring", devices="0-3"), Layout(pp=2, devices="4-5"), cross=(0, 2), blocks=(3, 1)
     ),
     "cross, experts, ep 2 zero 3, nothing again": Case(
-        Layout(dp=2, tp=2, pp=2, ep=2, zero=3, zero_size=1),
+        Layout(dp=2, tp=2, pp=2, ep=2, zero=3),
         Layout(dp=2, tp=2, devices="0-3"),
         **CROSS,
         experts=tiny.EXPERTS,
@@ -74,3 +78,52 @@ DEFAULT = ["both, llm pp 4, encoders pp 2"]
 def test_a_run_is_the_references(name: str) -> None:
     (report,) = run(KINDS[name], MOMENTUM, jnp.float64, 1)
     assert report.within(loss=1e-12, leaves=1e-11, params=1e-11), report
+
+
+# -- who sees what -----------------------------------------------------------------------------------------------------
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]])
+ONE_PLACE = np.array([[-1, 0, -1, -1, 6, -1, -1, -1], [-1, -1, -1, -1, 9, -1, 3, -1]])  # of four items of three rows
+A_PLACE_EACH = np.array([[0, 1, 2, -1, 6, 7, 8, -1], [-1, -1, 9, 10, 11, 3, 4, 5]])
+
+
+def seen(index: np.ndarray, items: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """(items that each token sees, whether it sees any)."""
+    found = media(*(jnp.asarray(a, jnp.int32) for a in (index, POSITIONS, SEGMENTS)), ONE_DEVICE)
+    sight, sees = who_sees(found, items, 3, jnp.float32, ONE_DEVICE)
+    by_row = np.asarray(sight.mask()).reshape(*index.shape, items, 3)
+    assert (by_row == by_row[..., :1]).all(), "all rows of an item, or none"
+    return by_row[..., 0], np.asarray(sees).reshape(index.shape)
+
+
+def test_tokens_see_the_items_that_stand_before_them_in_their_document() -> None:
+    items, any_ = seen(ONE_PLACE)
+    expected = np.zeros((2, 8, 4), bool)
+    expected[0, 1:3, 0], expected[0, 4:7, 2], expected[1, 4:, 3], expected[1, 6:, 1] = True, True, True, True
+    np.testing.assert_array_equal(items, expected)
+    np.testing.assert_array_equal(any_, expected.any(-1))
+
+
+def test_an_item_with_a_place_for_each_row_stands_at_the_first() -> None:
+    items, _ = seen(A_PLACE_EACH)
+    expected = np.zeros((2, 8, 4), bool)
+    expected[0, :3, 0], expected[0, 4:7, 2], expected[1, 2:, 3], expected[1, 5:, 1] = True, True, True, True
+    np.testing.assert_array_equal(items, expected)
+
+
+def test_items_of_other_devices_are_nan() -> None:
+    assert np.isnan(seen(ONE_PLACE, items=3)[1]).all()
+
+
+def test_where_nothing_is_seen_a_layer_leaves_the_tokens_as_they_are() -> None:
+    config = tiny.decoder(cross_attention=CrossAttention((1,), gate=0.5))
+    definition = config.module(jnp.float32, encoders=("vision",))
+    layer, rng = definition.layers[1], np.random.default_rng(0)
+    batch = {"vision.index": ONE_PLACE, "positions": POSITIONS, "segment_ids": SEGMENTS}
+    given = definition.prepare({k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}, ONE_DEVICE)
+    x, rows = (jnp.asarray(rng.normal(size=(*shape, tiny.WIDTH)), jnp.float32) for shape in ((2, 8), (4, 3)))
+    y = layer.apply(layer.init(jax.random.key(0)), {"x": x, "vision": rows}, given, ONE_DEVICE)
+    assert y.keys() == {"x"}
+    changed = np.asarray((y["x"] != x).any(-1))
+    np.testing.assert_array_equal(changed, seen(ONE_PLACE)[1] > 0)
