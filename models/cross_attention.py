@@ -58,11 +58,12 @@ class CrossAttention:
             )
 
     def check_encoders(self, encoders: tuple[str, ...], deepstack: Mapping[str, int]) -> None:
-        """Raises ValueError unless `encoder` is one of these, and gives no features to add (`deepstack`: how many)."""
-        if self.encoder not in encoders:
+        """Raises ValueError unless `encoder` is one of these, if any are known, and gives no features to add
+        (`deepstack`: how many)."""
+        if encoders and self.encoder not in encoders:
             raise ValueError(
-                f"CrossAttention.encoder={self.encoder!r}; the encoders are {list(encoders)}; name one of "
-                "these, or set Decoder.cross_attention to None"
+                f"CrossAttention.encoder={self.encoder!r}; the encoders are {list(encoders)}; name one, or set "
+                "Decoder.cross_attention to None"
             )
         if deepstack.get(self.encoder):
             raise ValueError(

@@ -117,10 +117,11 @@ class Decoder:
         `packed` False promises that each row holds one document, in order, with padding behind it: kernels that know
         no segments may then serve. What comes out at padding differs, and nobody reads it.
         """
-        reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
         features = self._features(encoders, deepstack or {})
-        crossed = () if self.cross_attention is None else (self.cross_attention.encoder,)
-        merged = tuple(e for e in encoders if e not in crossed)
+        attended = () if self.cross_attention is None else (self.cross_attention.encoder,)
+        merged = tuple(e for e in encoders if e not in attended)
+        indices = (f"{e}.index" for e in (*merged, *attended))
+        reads = ("tokens", "positions", "segment_ids", "targets", "weights", *indices)
         which = list(zip(self.kinds, features, strict=True))
         layers = {kind: self._layer(*kind) for kind in dict.fromkeys(which)}
         added = tuple(dict.fromkeys(feature.places for feature in itertools.chain(*features)))

@@ -3,15 +3,20 @@
 The reference gives each layer what it takes, and lets jax add the cotangents. (`drawn.py` draws more such runs.)
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from test_generate import params_of, row_batch
 from test_parity import FROZEN_LLM, FROZEN_VISION, MOMENTUM, Case, run
 
 from hetjax.core.layout import Layout
 from hetjax.core.remat import Remat
+from hetjax.generate import cached
+from hetjax.judge.reference import apply_module
 from models.axes import ONE_DEVICE
 from models.cross_attention import CrossAttention, media, who_sees
 
@@ -127,3 +132,37 @@ def test_where_nothing_is_seen_a_layer_leaves_the_tokens_as_they_are() -> None:
     assert y.keys() == {"x"}
     changed = np.asarray((y["x"] != x).any(-1))
     np.testing.assert_array_equal(changed, seen(ONE_PLACE)[1] > 0)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_token_needs_no_features(x64: None) -> None:
+    """They are part of what is remembered of the prompt."""
+    model = tiny.decoder(num_layers=3)
+    definition = model.module(jnp.float64, encoders=("vision",), deepstack={"vision": 2})
+    params = jax.tree.map(lambda a: a.astype(jnp.float64), params_of(model, jnp.float64))
+    lengths, new, rng = np.array([7, 9], np.int32), 2, np.random.default_rng(0)
+    tokens = rng.integers(0, tiny.VOCAB, (2, 9 + new)).astype(np.int32)
+    index = np.full(tokens.shape, -1, np.int32)
+    index[0, 1:4], index[1, 2:5] = 3 + np.arange(3), np.arange(3)
+    rows = {n: jnp.asarray(rng.normal(size=(2, 3, tiny.WIDTH))) for n in ("vision", "vision.deep0", "vision.deep1")}
+
+    prompts = {k: jnp.asarray(v) for k, v in row_batch(tokens[:, :9], lengths).items()}
+    logits, memory = cached.prefill(
+        definition, params, rows, prompts | {"vision.index": jnp.asarray(index[:, :9])}, ONE_DEVICE, new
+    )
+    alone = dataclasses.replace(definition, first=model.module(jnp.float64).first)
+    got = [logits]
+    for n in range(new):
+        token = jnp.asarray(tokens[np.arange(2), lengths + n])
+        logits, memory = cached.step(
+            alone, params, memory, token, jnp.asarray(lengths + n), jnp.int32(9 + n), ONE_DEVICE
+        )
+        got.append(logits)
+
+    everything = {k: jnp.asarray(v) for k, v in row_batch(tokens, lengths + new).items()}
+    y = apply_module(definition, params, rows, everything | {"vision.index": jnp.asarray(index)})
+    whole = np.asarray(y["x"] @ y["head"])
+    for n, logits in enumerate(got):
+        np.testing.assert_allclose(logits, whole[np.arange(2), lengths - 1 + n], rtol=0, atol=1e-11)

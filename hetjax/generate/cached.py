@@ -30,10 +30,16 @@ class Memory(NamedTuple):
 
 
 def run_layers(
-    definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes, caches: Sequence[Tree] | None = None
+    definition: ModuleDef,
+    params: Params,
+    carry: Tree,
+    batch: Arrays,
+    axes: Axes,
+    caches: Sequence[Tree] | None = None,
+    entering: Arrays | None = None,
 ) -> tuple[Tree, list[Tree]]:
     """(carry, caches) behind all layers. `caches` has one for each place of each run's period (hetjax/core/stacks.py);
-    None: none is kept."""
+    None: none is kept. `entering`: what of encoders layers take; None: there is nothing in the batch that it meets."""
     kept = []
     seen, stacked = definition.prepare(batch, axes), params[stacks.LAYERS]
     for number, run in enumerate(stacks.runs(definition.layers)):
@@ -43,7 +49,9 @@ def run_layers(
             made = []
             for place, part in enumerate(run.period):
                 weights = stacks.take(stacked, stacks.rows(stacked, definition.layers, run, place), i)
-                out = part.apply(weights, carry if caches is None else {**carry, "cache": caches[place]}, seen, axes)
+                taken = {} if entering is None else {name: entering[name] for name in part.takes}
+                cache = {} if caches is None else {"cache": caches[place]}
+                out = part.apply(weights, {**carry, **cache, **taken}, seen, axes)
                 made.append(out.get("cache"))
                 carry = {k: out[k] for k in carry}
             return carry, made
@@ -70,7 +78,7 @@ def prefill(
     """
     carry = definition.first.apply(params["first"], rows, batch, axes)
     nothing: list[list[Tree]] = [[{}] * len(run.period) for run in stacks.runs(definition.layers)]
-    carry, caches = run_layers(definition, params, carry, batch, axes, nothing)
+    carry, caches = run_layers(definition, params, carry, batch, axes, nothing, rows)
     last = (batch["lengths"] - 1)[:, None]
     take = lambda x: jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1)
     ends = {k: take(x) if "stream" in definition.carry[k] else x for k, x in carry.items()}

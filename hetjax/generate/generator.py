@@ -181,6 +181,11 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
             f"{path} holds no language model, and only one can answer; its modules are {list(source.models)}"
         )
     (llm,) = decoders
+    if source.models[llm].cross_attention is not None:
+        raise ConvertError(
+            f"{path}: Decoder.cross_attention is set, and generation remembers nothing that layers attend to; "
+            "Experiment.eval_samples shows answers while it trains"
+        )
     computed, stored = _dtypes(source, dtype)
     if "float64" in (*computed.values(), *stored.values()):
         jax.config.update("jax_enable_x64", True)
@@ -190,7 +195,8 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
         Module(name, source.models[name].module(jnp.dtype(computed[name]), name=name), Layout(dp=dp * tp))
         for name in encoders
     )
-    definition = model.module(jnp.dtype(computed[llm]), encoders=encoders)
+    deep = {tower.name: len(tower.definition.gives) - 1 for tower in towers}
+    definition = model.module(jnp.dtype(computed[llm]), encoders=encoders, deepstack=deep)
     chat, told, longest = _chat(source, llm, date)
     engine = Engine(
         vlm(towers, Module(llm, definition, Layout(dp=dp, tp=tp))),
@@ -213,7 +219,7 @@ def _chat(source: Source, llm: str, date: str | None) -> tuple[Chat, Defaults, i
             raise ConvertError(
                 f"date={date!r}: {source.path} is a run, whose date is that of its training; leave it out"
             )
-        items = [encoder.items for encoder in source.run.encoders]
+        items = source.run.items
         tokenizer = load_tokenizer(data, items)
         end = tokenizer.token_to_id(data.template.end_token)
         assert end is not None  # `load_tokenizer` looked for it
