@@ -183,7 +183,7 @@ class Experiment:
                     f"{encoder.name}: resize_positions=True, but Experiment.init_from names no folder whose position "
                     "table could be resized; name one, or leave it out"
                 )
-            if encoder.hears and encoder.name == self._attended:
+            if encoder.hears and encoder.name == self.attended:
                 raise ValueError(
                     f"CrossAttention.encoder={encoder.name!r} hears, and clips differ in their rows, while layers "
                     "attend to all rows of an item; attend to pictures"
@@ -207,11 +207,11 @@ class Experiment:
     @property
     def items(self) -> tuple[ItemSpec, ...]:
         """What the encoders ask of the data. An item that the language model attends to has one place in the text."""
-        return tuple(dataclasses.replace(e.items, places=int(e.name == self._attended)) for e in self.encoders)
+        return tuple(dataclasses.replace(e.items, places=int(e.name == self.attended)) for e in self.encoders)
 
     @property
-    def _attended(self) -> str:
-        """The encoder that layers of the language model attend to."""
+    def attended(self) -> str:
+        """The encoder that layers of the language model attend to; "": none."""
         attention = getattr(self.llm.model, "cross_attention", None)
         return "" if attention is None else attention.encoder
 
