@@ -4,6 +4,7 @@ The reference gives each layer what it takes, and lets jax add the cotangents. (
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,12 @@ import tiny
 from test_generate import params_of, row_batch
 from test_parity import FROZEN_LLM, FROZEN_VISION, MOMENTUM, Case, run
 
+from hetjax.core.graph import Module, vlm
 from hetjax.core.layout import Layout
+from hetjax.core.parameters import Parameters
+from hetjax.core.plan import plan_stages
 from hetjax.core.remat import Remat
+from hetjax.core.stage import Stage
 from hetjax.generate import cached
 from hetjax.judge.reference import apply_module
 from models.axes import ONE_DEVICE
@@ -75,6 +80,7 @@ KINDS = {
         Layout(pp=2, devices="0-1"), Layout(dp=2, devices="2-3"), Layout(devices="4"), **CROSS, text_only=(0, 2)
     ),
 }
+DIMS = ("items", None, None)
 DEFAULT = ["both, llm pp 4, encoders pp 2"]
 
 
@@ -166,3 +172,68 @@ def test_a_new_token_needs_no_features(x64: None) -> None:
     whole = np.asarray(y["x"] @ y["head"])
     for n, logits in enumerate(got):
         np.testing.assert_allclose(logits, whole[np.arange(2), lengths - 1 + n], rtol=0, atol=1e-11)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [dict(deepstack=(1, 0)), dict(cross=(0, 1, 2))], ids=["deepstack", "cross"])
+def test_no_layer_keeps_what_enters_it(model: dict) -> None:
+    """It is an input of the stage, which the backward is given again."""
+    rows = 48  # no other array has as many
+    graph = tiny.graph(Layout(), {"vision": Layout()}, jnp.float32, **model)
+    module = graph.sink
+    plan = plan_stages("llm", module.definition, Layout(), jax.devices())[0]
+    batch = {name: jax.ShapeDtypeStruct((2, tiny.SEQ), jnp.int32) for name in module.definition.reads}
+    taken = module.definition.takes(0, 4)
+    x = {n: jax.ShapeDtypeStruct((3, rows, tiny.WIDTH), jnp.float32, sharding=plan.grid.sharding(DIMS)) for n in taken}
+    parameters = Parameters(module, plan, MOMENTUM, seed=0, dtype=jnp.float32)
+    stage = Stage(module, plan, parameters, is_sink=True, x=x, x_wanted=taken, batch=batch)
+    stage.thunks(evaluate=False)
+    assert stage.kept and not [a.shape for a in stage.kept if rows in a.shape]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def graph_of(vision: dict, llm: dict, *, told: int | None = None, name: str = "vision") -> None:
+    """A graph whose decoder is `told` of so many features."""
+    tower = Module(name, tiny.vit(**vision).module(jnp.float32, name=name), Layout())
+    count = len(tower.definition.gives) - 1 if told is None else told
+    definition = tiny.decoder(**llm).module(jnp.float32, encoders=(name,), deepstack={name: count})
+    vlm((tower,), Module("llm", definition, Layout()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny.vit(deepstack=(3,)), r"ViT.deepstack=\(3,\); it must be a number from -3 to 2, or a list"),
+        (lambda: tiny.vit(deepstack=(1.5,)), r"ViT.deepstack=\(1.5,\); it must be a number"),
+        (lambda: graph_of(dict(deepstack=(0, 1, 2, 2, 1)), {}), "num_layers=4, but vision gives features for 5 layers"),
+        (lambda: graph_of(dict(deepstack=(1,)), {}, told=0), "vision gives 'vision.deep0', which no part of llm takes"),
+        (lambda: graph_of(dict(), {}, told=1), "llm takes 'vision.deep0', which no module gives"),
+        (lambda: CrossAttention(()), r"CrossAttention.layers=\(\); it must be a list of different layers"),
+        (lambda: CrossAttention((1, 1)), r"CrossAttention.layers=\(1, 1\); it must be a list of different"),
+        (lambda: CrossAttention((0,), gate=float("nan")), "CrossAttention.gate=nan; it must be a finite number"),
+        (lambda: tiny.decoder(cross_attention=CrossAttention((4,))), "names layer 4; with Decoder.num_layers=4"),
+        (lambda: tiny.decoder(cross_attention=CrossAttention((0, 1, 2, 3))), "names all 4 layers"),
+        (
+            lambda: tiny.decoder(
+                cross_attention=CrossAttention((0, 2, 3)), experts=dataclasses.replace(tiny.EXPERTS, dense_layers=(1,))
+            ),
+            "Experts.dense_layers and CrossAttention.layers together name all layers",
+        ),
+        (lambda: graph_of({}, dict(cross_attention=CrossAttention((1,), "sight"))), "'sight'; the encoders are"),
+        (
+            lambda: graph_of(dict(deepstack=(1,)), dict(cross_attention=CrossAttention((1,)))),
+            "'vision' gives features to add at its places",
+        ),
+        (
+            lambda: graph_of({}, dict(cross_attention=CrossAttention((1,), "x")), name="x"),
+            "layers hand each other 'x', so no encoder can have that name",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_compiles(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

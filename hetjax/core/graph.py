@@ -4,8 +4,8 @@
              ├──> llm ──> loss
     audio  ──┘
 
-Exactly one module, the sink, feeds nothing: it is the language model and yields the loss. Where in it an encoder's outputs
-enter, the first part or any layers, its parts say (`Part.takes`).
+Exactly one module, the sink, feeds nothing: it is the language model and yields the loss. Where in it an encoder's
+outputs enter, the first part or any layers, its parts say (`Part.takes`).
 """
 
 import dataclasses
