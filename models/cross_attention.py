@@ -82,13 +82,23 @@ class Media(NamedTuple):
     place_documents: jax.Array
 
 
-def media(index: jax.Array, positions: jax.Array, segments: jax.Array, axes: Axes) -> Media:
-    """From what a microbatch has, each [b, s]."""
-    b, s = index.shape
-    starts = jnp.arange(b, dtype=jnp.int32)[:, None] * (s * axes.cp.size)  # a row has at most as many documents
-    documents = jnp.where(segments > 0, starts + segments, 0)
-    everywhere = lambda x: axes.cp.gather(x, dim=1).reshape(-1)
-    return Media(positions.reshape(1, -1), documents.reshape(1, -1), *map(everywhere, (index, positions, documents)))
+def media(
+    index: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    all_positions: jax.Array,
+    all_segments: jax.Array,
+    axes: Axes,
+) -> Media:
+    """From what a microbatch has, each [b, s], and of all tokens of cp, or of all that are remembered, [b, tokens].
+    `index` is of this device's tokens, or of those that are remembered."""
+    index = index if index.shape == all_segments.shape else axes.cp.gather(index, dim=1)
+    b, tokens = all_segments.shape
+    starts = jnp.arange(b, dtype=jnp.int32)[:, None] * tokens  # a row has at most as many documents
+    number = lambda segments: jnp.where(segments > 0, starts + segments, 0)
+    flat = lambda x: x.reshape(-1)
+    here = positions.reshape(1, -1), number(segments).reshape(1, -1)
+    return Media(*here, flat(index), flat(all_positions), flat(number(all_segments)))
 
 
 def who_sees(found: Media, items: int, rows: int, dtype: Any, axes: Axes) -> tuple[Sight, jax.Array]:

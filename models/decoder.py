@@ -155,6 +155,7 @@ class Decoder:
             table="embed",
             tied={"head": "embed"} if self.tied else {},
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
+            recalls=attended,
             width=self.width,
         )
 
@@ -211,7 +212,7 @@ def _places(config: Decoder, dtype: Any, packed: bool, added: tuple[str, ...], b
     # of the type in which the heads meet them: cast in a layer they would be kept by each of them
     found = jax.tree.map(axes.tp.vary, {"rotation": rotation(positions, frequencies), "sight": sight})
     if config.cross_attention is not None:
-        found[MEDIA] = media(batch[f"{config.cross_attention.encoder}.index"], positions, segments, axes)
+        found[MEDIA] = media(batch[f"{config.cross_attention.encoder}.index"], positions, segments, *keys, axes)
     if config.experts is not None:
         found[COUNTED] = moe.count_tokens(segments, axes, dtype)
     return found | ({"slot": batch["cache.slot"]} if cached else {key: batch[key] for key in added})

@@ -96,12 +96,13 @@ def test_a_run_is_the_references(name: str) -> None:
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]])
 ONE_PLACE = np.array([[-1, 0, -1, -1, 6, -1, -1, -1], [-1, -1, -1, -1, 9, -1, 3, -1]])  # of four items of three rows
+TOLD = (POSITIONS, SEGMENTS)
 A_PLACE_EACH = np.array([[0, 1, 2, -1, 6, 7, 8, -1], [-1, -1, 9, 10, 11, 3, 4, 5]])
 
 
 def seen(index: np.ndarray, items: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """(items that each token sees, whether it sees any)."""
-    found = media(*(jnp.asarray(a, jnp.int32) for a in (index, POSITIONS, SEGMENTS)), ONE_DEVICE)
+    found = media(*(jnp.asarray(a, jnp.int32) for a in (index, *TOLD, *TOLD)), ONE_DEVICE)
     sight, sees = who_sees(found, items, 3, jnp.float32, ONE_DEVICE)
     by_row = np.asarray(sight.mask()).reshape(*index.shape, items, 3)
     assert (by_row == by_row[..., :1]).all(), "all rows of an item, or none"
@@ -143,21 +144,21 @@ def test_where_nothing_is_seen_a_layer_leaves_the_tokens_as_they_are() -> None:
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_token_needs_no_features(x64: None) -> None:
-    """They are part of what is remembered of the prompt."""
-    model = tiny.decoder(num_layers=3)
-    definition = model.module(jnp.float64, encoders=("vision",), deepstack={"vision": 2})
+@pytest.mark.parametrize("attends", [False, True], ids=["deepstack", "cross"])
+def test_every_step_of_the_cache_gives_the_logits_of_the_whole_sequence(attends: bool, x64: None) -> None:
+    model = tiny.decoder(num_layers=3, cross_attention=CrossAttention((1,), gate=0.5) if attends else None)
+    told = dict(encoders=("vision",), deepstack={"vision": 0 if attends else 2})
+    definition = model.module(jnp.float64, **told)
     params = jax.tree.map(lambda a: a.astype(jnp.float64), params_of(model, jnp.float64))
     lengths, new, rng = np.array([7, 9], np.int32), 2, np.random.default_rng(0)
     tokens = rng.integers(0, tiny.VOCAB, (2, 9 + new)).astype(np.int32)
     index = np.full(tokens.shape, -1, np.int32)
-    index[0, 1:4], index[1, 2:5] = 3 + np.arange(3), np.arange(3)
-    rows = {n: jnp.asarray(rng.normal(size=(2, 3, tiny.WIDTH))) for n in ("vision", "vision.deep0", "vision.deep1")}
+    index[0, 1:4], index[1, 2:5], index[1, 6:9] = 3 + np.arange(3), np.arange(3), 6 + np.arange(3)
+    rows = {n: jnp.asarray(rng.normal(size=(3, 3, tiny.WIDTH))) for n in sorted(definition.takes(0, 3))}
 
     prompts = {k: jnp.asarray(v) for k, v in row_batch(tokens[:, :9], lengths).items()}
-    logits, memory = cached.prefill(
-        definition, params, rows, prompts | {"vision.index": jnp.asarray(index[:, :9])}, ONE_DEVICE, new
-    )
+    prompts |= {"vision.index": jnp.asarray(index[:, :9])}
+    logits, memory = cached.prefill(definition, params, rows, prompts, ONE_DEVICE, new)
     alone = dataclasses.replace(definition, first=model.module(jnp.float64).first)
     got = [logits]
     for n in range(new):

@@ -158,9 +158,12 @@ class Engine:
     @property
     def _memory_specs(self) -> Memory:
         caches = {k: P(None, *self.sink.plan.grid.spec(("batch", None, *c.dims))) for k, c in self.alone.cache.items()}
-        return Memory(
-            [[caches] * len(run.period) for run in stacks.runs(self.alone.layers)], self._by_row, self._by_row
-        )
+        recalls = frozenset(self.alone.recalls)
+        of_runs = [
+            [{} if recalls & {*part.takes} else caches for part in run.period] for run in stacks.runs(self.alone.layers)
+        ]
+        recalled = dict.fromkeys([*self.alone.recalls, *cached.indices(self.alone)], self._by_row)
+        return Memory(of_runs, self._by_row, self._by_row, recalled)
 
     def _prefill_program(self, room: int) -> Any:
         sink = self.sink

@@ -181,11 +181,6 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
             f"{path} holds no language model, and only one can answer; its modules are {list(source.models)}"
         )
     (llm,) = decoders
-    if source.models[llm].cross_attention is not None:
-        raise ConvertError(
-            f"{path}: Decoder.cross_attention is set, and generation remembers nothing that layers attend to; "
-            "Experiment.eval_samples shows answers while it trains"
-        )
     computed, stored = _dtypes(source, dtype)
     if "float64" in (*computed.values(), *stored.values()):
         jax.config.update("jax_enable_x64", True)
