@@ -83,7 +83,7 @@ class ModuleDef:
         the layer writes its tokens from the batch's "cache.slot" on, and looks at all slots by its "cache.positions"
         and "cache.segment_ids", [batch, slots]. Empty: the module cannot generate.
     recalls: names of what layers take for tokens that are generated too. The batch then has "NAME.index" of all slots,
-        -1 where a token was generated. Such a layer keeps nothing of a token. What else layers take, prompts alone meet.
+        -1 where a token was generated. Such a layer keeps nothing of a token. What else layers take meets prompts only.
     rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
     config: what the module was made of; hetjax/core/flops.py knows by it what the module computes.
     compute_dtype: precision in which weights enter products; None: their own.
