@@ -14,7 +14,7 @@ import tiny
 from test_generate import params_of, row_batch
 from test_parity import FROZEN_LLM, FROZEN_VISION, MOMENTUM, Case, run
 
-from hetjax.core.graph import Module, vlm
+from hetjax.core.graph import Module, deepstack, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import plan_stages
@@ -200,7 +200,7 @@ def test_no_layer_keeps_what_enters_it(model: dict) -> None:
 def graph_of(vision: dict, llm: dict, *, told: int | None = None, name: str = "vision") -> None:
     """A graph whose decoder is `told` of so many features."""
     tower = Module(name, tiny.vit(**vision).module(jnp.float32, name=name), Layout())
-    count = len(tower.definition.gives) - 1 if told is None else told
+    count = deepstack([tower])[name] if told is None else told
     definition = tiny.decoder(**llm).module(jnp.float32, encoders=(name,), deepstack={name: count})
     vlm((tower,), Module("llm", definition, Layout()))
 

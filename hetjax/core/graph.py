@@ -9,6 +9,7 @@ outputs enter, the first part or any layers, its parts say (`Part.takes`).
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from hetjax.core.layout import Layout
 from hetjax.core.remat import Remat
@@ -120,3 +121,8 @@ class Graph:
 def vlm(encoders: tuple[Module, ...], llm: Module) -> Graph:
     """The graph in which every encoder feeds the language model."""
     return Graph((*encoders, llm), tuple(Edge(e.name, llm.name) for e in encoders))
+
+
+def deepstack(encoders: Iterable[Module]) -> dict[str, int]:
+    """How many outputs each encoder gives beside "x", which a decoder adds behind its first layers."""
+    return {encoder.name: len(encoder.definition.gives) - 1 for encoder in encoders}

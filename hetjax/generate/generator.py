@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.core.graph import Module, vlm
+from hetjax.core.graph import Module, deepstack, vlm
 from hetjax.core.layout import Layout
 from hetjax.data.items import Item
 from hetjax.data.tokens import load_tokenizer
@@ -190,8 +190,7 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
         Module(name, source.models[name].module(jnp.dtype(computed[name]), name=name), Layout(dp=dp * tp))
         for name in encoders
     )
-    deep = {tower.name: len(tower.definition.gives) - 1 for tower in towers}
-    definition = model.module(jnp.dtype(computed[llm]), encoders=encoders, deepstack=deep)
+    definition = model.module(jnp.dtype(computed[llm]), encoders=encoders, deepstack=deepstack(towers))
     chat, told, longest = _chat(source, llm, date)
     engine = Engine(
         vlm(towers, Module(llm, definition, Layout(dp=dp, tp=tp))),

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hetjax.core.graph import Graph, Module, vlm
+from hetjax.core.graph import Graph, Module, deepstack, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
@@ -229,8 +229,8 @@ def build_graph(experiment: Experiment) -> Graph:
     llm = experiment.llm
     packed = experiment.data.pack or (experiment.held_out is not None and experiment.held_out.pack)
     names = tuple(e.name for e in experiment.encoders)
-    deep = {tower.name: len(tower.definition.gives) - 1 for tower in towers}
-    definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=names, deepstack=deep, packed=packed)
+    told = dict(encoders=names, deepstack=deepstack(towers), packed=packed)
+    definition = llm.model.module(jnp.dtype(llm.compute_dtype), **told)
     return vlm(towers, Module(llm.name, definition, *how(llm)))
 
 
