@@ -13,8 +13,8 @@ from models.contract import Batch, Params, Part
 from models.paths import nested
 
 
-def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
-    """The part whose code is the NNX module that `make` builds.
+def part(make: Callable[[nnx.Rngs], nnx.Module], *, takes: tuple[str, ...] = ()) -> Part:
+    """The part whose code is the NNX module that `make` builds; `takes` as in `Part`.
 
     Every parameter is an `nnx.Param(value, logical=dims)`, with `use=` where products alone meet it, and is named by
     its path of attributes. The module is called as `module(x, batch, axes)`.
@@ -31,4 +31,5 @@ def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
         return nnx.merge(definition, nnx.from_flat_state(values))(x, batch, axes)
 
     told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}
-    return Part(init, apply, nested(told("logical")), {path: use for path, use in told("use").items() if use})
+    uses = {path: use for path, use in told("use").items() if use}
+    return Part(init, apply, nested(told("logical")), uses, takes=takes)

@@ -29,6 +29,8 @@ MODELS: list[dict[str, Any]] = [
     dict(experts=EXPERTS),
     dict(tied=True, kv_heads=2, vocab=61),
     dict(tied=True, kv_heads=1),
+    dict(deepstack=(1, 0, -1)),
+    dict(cross=(1, 3)),
 ]
 SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
 
@@ -57,9 +59,7 @@ def definition(name: str, number: int) -> ModuleDef:
     """A module of the run with MODELS[number]."""
     if name != "llm":
         return (tiny.whisper() if name == "audio" else tiny.vit()).module(jnp.float64)
-    names = dict(kv_heads="num_kv_heads", vocab="vocab_size")
-    sizes = {names.get(key, key): value for key, value in MODELS[number].items()}
-    return tiny.decoder(**sizes).module(jnp.float64)
+    return tiny.graph(Layout(), {"vision": Layout()}, jnp.float64, **MODELS[number]).sink.definition
 
 
 def layout(rng: random.Random, most: int) -> Layout:
@@ -96,6 +96,7 @@ def kinds(case: Case) -> set[str]:
         )
     )
     found |= {"two encoders"} if case.audio else set()
+    found |= {name for name, given in (("deepstack", case.deepstack), ("cross-attention", case.cross)) if given}
     found |= {"padded vocabulary"} if case.vocab % case.llm.tp else set()
     for side, mine in (("llm", case.llm), ("vision", case.vision)):
         found |= {f"{side} {name}" for name in SIZES if getattr(mine, name) > 1}

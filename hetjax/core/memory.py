@@ -109,11 +109,11 @@ def things(pipeline: Pipeline, key: StageKey, kept: int) -> dict[Thing, int]:
         Thing(What.MASTERS, key): local_bytes(mine.masters(mine.params)),
         Thing(What.STATE, key): local_bytes(mine.state),
         Thing(What.RESIDUALS, key): local_bytes(stage.packed) + kept,
-        Thing(What.COTANGENTS, key): 0,
         Thing(What.SUMS, key): local_bytes(mine.repeated(mine.grads)) if mine.trains else 0,
     }
     for link in pipeline.links[key]:
-        found[Thing(What.COTANGENTS, key)] = local_bytes([link.boundary.source[k] for k in link.boundary.gradients])
+        of_link = local_bytes([link.boundary.source[k] for k in link.boundary.gradients])
+        found[Thing(What.COTANGENTS, key, -1, link.target)] = of_link
     for link in pipeline.sources[key]:
         found[Thing(What.INPUTS, key, -1, link.source)] = local_bytes([stage.x[name] for name in link.names.values()])
     return found

@@ -122,8 +122,7 @@ class Pipeline(Wiring):
         for key, stage in self.stages.items():  # producers come before their consumers
             y = stage.programs["evaluate"](on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
-                moved = link.boundary.forward(y)
-                inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
+                inputs[link.target] |= link.forward(y)
         likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
         return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
 

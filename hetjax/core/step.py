@@ -77,11 +77,13 @@ class Gradients:
     def _backward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
         inputs, is_last = self._inputs(key, i), key == self.pipeline.last
+        # in the order of the stages, not of their arrival
+        returned = [self.alive.pop(Thing(What.COTANGENTS, key, i, link.target)) for link in self.pipeline.links[key]]
         g_x, acc, done = self.pipeline.stages[key].programs["backward"](
             self.alive[Thing(What.WEIGHTS, key)],
             _joined(inputs),
             *self.alive.pop(Thing(What.RESIDUALS, key, i)),
-            self.seeds if is_last else self.alive.pop(Thing(What.COTANGENTS, key, i)),
+            [self.seeds] if is_last else returned,
             self.acc.get(key, {}),
             self.pipeline.flags[key][i == 0],
         )
@@ -103,11 +105,10 @@ class Gradients:
     def _boundary(self, task: Task) -> None:
         link, arrays = self.leaving.pop(task)
         if task.to == link.target:
-            moved = link.boundary.forward(arrays)
-            come = {name: moved[k] for k, name in link.names.items()}
-            self.alive[Thing(What.INPUTS, link.target, task.microbatch, link.source)] = come
+            self.alive[Thing(What.INPUTS, link.target, task.microbatch, link.source)] = link.forward(arrays)
         else:
-            self.alive[Thing(What.COTANGENTS, link.source, task.microbatch)] = link.boundary.backward(arrays)
+            g_y = link.boundary.backward(arrays)
+            self.alive[Thing(What.COTANGENTS, link.source, task.microbatch, link.target)] = g_y
 
     def _reduce(self, task: Task) -> None:
         key = task.stage

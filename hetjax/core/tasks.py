@@ -51,7 +51,8 @@ OF_STAGES = (What.WEIGHTS, What.MASTERS, What.STATE)  # and of no microbatch
 
 
 class Thing(NamedTuple):
-    """What a stage holds. `microbatch` -1: of no microbatch. `source`: the stage that inputs come from."""
+    """What a stage holds. `microbatch` -1: of no microbatch. `source`: the stage that inputs, or cotangents, come
+    from."""
 
     what: What
     stage: StageKey
@@ -175,7 +176,7 @@ class Needs:
             return [Thing(What.RESIDUALS, key, i)] if self.nodes[key].backward else []
         if kind is Kind.BOUNDARY and to is not None:
             forward = to in self.consumers[key]
-            return [Thing(What.INPUTS, to, i, key) if forward else Thing(What.COTANGENTS, to, i)]
+            return [Thing(What.INPUTS, to, i, key) if forward else Thing(What.COTANGENTS, to, i, key)]
         if kind is Kind.REDUCE:
             return [Thing(What.SUMS, key)]
         if kind is Kind.UPDATE:
@@ -191,7 +192,7 @@ class Needs:
             given = [Thing(What.WEIGHTS, key), *(Thing(What.INPUTS, key, i, k) for k in self.nodes[key].upstream)]
             if kind is Kind.FORWARD:
                 return given
-            cotangents = [Thing(What.COTANGENTS, key, i)] if self.consumers[key] else []
+            cotangents = (Thing(What.COTANGENTS, key, i, consumer) for consumer in self.consumers[key])
             return [*given, Thing(What.RESIDUALS, key, i), *cotangents]
         if kind is Kind.TIE and to is not None and (key, to) not in self._ties:
             return [Thing(What.WEIGHTS, key)]
