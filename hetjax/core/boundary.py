@@ -17,7 +17,7 @@ The outputs may share buffers with the inputs (what is in place already is not c
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from hetjax.core import wire
+from hetjax.core import processes, wire
 from hetjax.core.mesh import axis_names
 from hetjax.core.transfer import Leaf, Pieces, Program, Route, landing
 
@@ -64,6 +64,16 @@ class Boundary:
         already send each other the parts that each lands, before the destination gathers."""
         return self._forward.wire_bytes
 
+    @functools.cached_property
+    def absent_forward(self) -> Tree:
+        """What `forward` is given by a process that drives none of the source's devices."""
+        return jax.tree.map(processes.elsewhere, self.source)
+
+    @functools.cached_property
+    def absent_backward(self) -> Tree:
+        """What `backward` is given by a process that drives none of the destination's devices."""
+        return {name: processes.elsewhere(self.destination[name]) for name in self.gradients}
+
     def programs(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, thunk) of every program; a thunk compiles one ahead of time, and may run in any thread."""
         routes = {"forward": self._forward, "backward": self._backward}
@@ -95,13 +105,17 @@ def make_route(leaves: tuple[Leaf, ...]) -> Route:
 
     - Arrays whose blocks are where they are wanted are wrapped in their new sharding. All others together take one of:
     - colocated (same devices in the same order, grids that nest): one jitted reshard;
-    - equal grids on disjoint devices (position by position the same block, no replicas): one plain `jax.device_put`,
-      which is direct for these; between other shardings it goes through the host;
+    - equal grids on disjoint devices of this process (position by position the same block, no replicas): one plain
+      `jax.device_put`, which is direct for these; between other shardings it goes through the host;
     - anything else: in pieces.
+
+    A process that drives no device of either side does nothing.
     """
     moves = [leaf.held != leaf.wanted for leaf in leaves]
     moving = tuple(itertools.compress(leaves, moves))
     route = _route_of_moving(moving)
+    if not processes.owns_some(_devices(leaves)):
+        return Route(lambda arrays: [processes.elsewhere(leaf.landed) for leaf in leaves], (), route.wire_bytes)
 
     def run(arrays: list[jax.Array]) -> list[jax.Array]:
         moved = iter(route.run(list(itertools.compress(arrays, moves))))
@@ -119,17 +133,28 @@ def _route_of_moving(leaves: tuple[Leaf, ...]) -> Route:
     source, destination = list(leaves[0].held), list(leaves[0].wanted)
     if source == destination and all(map(_grids_nest, leaves)):
         return _colocated(leaves)
-    if set(source).isdisjoint(destination) and all(map(_equal_grids, leaves)):
+    if (
+        all(map(processes.is_mine, _devices(leaves)))
+        and set(source).isdisjoint(destination)
+        and all(map(_equal_grids, leaves))
+    ):
         shardings = [leaf.destination for leaf in leaves]
         size = sum(wire.payload(leaf.held, leaf.wanted) * leaf.dtype.itemsize for leaf in leaves)
         return Route(lambda arrays: jax.device_put(arrays, shardings), (), size)
     return Pieces(leaves).route()
 
 
+def _devices(leaves: Sequence[Leaf]) -> list[jax.Device]:
+    """Those of both sides."""
+    return [
+        device for leaf in leaves[:1] for side in (leaf.source, leaf.destination) for device in side.mesh.devices.flat
+    ]
+
+
 def _wrap(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`array`, in place, under another name for how it is laid out."""
     shards = [shard.data for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=array.dtype)
 
 
 def _equal_grids(leaf: Leaf) -> bool:

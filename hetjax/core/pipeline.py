@@ -4,6 +4,8 @@ One Python thread hands each task to its devices and goes on; arrays are futures
 nothing else's: it asks no device what is ready, so every process that runs it issues the same tasks in the same order.
 Before a stage's task goes out, the one `IN_FLIGHT` before it is waited for: beyond about 32 the runtime blocks the host
 thread, and every idle mesh would starve behind one busy mesh.
+
+With several processes each walks the whole list, and takes part in the tasks of its own devices.
 """
 
 import collections
@@ -17,14 +19,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import optimizer
+from hetjax.core import optimizer, processes
 from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.schedule import build_schedule
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task
 from hetjax.core.train_spec import TrainSpec
-from hetjax.core.wiring import Link, Tie, Wiring
+from hetjax.core.wiring import Tie, Wiring
 from models.contract import AUXILIARY
 
 IN_FLIGHT = 8
@@ -56,12 +58,13 @@ class Pipeline(Wiring):
     @functools.cached_property
     def flags(self) -> dict[StageKey, tuple[jax.Array, jax.Array]]:
         """False and True on each stage's devices: whether a microbatch is the step's first."""
-        everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages.items()}
-        return {key: tuple(jax.device_put([np.False_, np.True_], where)) for key, where in everywhere.items()}
+        everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages_here.items()}
+        put = processes.replicated
+        return {key: (put(np.False_, where), put(np.True_, where)) for key, where in everywhere.items()}
 
     def zeros(self) -> Trees:
         """Gradient accumulators of every stage that trains."""
-        return {key: stage.parameters.zeros() for key, stage in self.stages.items() if stage.parameters.trains}
+        return {key: stage.parameters.zeros() for key, stage in self.stages_here.items() if stage.parameters.trains}
 
     def gradients(
         self, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
@@ -73,7 +76,7 @@ class Pipeline(Wiring):
         """
         step = _Gradients(self, weights, microbatches, dict(acc), count)
         host = self._walk(self.schedule.gradients, step.doing)
-        return step.reduced(), [step.scores[i] for i in range(len(microbatches))], host
+        return step.reduced(), [step.scores[i] for i in sorted(step.scores)], host
 
     def update(
         self,
@@ -93,11 +96,11 @@ class Pipeline(Wiring):
         """
         step = _Update(self.finish, dict(params), dict(weights), dict(states), reduced, scores, count, learning_rate)
         self._walk(self.schedule.update, step.doing)
-        return step.params, step.weights, step.states, Outcome(**step.decided, host=host)
+        return step.params, step.weights, step.states, self.finish.outcome(step.told, host)
 
     def weights(self, params: Trees) -> Trees:
         """The working weights of these parameters."""
-        found = {key: stage.weights(params[key]) for key, stage in self.stages.items()}
+        found = {key: stage.weights(params[key]) for key, stage in self.stages_here.items()}
         for tie in self.ties:
             _lend(tie, found)
         return found
@@ -107,9 +110,11 @@ class Pipeline(Wiring):
         prepared = prepare(microbatch, self.packings)
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
         for key, stage in self.stages.items():  # producers come before their consumers
-            y = stage.programs["evaluate"](weights[key], inputs.pop(key, {}), self.place(key, prepared))
+            y: Tree = {}
+            if key in self.mine:
+                y = stage.programs["evaluate"](weights[key], inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
-                moved = link.boundary.forward(y)
+                moved = link.boundary.forward(y if key in self.mine else link.boundary.absent_forward)
                 inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
         likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
         return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
@@ -122,7 +127,8 @@ class Pipeline(Wiring):
     def _walk(self, tasks: Sequence[Task], doing: Doing) -> HostTimes:
         """Dispatches `tasks` in their order."""
         working = crossing = waiting = 0.0
-        for task in tasks:
+        mine = [task for task in tasks if self.is_mine(task)]
+        for task in mine:
             start = time.perf_counter()
             queue = self._waiting[task.stage]
             if len(queue) == IN_FLIGHT:
@@ -134,7 +140,7 @@ class Pipeline(Wiring):
             seconds = time.perf_counter() - begun
             waiting, working = waiting + begun - start, working + seconds
             crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
-        return HostTimes(len(tasks), working, crossing, waiting)
+        return HostTimes(len(mine), working, crossing, waiting)
 
 
 class _Gradients:
@@ -145,16 +151,16 @@ class _Gradients:
     ) -> None:
         self.pipeline, self.weights, self.microbatches, self.acc = pipeline, weights, microbatches, acc
         shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / len(microbatches)}
-        ends = pipeline.stages[pipeline.last].ends
-        self.seeds = {k: jax.device_put(np.asarray(shares[k], a.dtype), a.sharding) for k, a in ends.items()}
+        ends = pipeline.stages[pipeline.last].ends if pipeline.last in pipeline.mine else {}
+        self.seeds = {k: processes.replicated(np.asarray(shares[k], a.dtype), a.sharding) for k, a in ends.items()}
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
         self.cotangents: dict[tuple[StageKey, int], dict[str, jax.Array]] = {}
-        self.leaving: dict[Task, tuple[Link, dict[str, jax.Array]]] = {}
+        self.leaving: dict[Task, dict[str, jax.Array]] = {}
         self.scores: dict[int, Scores] = {}
         self.grads = dict(acc)
         self.squares: dict[StageKey, jax.Array] = {}
-        self.tied: list[jax.Array] = []  # squares of each tie, in their order
+        self.tied: dict[int, jax.Array] = {}  # squares by number of the tie
         self.doing: Doing = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -166,12 +172,12 @@ class _Gradients:
 
     def reduced(self) -> Reduced:
         """The outcome."""
-        stages = self.pipeline.finish.stages
+        stages, ties = self.pipeline.finish.stages, range(len(self.pipeline.finish.trained_ties))
         acc = {
-            key: optimizer.merge(stage.parameters.repeated(self.acc[key]), self.grads[key])
-            for key, stage in stages.items()
+            key: optimizer.merge(stages[key].parameters.repeated(mine), self.grads[key])
+            for key, mine in self.acc.items()
         }
-        return Reduced(self.grads, acc, [*(self.squares[key] for key in stages), *self.tied])
+        return Reduced(self.grads, acc, [*map(self.squares.get, stages), *map(self.tied.get, ties)])
 
     def _forward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
@@ -184,7 +190,7 @@ class _Gradients:
         if key == self.pipeline.last:
             self.cotangents[key, i] = self.seeds
         for link in self.pipeline.links[key]:
-            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
+            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = y
         return done
 
     def _backward(self, task: Task) -> jax.Array:
@@ -203,16 +209,24 @@ class _Gradients:
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
-                self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = link, g_y
+                self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = g_y
         return done
 
     def _boundary(self, task: Task) -> None:
-        link, arrays = self.leaving.pop(task)
-        if task.to == link.target:
-            moved = link.boundary.forward(arrays)
-            self.inputs[link.target, task.microbatch] |= {name: moved[k] for k, name in link.names.items()}
+        assert task.to is not None
+        link = self.pipeline.between.get((task.stage, task.to))
+        boundary = link.boundary if link else self.pipeline.between[task.to, task.stage].boundary
+        move = boundary.forward if link else boundary.backward
+        if task.stage in self.pipeline.mine:
+            moved = move(self.leaving.pop(task))
         else:
-            self.cotangents[link.source, task.microbatch] = link.boundary.backward(arrays)
+            moved = move(boundary.absent_forward if link else boundary.absent_backward)
+        if task.to not in self.pipeline.mine:
+            return
+        if link:
+            self.inputs[task.to, task.microbatch] |= {name: moved[k] for k, name in link.names.items()}
+        else:
+            self.cotangents[task.to, task.microbatch] = moved
 
     def _reduce(self, task: Task) -> None:
         key = task.stage
@@ -226,13 +240,15 @@ class _Gradients:
 
     def _tie(self, task: Task) -> None:
         """The gradients of a copy's tied leaves, added to the owner's."""
-        finish = self.pipeline.finish
-        for tie in finish.ties:
+        finish, mine = self.pipeline.finish, self.pipeline.mine
+        for number, tie in enumerate(finish.trained_ties):
             if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
-                leaf = tie.gradient.forward({"x": _get(self.grads[tie.copy], tie.copy_path)})["x"]
-                total, squares = finish.add[tie.owner](_get(self.grads[tie.owner], tie.owner_path), leaf)
-                self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
-                self.tied.append(squares)
+                given = {"x": _get(self.grads[tie.copy], tie.copy_path)} if tie.copy in mine else None
+                leaf = tie.gradient.forward(given or tie.gradient.absent_forward)["x"]
+                if tie.owner in mine:
+                    owners = _get(self.grads[tie.owner], tie.owner_path)
+                    total, self.tied[number] = finish.add[tie.owner](owners, leaf)
+                    self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
 
 
 class _Update:
@@ -253,22 +269,15 @@ class _Update:
         self.params, self.weights, self.states = params, weights, states
         self.scalars = finish.scalars(count, learning_rate)
         self.decisions: dict[StageKey, jax.Array] = {}
-        self.decided: dict[str, Any] = {}  # fields of the outcome
+        self.told: Tree = {}  # by the decision
         self.doing: Doing = {Kind.DECIDE: self._decide, Kind.UPDATE: self._update, Kind.TIE: self._tie}
 
     def _decide(self, task: Task) -> None:
         """From squares and scores, which every device of a stage has, on one device; the decision to all."""
         finish = self.finish
-        local = [x.addressable_data(0) for x in self.reduced.squares]
-        *squares, scalars = jax.device_put([*local, self.scalars], finish.home)
-        scores = jax.tree.map(lambda x: x.addressable_data(0), self.scores)
-        found, decision = finish.decide(squares, scores, scalars)
-        module_squares: dict[str, list[jax.Array]] = {}
-        for (name, _), of_stage in zip(finish.paths, squares, strict=True):
-            module_squares.setdefault(name, []).append(of_stage)
-        self.decided = {**found, "module_squares": module_squares}
-        copies = jax.device_put([decision] * len(finish.everywhere), finish.everywhere)
-        self.decisions = dict(zip(finish.stages, copies, strict=True))
+        squares, scores = jax.tree.map(lambda x: x.addressable_data(0), (self.reduced.squares, self.scores))
+        self.told, decision = finish.decide(squares, scores, self.scalars)
+        self.decisions = finish.spread(decision)
 
     def _update(self, task: Task) -> None:
         key = task.stage
@@ -287,8 +296,10 @@ class _Update:
 
 def _lend(tie: Tie, weights: Trees) -> None:
     """The owner's working weight to the copy."""
-    value = tie.value.forward({"x": _get(weights[tie.owner], tie.owner_path)})["x"]
-    weights[tie.copy] = _set(weights[tie.copy], tie.copy_path, value)
+    given = {"x": _get(weights[tie.owner], tie.owner_path)} if tie.owner in weights else None
+    value = tie.value.forward(given or tie.value.absent_forward)["x"]
+    if tie.copy in weights:
+        weights[tie.copy] = _set(weights[tie.copy], tie.copy_path, value)
 
 
 def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:

@@ -99,13 +99,13 @@ class Trainer:
 
     def initial_params(self) -> dict[StageKey, Tree]:
         """The parameters of `init`."""
-        stages = self.pipeline.stages
+        stages = self.pipeline.stages_here
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each stage compiles its own
             return dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
 
     def start(self, params: dict[StageKey, Tree]) -> State:
         """The first step's state with these parameters, which it takes."""
-        stages = self.pipeline.stages
+        stages = self.pipeline.stages_here
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             states = dict(
                 zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)

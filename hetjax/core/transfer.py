@@ -5,6 +5,8 @@ all pieces, a join on each destination device, and one all-gather inside the des
 
 `jax.device_put` is direct and asynchronous for single-device pieces; between most shardings it pulls the array through
 numpy and blocks the host until the producer is done. Programs are per device, since the pieces of two devices differ.
+
+With several processes each cuts, joins and gathers on its own devices, and puts the pieces that leave or reach these.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from hetjax.core import wire
+from hetjax.core import processes, wire
 from hetjax.core.mesh import axis_names
 
 
@@ -41,6 +43,11 @@ class Leaf:
     dtype: np.dtype
     source: NamedSharding
     destination: NamedSharding
+
+    @property
+    def landed(self) -> jax.ShapeDtypeStruct:
+        """What arrives on the destination."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.destination)
 
     @property
     def mirror(self) -> "Leaf":
@@ -108,10 +115,47 @@ def _free_axes(sharding: NamedSharding) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One single-device program of the pieces route; inputs are places in the list of all values of a call."""
+    """One single-device program of the pieces route; inputs and outputs are places in the list of a call's values."""
 
     program: Program
     inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    device: jax.Device
+
+    def run(self, values: list[Any]) -> None:
+        """Fills the places of its outputs."""
+        for place, value in zip(self.outputs, self.program.compile()(*[values[n] for n in self.inputs]), strict=True):
+            values[place] = value
+
+
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """A piece that goes from one device to another: from one place in the list of a call's values to another."""
+
+    piece: jax.ShapeDtypeStruct
+    source: jax.Device
+    to: jax.Device
+    origin: int
+    arrival: int
+
+
+class Sends:
+    """Pieces on their way, in one order that all processes share: those between two devices of this process go
+    together, and one that leaves it or reaches it goes alone (jax 0.10.2 and 0.11 lose them in a batch)."""
+
+    def __init__(self, sends: Sequence[Send]) -> None:
+        mine = [processes.owns_some((send.source,)) + processes.owns_some((send.to,)) for send in sends]
+        self.inside = [send for send, ends in zip(sends, mine, strict=True) if ends == 2]
+        self.crossing = [send for send, ends in zip(sends, mine, strict=True) if ends == 1]
+        self.receivers = [send.to for send in self.inside]
+
+    def run(self, values: list[Any]) -> None:
+        """Fills the places of arrival."""
+        arrived = jax.device_put([values[send.origin] for send in self.inside], self.receivers)
+        for send, piece in zip(self.inside, arrived, strict=True):
+            values[send.arrival] = piece
+        for send in self.crossing:
+            values[send.arrival] = processes.send(values[send.origin], send.piece, send.source, send.to)
 
 
 class Pieces:
@@ -137,34 +181,53 @@ class Pieces:
 
     def route(self) -> Route:
         """The finished route."""
-        cuts, sends, joins = self._cuts(), self._sends(), self._joins()
-        origins, receivers = [place for place, _ in sends], [device for _, device in sends]
+        cuts, sends, joins = self._mine(self._cuts()), Sends(self._sends()), self._mine(self._joins())
         wraps = [
-            (struct.shape, struct.sharding, [self.landed[index, device] for device in leaf.wanted])
+            (struct, [self.landed[index, device] for device in leaf.wanted if processes.is_mine(self.devices[device])])
             for index, (leaf, struct) in enumerate(zip(self.leaves, self.landings, strict=True))
         ]
         shared = {index: crossing.dim for index, crossing in enumerate(self.wires) if crossing.dim is not None}
-        gather = self._gather(shared) if shared else None
+        gathers = shared and processes.owns_some(self.leaves[0].destination.mesh.devices.flat)
+        gather = self._gather(shared) if gathers else None
+        held = [place for device, place in self._held() if processes.is_mine(self.devices[device])]
+        empty = [None] * self.size
 
         def run(arrays: list[jax.Array]) -> list[jax.Array]:
-            values = [shard.data for array in arrays for shard in array.addressable_shards]
+            values: list[Any] = empty.copy()
+            for place, shard in zip(held, (s for array in arrays for s in array.addressable_shards), strict=True):
+                values[place] = shard.data
             for step in cuts:
-                values += step.program.compile()(*[values[place] for place in step.inputs])
-            values += jax.device_put([values[place] for place in origins], receivers)
+                step.run(values)
+            sends.run(values)
             for step in joins:
-                values += step.program.compile()(*[values[place] for place in step.inputs])
+                step.run(values)
             out: list[jax.Array] = [
-                jax.make_array_from_single_device_arrays(shape, sharding, [values[place] for place in places])
-                for shape, sharding, places in wraps
+                jax.make_array_from_single_device_arrays(
+                    struct.shape, struct.sharding, [values[place] for place in places], dtype=struct.dtype
+                )
+                for struct, places in wraps
             ]
             if gather:
                 for index, array in zip(shared, gather.compile()(*[out[index] for index in shared]), strict=True):
                     out[index] = array
+            elif shared:
+                out = [processes.elsewhere(leaf.landed) for leaf in self.leaves]
             return out
 
         programs = (*(step.program for step in (*cuts, *joins)), *([gather] if gather else []))
         moved = (crossing.moved * leaf.dtype.itemsize for crossing, leaf in zip(self.wires, self.leaves, strict=True))
         return Route(run, programs, sum(moved))
+
+    def _mine(self, steps: Sequence[Step]) -> list[Step]:
+        return [step for step in steps if processes.is_mine(step.device)]
+
+    def _held(self) -> list[tuple[int, int]]:
+        """(device, place) of the source's shards, leaf by leaf."""
+        return [
+            (device, self.taken[index, device, self._whole(index, device)])
+            for index, leaf in enumerate(self.leaves)
+            for device in leaf.held
+        ]
 
     def _next(self) -> int:
         self.size += 1
@@ -178,12 +241,8 @@ class Pieces:
         self, name: str, function: Callable[..., Any], inputs: Sequence[tuple[int, wire.Box]], device: int
     ) -> Program:
         """`function` on one device, of inputs that have the size of a box of a leaf."""
-        place = SingleDeviceSharding(self.devices[device])
-        structs = tuple(
-            jax.ShapeDtypeStruct([stop - start for start, stop in box], self.leaves[index].dtype, sharding=place)
-            for index, box in inputs
-        )
-        return Program(f"{name} on {device}", function, structs, place)
+        structs = tuple(self._struct(index, box, self.devices[device]) for index, box in inputs)
+        return Program(f"{name} on {device}", function, structs, SingleDeviceSharding(self.devices[device]))
 
     def _cuts(self) -> list[Step]:
         """One program per source device with all of its slices; a piece that is a whole shard needs none."""
@@ -198,22 +257,31 @@ class Pieces:
             shards = [(index, self._whole(index, device)) for index in needed]
             function = functools.partial(_cut, boxes=tuple((needed.index(index), box) for index, box in boxes))
             places = tuple(self.taken[index, device, box] for index, box in shards)
-            steps.append(Step(self._program("cut", function, shards, device), places))
-            for index, box in boxes:
-                self.taken[index, device, box] = self._next()
+            outputs = tuple(self._next() for _ in boxes)
+            self.taken |= {(index, device, box): n for (index, box), n in zip(boxes, outputs, strict=True)}
+            program = self._program("cut", function, shards, device)
+            steps.append(Step(program, places, outputs, self.devices[device]))
         return steps
 
-    def _sends(self) -> list[tuple[int, jax.Device]]:
-        """Place and receiver of every piece that leaves its device."""
+    def _sends(self) -> list[Send]:
+        """Every piece that leaves its device."""
         sends = []
         for index, crossing in enumerate(self.wires):
             for piece in crossing.pieces:
                 place = self.taken[index, piece.sender, piece.take]
                 if piece.sender != piece.receiver:
-                    sends.append((place, self.devices[piece.receiver]))
-                    place = self._next()
+                    source, to, origin, place = *self._ends(piece), place, self._next()
+                    sends.append(Send(self._struct(index, piece.take, source), source, to, origin, place))
                 self.got.setdefault((index, piece.receiver), []).append((piece.place, place))
         return sends
+
+    def _ends(self, piece: wire.Piece) -> tuple[jax.Device, jax.Device]:
+        return self.devices[piece.sender], self.devices[piece.receiver]
+
+    def _struct(self, index: int, box: wire.Box, device: jax.Device) -> jax.ShapeDtypeStruct:
+        """An array on one device that has the size of a box of a leaf."""
+        shape = [stop - start for start, stop in box]
+        return jax.ShapeDtypeStruct(shape, self.leaves[index].dtype, sharding=SingleDeviceSharding(device))
 
     def _joins(self) -> list[Step]:
         """One program per destination device that makes its landings; a landing that is one piece needs none."""
@@ -222,6 +290,7 @@ class Pieces:
             parts: list[tuple[tuple[int, ...], np.dtype, tuple[wire.Box, ...]]] = []
             inputs: list[tuple[int, wire.Box]] = []
             places: list[int] = []
+            outputs: list[int] = []
             for index, (leaf, landing) in enumerate(zip(self.leaves, self.landings, strict=True)):
                 shape = landing.sharding.shard_shape(landing.shape)
                 got = self.got.get((index, device), [])
@@ -231,10 +300,12 @@ class Pieces:
                 parts.append((shape, leaf.dtype, tuple(box for box, _ in got)))
                 inputs += [(index, box) for box, _ in got]
                 places += [place for _, place in got]
-                self.landed[index, device] = self._next()
+                outputs.append(self._next())
+                self.landed[index, device] = outputs[-1]
             if parts:
                 function = functools.partial(_join, parts=tuple(parts))
-                steps.append(Step(self._program("join", function, inputs, device), tuple(places)))
+                program = self._program("join", function, inputs, device)
+                steps.append(Step(program, tuple(places), tuple(outputs), self.devices[device]))
         return steps
 
     def _gather(self, shared: Mapping[int, int]) -> Program:

@@ -1,15 +1,17 @@
 """The stages of a graph and the boundaries between them, built for one microbatch shape; nothing is compiled yet."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from hetjax.core import processes
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Module
 from hetjax.core.packing import Packing
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
-from hetjax.core.tasks import Kind, StageKey, StageNode
+from hetjax.core.tasks import Kind, StageKey, StageNode, Task
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -48,6 +50,7 @@ class Wiring:
         for module in (*graph.encoders, graph.sink):
             for plan in self.plans[module.name]:
                 self._add(module, plan)
+        self.mine = frozenset(k for k, s in self.stages.items() if processes.owns_some(s.plan.mesh.devices.flat))
         self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
         self.ties = [tie for key in self.stages for tie in self._ties_of(key)]
         self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages.items()}
@@ -99,6 +102,20 @@ class Wiring:
         return found
 
     @property
+    def stages_here(self) -> dict[StageKey, Stage]:
+        """Those of which this process drives a device."""
+        return {key: stage for key, stage in self.stages.items() if key in self.mine}
+
+    @functools.cached_property
+    def between(self) -> dict[tuple[StageKey, StageKey], Link]:
+        """The edges, by source and target."""
+        return {(link.source, link.target): link for links in self.links.values() for link in links}
+
+    def is_mine(self, task: Task) -> bool:
+        """Whether this process takes part in a task: in the decision each one does, to know of it."""
+        return task.kind is Kind.DECIDE or task.stage in self.mine or task.to in self.mine
+
+    @property
     def nodes(self) -> list[StageNode]:
         """The stages as the schedule sees them."""
         return [self._node(key, stage) for key, stage in self.stages.items()]
@@ -117,9 +134,9 @@ class Wiring:
         return {f"{a}/{i} -> {b}/{j}": boundary for (a, i), (b, j), _, boundary in links}
 
     def thunks(self, *, evaluate: bool) -> list[tuple[str, Callable[[], object]]]:
-        """(name, function that compiles it) of every program of the stages and the boundaries."""
+        """(name, function that compiles it) of every program of stages and boundaries that this process runs."""
         found: list[tuple[str, Callable[[], object]]] = []
-        for (module, index), stage in self.stages.items():
+        for (module, index), stage in self.stages_here.items():
             found += [(f"{module}/{index} {name}", thunk) for name, thunk in stage.thunks(evaluate=evaluate).items()]
         for name, boundary in self.boundaries.items():
             found += [(f"{name} {program}", thunk) for program, thunk in boundary.programs()]

@@ -1,0 +1,88 @@
+"""Trains the tiny model as one process of several, and writes what its devices hold for the test that started it.
+
+python in_processes.py COORDINATOR PROCESSES PROCESS DEVICES OUT CASE ...
+"""
+
+import dataclasses
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step
+STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Layouts of the modules, by settings of `Layout`, and what else differs from the plain tiny model."""
+
+    llm: dict[str, Any]
+    vision: dict[str, Any]
+    audio: dict[str, Any] | None = None
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: str = "1f1b"
+
+
+# Four devices: of two processes the first has 0 and 1.
+CASES = {
+    "encoder on its own process": Case(dict(dp=2, devices="2,3"), dict(dp=2, devices="0,1")),
+    "encoder tp 2 on its own process, llm tp 2": Case(dict(tp=2, devices="2,3"), dict(tp=2, devices="0,1")),
+    "pp across, tied": Case(dict(dp=2, pp=2), dict(dp=2, devices="0,1"), model=dict(tied=True)),
+    "tp inside, dp across": Case(dict(dp=2, tp=2), dict(dp=4)),
+    "overlapping": Case(dict(tp=2, devices="1,2"), dict(dp=4)),
+    "unequal counts": Case(dict(tp=1, dp=1, devices="3"), dict(dp=2, devices="0,1")),
+}
+
+
+def run(case: Case) -> Found:
+    """Trains from the first step, on all devices that there are."""
+    import jax
+    import jax.numpy as jnp
+    import tiny
+
+    from hetjax.core.layout import Layout
+    from hetjax.core.optimizer import OptimizerConfig
+
+    encoders = {"vision": Layout(**case.vision)} | ({"audio": Layout(**case.audio)} if case.audio else {})
+    graph = tiny.graph(Layout(**case.llm), encoders, jnp.float32, **case.model)
+    shape = tiny.Shape(microbatches=3)
+    config = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=0.5)
+    trainer = tiny.trainer(graph, shape, config, dtype=jnp.float32, schedule=case.schedule)
+    state, outcomes = trainer.init(), []
+    for seed in range(STEPS):
+        state, outcome = trainer.step(state, tiny.microbatches(shape, tuple(encoders), seed=seed))
+        outcomes.append(outcome)
+    found: Found = {
+        "loss": [float(o.loss) for o in outcomes],
+        "norm": [float(o.norm) for o in outcomes],
+        "tasks": [o.host.tasks for o in outcomes],
+    }
+    for kind, trees in (("params", state.params), ("optimizer", state.optimizer)):
+        for (module, index), tree in trees.items():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                name = f"{kind}/{module}/{index}{jax.tree_util.keystr(path)}"
+                found[name] = {_block(shard): np.asarray(shard.data) for shard in leaf.addressable_shards}
+    return found
+
+
+def _block(shard: Any) -> tuple:
+    return tuple((part.start, part.stop) for part in shard.index)
+
+
+def main() -> None:
+    """Runs the cases one after the other."""
+    coordinator, *numbers, out, names = *sys.argv[1:6], sys.argv[6:]
+    processes, process, devices = map(int, numbers)
+    from hetjax.run import cluster
+
+    cluster.join(coordinator, processes, process, devices)
+    Path(out).write_bytes(pickle.dumps({name: run(CASES[name]) for name in names}))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
