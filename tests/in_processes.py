@@ -27,14 +27,31 @@ class Case:
     schedule: str = "1f1b"
 
 
-# Four devices: of two processes the first has 0 and 1.
+# Eight devices, two of each of four processes.
+OWN = "0,1"
 CASES = {
-    "encoder on its own process": Case(dict(dp=2, devices="2,3"), dict(dp=2, devices="0,1")),
-    "encoder tp 2 on its own process, llm tp 2": Case(dict(tp=2, devices="2,3"), dict(tp=2, devices="0,1")),
-    "pp across, tied": Case(dict(dp=2, pp=2), dict(dp=2, devices="0,1"), model=dict(tied=True)),
-    "tp inside, dp across": Case(dict(dp=2, tp=2), dict(dp=4)),
-    "overlapping": Case(dict(tp=2, devices="1,2"), dict(dp=4)),
-    "unequal counts": Case(dict(tp=1, dp=1, devices="3"), dict(dp=2, devices="0,1")),
+    "encoder on its own process": Case(dict(dp=2, devices="2,3"), dict(dp=2, devices=OWN)),
+    "pp 4 across, tied; encoder on its own": Case(dict(pp=4, dp=2), dict(dp=2, devices=OWN), model=dict(tied=True)),
+    "pp 2 over two processes each, tied": Case(
+        dict(pp=2, dp=2, tp=2), dict(dp=4, devices="2-5"), model=dict(tied=True)
+    ),
+    "tp inside, dp across": Case(dict(dp=4, tp=2), dict(dp=8)),
+    "tp across": Case(dict(tp=4, devices="0-3"), dict(tp=4, devices="4-7")),
+    "cp across, ring": Case(dict(cp=4, context="ring", devices="2-5"), dict(dp=2, devices="0,7")),
+    "ep across": Case(
+        dict(dp=2, tp=2, ep=4, sp=True, devices="0-3"), dict(dp=4, devices="4-7"), model=dict(experts="experts")
+    ),
+    "colocated over all": Case(dict(dp=2, tp=2, cp=2), dict(dp=8)),
+    "colocated, pp 2, gpipe": Case(dict(dp=2, pp=2, tp=2), dict(dp=4, devices="0-3"), schedule="gpipe"),
+    "overlapping": Case(dict(dp=2, tp=2, devices="1-4"), dict(dp=4, devices="3-6")),
+    "1 process and 3": Case(dict(dp=2, tp=2, devices="2-5"), dict(dp=2, devices=OWN)),
+    "unequal counts": Case(dict(tp=1, devices="7"), dict(dp=4, devices="0-3")),
+    "unequal counts, two to four": Case(dict(dp=4, devices="3-6"), dict(tp=2, devices="0,2")),
+    "zero 3 across": Case(dict(dp=4, zero=3, devices="0-3"), dict(dp=4, zero=2, devices="4-7")),
+    "zero 2 across, tied over pp": Case(dict(dp=4, pp=2, zero=2), dict(dp=8, zero_size=4), model=dict(tied=True)),
+    "two encoders on two processes": Case(
+        dict(dp=4, devices="4-7"), dict(dp=2, devices=OWN), dict(dp=2, devices="2,3")
+    ),
 }
 
 
@@ -48,7 +65,10 @@ def run(case: Case) -> Found:
     from hetjax.core.optimizer import OptimizerConfig
 
     encoders = {"vision": Layout(**case.vision)} | ({"audio": Layout(**case.audio)} if case.audio else {})
-    graph = tiny.graph(Layout(**case.llm), encoders, jnp.float32, **case.model)
+    model = dict(case.model)
+    if "experts" in model:
+        model["experts"] = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5)
+    graph = tiny.graph(Layout(**case.llm), encoders, jnp.float32, **model)
     shape = tiny.Shape(microbatches=3)
     config = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=0.5)
     trainer = tiny.trainer(graph, shape, config, dtype=jnp.float32, schedule=case.schedule)
@@ -80,7 +100,11 @@ def main() -> None:
     from hetjax.run import cluster
 
     cluster.join(coordinator, processes, process, devices)
-    Path(out).write_bytes(pickle.dumps({name: run(CASES[name]) for name in names}))
+    found = {}
+    for name in names:
+        found[name] = run(CASES[name])
+        print(f"done: {name}", flush=True)
+    Path(out).write_bytes(pickle.dumps(found))
     os._exit(0)
 
 

@@ -14,6 +14,7 @@ An edge carries a dict of arrays. For a vision encoder on devices 0-2 (dp=3) and
 The outputs may share buffers with the inputs (what is in place already is not copied): donate neither.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -74,6 +75,10 @@ class Boundary:
         """What `backward` is given by a process that drives none of the destination's devices."""
         return {name: processes.elsewhere(self.destination[name]) for name in self.gradients}
 
+    def crosses(self, *, backward: bool = False) -> bool:
+        """Whether something goes from one process to another, in which all take part."""
+        return (self._backward if backward else self._forward).crosses
+
     def programs(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, thunk) of every program; a thunk compiles one ahead of time, and may run in any thread."""
         routes = {"forward": self._forward, "backward": self._backward}
@@ -109,12 +114,12 @@ def make_route(leaves: tuple[Leaf, ...]) -> Route:
       `jax.device_put`, which is direct for these; between other shardings it goes through the host;
     - anything else: in pieces.
 
-    A process that drives no device of either side does nothing.
+    A process that drives no device of either side does nothing, but for what it takes to let others send.
     """
     moves = [leaf.held != leaf.wanted for leaf in leaves]
     moving = tuple(itertools.compress(leaves, moves))
     route = _route_of_moving(moving)
-    if not processes.owns_some(_devices(leaves)):
+    if not route.crosses and not processes.owns_some(_devices(leaves)):
         return Route(lambda arrays: [processes.elsewhere(leaf.landed) for leaf in leaves], (), route.wire_bytes)
 
     def run(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -124,7 +129,7 @@ def make_route(leaves: tuple[Leaf, ...]) -> Route:
             for array, leaf, moves_ in zip(arrays, leaves, moves, strict=True)
         ]
 
-    return Route(run, route.programs, route.wire_bytes) if not all(moves) else route
+    return dataclasses.replace(route, run=run) if not all(moves) else route
 
 
 def _route_of_moving(leaves: tuple[Leaf, ...]) -> Route:

@@ -2,7 +2,9 @@
 dispatches what stands on its own devices: with one process, all of it.
 
 An array whose devices are all another process's has a name here, but no shards (`elsewhere`). Arrays travel between
-processes one device at a time, by `send`, which both ends call, each in the order of the same list.
+processes one device at a time. jax numbers such transfers by a counter that each process has for itself, so every
+process takes part in each of them, in the same order, also where neither end is its own (jax 0.10.2 and 0.12: between
+three processes one would else wait for ever); that costs such a bystander 0.03 ms.
 """
 
 from collections.abc import Iterable
@@ -10,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding
 
 
 def is_mine(device: jax.Device) -> bool:
@@ -34,17 +36,6 @@ def firsts(devices: Iterable[jax.Device]) -> list[jax.Device]:
 def elsewhere(struct: jax.ShapeDtypeStruct) -> jax.Array:
     """An array like `struct` of which this process has no shard."""
     return jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, [], dtype=struct.dtype)
-
-
-def send(array: jax.Array | None, like: jax.ShapeDtypeStruct, source: jax.Device, to: jax.Device) -> jax.Array | None:
-    """`array`, which lies on the device `source`, on the device `to`; None in a process that drives neither.
-
-    `like` tells shape and type where `array` is another process's and so None."""
-    if not owns_some((source, to)):
-        return None
-    if not is_mine(source):
-        array = elsewhere(jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=SingleDeviceSharding(source)))
-    return jax.device_put(array, SingleDeviceSharding(to))
 
 
 def replicated(value: Any, sharding: NamedSharding) -> jax.Array:

@@ -93,6 +93,7 @@ class Route:
     run: Callable[[list[jax.Array]], list[jax.Array]]
     programs: tuple[Program, ...]
     wire_bytes: int
+    crosses: bool = False  # between processes: each of them takes part
 
 
 def landing(leaf: Leaf, crossing: wire.Wire) -> jax.ShapeDtypeStruct:
@@ -138,24 +139,33 @@ class Send:
     origin: int
     arrival: int
 
+    @property
+    def on_source(self) -> jax.ShapeDtypeStruct:
+        """The piece, where it comes from."""
+        where = SingleDeviceSharding(self.source)
+        return jax.ShapeDtypeStruct(self.piece.shape, self.piece.dtype, sharding=where)
+
 
 class Sends:
-    """Pieces on their way, in one order that all processes share: those between two devices of this process go
-    together, and one that leaves it or reaches it goes alone (jax 0.10.2 and 0.11 lose them in a batch)."""
+    """Pieces on their way: those between two devices of this process go together, and those that change their process
+    one by one, in the order that all processes share (see `processes.py`; a batch of them is lost in jax 0.10.2)."""
 
     def __init__(self, sends: Sequence[Send]) -> None:
-        mine = [processes.owns_some((send.source,)) + processes.owns_some((send.to,)) for send in sends]
-        self.inside = [send for send, ends in zip(sends, mine, strict=True) if ends == 2]
-        self.crossing = [send for send, ends in zip(sends, mine, strict=True) if ends == 1]
-        self.receivers = [send.to for send in self.inside]
+        self.crossing = [send for send in sends if send.source.process_index != send.to.process_index]
+        self._inside = [send for send in sends if processes.is_mine(send.source) and processes.is_mine(send.to)]
+        self._receivers = [send.to for send in self._inside]
+        absent = [send for send in self.crossing if not processes.is_mine(send.source)]
+        self._absent = {send.origin: processes.elsewhere(send.on_source) for send in absent}
 
     def run(self, values: list[Any]) -> None:
         """Fills the places of arrival."""
-        arrived = jax.device_put([values[send.origin] for send in self.inside], self.receivers)
-        for send, piece in zip(self.inside, arrived, strict=True):
-            values[send.arrival] = piece
+        if self._inside:
+            arrived = jax.device_put([values[send.origin] for send in self._inside], self._receivers)
+            for send, piece in zip(self._inside, arrived, strict=True):
+                values[send.arrival] = piece
         for send in self.crossing:
-            values[send.arrival] = processes.send(values[send.origin], send.piece, send.source, send.to)
+            piece = self._absent[send.origin] if send.origin in self._absent else values[send.origin]
+            values[send.arrival] = jax.device_put(piece, SingleDeviceSharding(send.to))
 
 
 class Pieces:
@@ -186,11 +196,14 @@ class Pieces:
             (struct, [self.landed[index, device] for device in leaf.wanted if processes.is_mine(self.devices[device])])
             for index, (leaf, struct) in enumerate(zip(self.leaves, self.landings, strict=True))
         ]
+        arrives = processes.owns_some(self.leaves[0].destination.mesh.devices.flat)
         shared = {index: crossing.dim for index, crossing in enumerate(self.wires) if crossing.dim is not None}
-        gathers = shared and processes.owns_some(self.leaves[0].destination.mesh.devices.flat)
-        gather = self._gather(shared) if gathers else None
+        gather = self._gather(shared) if shared and arrives else None
         held = [place for device, place in self._held() if processes.is_mine(self.devices[device])]
-        empty = [None] * self.size
+        empty, absent = (
+            [None] * self.size,
+            [] if arrives else [processes.elsewhere(leaf.landed) for leaf in self.leaves],
+        )
 
         def run(arrays: list[jax.Array]) -> list[jax.Array]:
             values: list[Any] = empty.copy()
@@ -199,6 +212,8 @@ class Pieces:
             for step in cuts:
                 step.run(values)
             sends.run(values)
+            if not arrives:
+                return absent
             for step in joins:
                 step.run(values)
             out: list[jax.Array] = [
@@ -210,13 +225,11 @@ class Pieces:
             if gather:
                 for index, array in zip(shared, gather.compile()(*[out[index] for index in shared]), strict=True):
                     out[index] = array
-            elif shared:
-                out = [processes.elsewhere(leaf.landed) for leaf in self.leaves]
             return out
 
         programs = (*(step.program for step in (*cuts, *joins)), *([gather] if gather else []))
         moved = (crossing.moved * leaf.dtype.itemsize for crossing, leaf in zip(self.wires, self.leaves, strict=True))
-        return Route(run, programs, sum(moved))
+        return Route(run, programs, sum(moved), crosses=bool(sends.crossing))
 
     def _mine(self, steps: Sequence[Step]) -> list[Step]:
         return [step for step in steps if processes.is_mine(step.device)]

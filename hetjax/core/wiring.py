@@ -112,8 +112,19 @@ class Wiring:
         return {(link.source, link.target): link for links in self.links.values() for link in links}
 
     def is_mine(self, task: Task) -> bool:
-        """Whether this process takes part in a task: in the decision each one does, to know of it."""
-        return task.kind is Kind.DECIDE or task.stage in self.mine or task.to in self.mine
+        """Whether this process takes part in a task."""
+        if task.kind is Kind.DECIDE or task.stage in self.mine or task.to in self.mine:
+            return True
+        if task.to is None:
+            return False
+        ends = task.stage, task.to
+        if link := self.between.get(ends):
+            return link.boundary.crosses()
+        if link := self.between.get((task.to, task.stage)):
+            return link.boundary.crosses(backward=True)
+        gradients = (tie.gradient for tie in self.ties if (tie.copy, tie.owner) == ends)
+        values = (tie.value for tie in self.ties if (tie.owner, tie.copy) == ends)
+        return any(boundary.crosses() for boundary in (*gradients, *values) if boundary)
 
     @property
     def nodes(self) -> list[StageNode]:
