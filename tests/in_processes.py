@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step
+Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step; "compiled": stages
 STEPS = 2
 
 
@@ -31,6 +31,9 @@ class Case:
 OWN = "0,1"
 CASES = {
     "encoder on its own process": Case(dict(dp=2, devices="2,3"), dict(dp=2, devices=OWN)),
+    "pp 2 across, tied": Case(
+        dict(pp=2, dp=2, devices="2-5"), dict(dp=2, devices=OWN), model=dict(tied=True), schedule="gpipe"
+    ),
     "pp 4 across, tied; encoder on its own": Case(dict(pp=4, dp=2), dict(dp=2, devices=OWN), model=dict(tied=True)),
     "pp 2 over two processes each, tied": Case(
         dict(pp=2, dp=2, tp=2), dict(dp=4, devices="2-5"), model=dict(tied=True)
@@ -42,7 +45,7 @@ CASES = {
         dict(dp=2, tp=2, ep=4, sp=True, devices="0-3"), dict(dp=4, devices="4-7"), model=dict(experts="experts")
     ),
     "colocated over all": Case(dict(dp=2, tp=2, cp=2), dict(dp=8)),
-    "colocated, pp 2, gpipe": Case(dict(dp=2, pp=2, tp=2), dict(dp=4, devices="0-3"), schedule="gpipe"),
+    "colocated, pp 2, gpipe": Case(dict(dp=2, pp=2, tp=2), dict(dp=4, devices="0-3")),
     "overlapping": Case(dict(dp=2, tp=2, devices="1-4"), dict(dp=4, devices="3-6")),
     "1 process and 3": Case(dict(dp=2, tp=2, devices="2-5"), dict(dp=2, devices=OWN)),
     "unequal counts": Case(dict(tp=1, devices="7"), dict(dp=4, devices="0-3")),
@@ -80,6 +83,9 @@ def run(case: Case) -> Found:
         "loss": [float(o.loss) for o in outcomes],
         "norm": [float(o.norm) for o in outcomes],
         "tasks": [o.host.tasks for o in outcomes],
+        "compiled": [
+            f"{module}/{index}" for (module, index), stage in trainer.pipeline.stages.items() if stage.programs
+        ],
     }
     for kind, trees in (("params", state.params), ("optimizer", state.optimizer)):
         for (module, index), tree in trees.items():
