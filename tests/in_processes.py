@@ -3,8 +3,8 @@
 python in_processes.py COORDINATOR PROCESSES PROCESS DEVICES OUT CASE ...
 """
 
+import contextlib
 import dataclasses
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -46,7 +46,7 @@ CASES = {
     ),
     "colocated over all": Case(dict(dp=2, tp=2, cp=2), dict(dp=8)),
     "colocated, pp 2, gpipe": Case(dict(dp=2, pp=2, tp=2), dict(dp=4, devices="0-3")),
-    "overlapping": Case(dict(dp=2, tp=2, devices="1-4"), dict(dp=4, devices="3-6")),
+    "overlapping": Case(dict(dp=2, tp=2, devices="1-4"), dict(dp=4, devices="2-5")),
     "1 process and 3": Case(dict(dp=2, tp=2, devices="2-5"), dict(dp=2, devices=OWN)),
     "unequal counts": Case(dict(tp=1, devices="7"), dict(dp=4, devices="0-3")),
     "unequal counts, two to four": Case(dict(dp=4, devices="3-6"), dict(tp=2, devices="0,2")),
@@ -58,14 +58,16 @@ CASES = {
 }
 
 
-def run(case: Case) -> Found:
-    """Trains from the first step, on all devices that there are."""
+def run(case: Case, checkpoints: str = "") -> Found:
+    """Trains STEPS steps, on all devices that there are."""
     import jax
     import jax.numpy as jnp
     import tiny
 
     from hetjax.core.layout import Layout
     from hetjax.core.optimizer import OptimizerConfig
+    from hetjax.run import cluster
+    from hetjax.run.checkpoint import Checkpoints
 
     encoders = {"vision": Layout(**case.vision)} | ({"audio": Layout(**case.audio)} if case.audio else {})
     model = dict(case.model)
@@ -75,10 +77,13 @@ def run(case: Case) -> Found:
     shape = tiny.Shape(microbatches=3)
     config = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=0.5)
     trainer = tiny.trainer(graph, shape, config, dtype=jnp.float32, schedule=case.schedule)
-    state, outcomes = trainer.init(), []
-    for seed in range(STEPS):
-        state, outcome = trainer.step(state, tiny.microbatches(shape, tuple(encoders), seed=seed))
-        outcomes.append(outcome)
+    cluster.meet(f"compiled {case}", 600)
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(Checkpoints(checkpoints)) if checkpoints else None
+        state = trainer.init() if saved is None or saved.latest is None else saved.restore(trainer)[0]
+        state, outcomes = _train(trainer, state, shape, tuple(encoders))
+        if saved is not None:
+            saved.save(trainer, state, {"seed": state.step})
     found: Found = {
         "loss": [float(o.loss) for o in outcomes],
         "norm": [float(o.norm) for o in outcomes],
@@ -95,23 +100,33 @@ def run(case: Case) -> Found:
     return found
 
 
+def _train(trainer: Any, state: Any, shape: Any, encoders: tuple[str, ...]) -> tuple[Any, list]:
+    import tiny
+
+    outcomes = []
+    for seed in range(state.step, state.step + STEPS):
+        state, outcome = trainer.step(state, tiny.microbatches(shape, encoders, seed=seed))
+        outcomes.append(outcome)
+    return state, outcomes
+
+
 def _block(shard: Any) -> tuple:
     return tuple((part.start, part.stop) for part in shard.index)
 
 
 def main() -> None:
     """Runs the cases one after the other."""
-    coordinator, *numbers, out, names = *sys.argv[1:6], sys.argv[6:]
+    coordinator, *numbers, out, checkpoints = sys.argv[1:7]
     processes, process, devices = map(int, numbers)
     from hetjax.run import cluster
 
     cluster.join(coordinator, processes, process, devices)
     found = {}
-    for name in names:
-        found[name] = run(CASES[name])
+    for name in sys.argv[7:]:
+        found[name] = run(CASES[name], checkpoints)
         print(f"done: {name}", flush=True)
     Path(out).write_bytes(pickle.dumps(found))
-    os._exit(0)
+    cluster.leave()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,16 +25,25 @@ SAME_BITS = [  # no stage spans two of four processes, or sums over more than tw
 ]
 
 
-def launch(names: list[str], processes: int, folder: Path, *, seconds: float) -> list[dict[str, Found]]:
-    """What each of so many processes, with their part of eight devices, finds of these cases."""
+def launch(
+    names: list[str],
+    processes: int,
+    folder: Path,
+    *,
+    seconds: float,
+    devices: int = DEVICES,
+    checkpoints: str = "",
+) -> list[dict[str, Found]]:
+    """What each of so many processes, with their part of the devices, finds of these cases; `folder` is made."""
+    folder.mkdir()
     port = free_ports(1 + processes)
     script, outs = Path(in_processes.__file__), [folder / f"{n}.pickle" for n in range(processes)]
     with contextlib.ExitStack() as stack:
         running = []
         for n, out in enumerate(outs):
             log = stack.enter_context((folder / f"{n}.log").open("w"))
-            sizes = [str(size) for size in (processes, n, DEVICES // processes)]
-            command = [sys.executable, str(script), f"127.0.0.1:{port}", *sizes, str(out), *names]
+            sizes = [str(size) for size in (processes, n, devices // processes)]
+            command = [sys.executable, str(script), f"127.0.0.1:{port}", *sizes, str(out), checkpoints, *names]
             where = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
             env = os.environ | {"PYTHONPATH": where}
             running.append(stack.enter_context(ended(subprocess.Popen(command, stdout=log, stderr=log, env=env))))
@@ -94,7 +104,7 @@ def owner(key: str) -> str:
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     apart, spanning = "pp 2 across, tied", "pp 2 over two processes each, tied"
-    parts = launch([apart, spanning], 2, tmp_path, seconds=240)
+    parts = launch([apart, spanning], 2, tmp_path / "two", seconds=240)
     for name in (apart, spanning):
         one = run(CASES[name])
         check(name, [part[name] for part in parts], one, same_bits=name == apart)
@@ -105,6 +115,20 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_train_as_one_under_all_placements(processes: int, tmp_path: Path) -> None:
-    parts = launch(list(CASES), processes, tmp_path, seconds=3000)
+    parts = launch(list(CASES), processes, tmp_path / "all", seconds=3000)
     for name, case in CASES.items():
         check(name, [part[name] for part in parts], run(case), same_bits=processes == 4 and name in SAME_BITS)
+
+
+@pytest.mark.slow
+def test_checkpoints_know_no_processes(tmp_path: Path) -> None:
+    saved = str(tmp_path / "checkpoints")
+    whole = [run(CASES["colocated over all"], str(tmp_path / "alone")) for _ in range(2)]
+    (first, *_) = launch(["colocated over all"], 4, tmp_path / "four", seconds=600, checkpoints=saved)
+    np.testing.assert_allclose(first["colocated over all"]["loss"], whole[0]["loss"], rtol=1e-6)
+    shutil.copytree(saved, tmp_path / "one")
+    one = run(CASES["encoder on its own process"], str(tmp_path / "one"))
+    np.testing.assert_allclose(one["loss"], whole[1]["loss"], rtol=1e-6)
+    parts = launch(["overlapping"], 3, tmp_path / "three", seconds=600, devices=6, checkpoints=saved)
+    for part in parts:
+        np.testing.assert_allclose(part["overlapping"]["loss"], whole[1]["loss"], rtol=1e-6)

@@ -26,6 +26,7 @@ from hetjax.core.stage import Stage
 from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
 from hetjax.run.names import flat, nested
+from hetjax.run.union import Union
 
 Tree = Any
 Names = dict[str, Any]  # name -> array, abstract or not
@@ -169,7 +170,7 @@ def programs(trainer: Trainer) -> Thunks:
     """What a save runs, to be compiled with the rest; without it the first save compiles."""
     return [
         (f"{module}/{index} copy", functools.partial(_compile_copy, (module, index), stage))
-        for (module, index), stage in trainer.pipeline.stages.items()
+        for (module, index), stage in trainer.pipeline.stages_here.items()
     ]
 
 
@@ -184,10 +185,12 @@ def to_names(trainer: Trainer, state: State) -> Names:
     """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
-        stored = _stored(key, stage)
-        copy = stage.programs.get("copy") or functools.partial(_copies, stored=stored)
-        copies = copy(tuple(jax.tree.leaves((state.params[key], state.optimizer[key]))))
-        names |= dict(zip(_all_names(stored), copies, strict=True))
+        stored, copies = _stored(key, stage), None
+        if key in trainer.pipeline.mine:
+            copy = stage.programs.get("copy") or functools.partial(_copies, stored=stored)
+            arrays = copy(tuple(jax.tree.leaves((state.params[key], state.optimizer[key]))))
+            copies = dict(zip(_all_names(stored), arrays, strict=True))
+        names |= _union(trainer, stored).to_all(copies) if jax.process_count() > 1 else copies or {}
     return names
 
 
@@ -195,8 +198,8 @@ def abstract_names(trainer: Trainer) -> Names:
     """The abstract arrays, with shardings, that `from_names` takes."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
-        for leaf in _stored(key, stage):
-            names = dict.fromkeys(leaf.names, leaf.array) | names
+        stored = _stored(key, stage)
+        names |= _union(trainer, stored).spread if jax.process_count() > 1 else _abstract(stored)
     return names
 
 
@@ -206,12 +209,26 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
     for key, stage in trainer.pipeline.stages.items():
         abstract = (stage.parameters.params, stage.parameters.state)
         leaves, stored = tuple(jax.tree.leaves(abstract)), _stored(key, stage)
-        places = [leaf.array.sharding for leaf in stored for _ in leaf.names]
-        rows = jax.device_put([names[name] for name in _all_names(stored)], places)
+        rows = _on_stage(trainer, stored, names)
+        if key not in trainer.pipeline.mine:
+            continue
         where = [leaf.sharding for leaf in leaves]
         joined = jax.jit(functools.partial(_join, stored, leaves), out_shardings=where)(rows)
         params[key], states[key] = jax.tree.unflatten(jax.tree.structure(abstract), joined)
     return State(params, trainer.pipeline.weights(params), states, trainer.pipeline.zeros(), step)
+
+
+def _on_stage(trainer: Trainer, stored: tuple["Stored", ...], names: Names) -> list[jax.Array]:
+    """A stage's arrays, on its devices."""
+    wanted = _abstract(stored)
+    if jax.process_count() == 1:
+        return jax.device_put([names[name] for name in wanted], [a.sharding for a in wanted.values()])
+    moved = _union(trainer, stored).to_stage({name: names[name] for name in wanted})
+    return [moved[name] for name in wanted]
+
+
+def _union(trainer: Trainer, stored: tuple["Stored", ...]) -> Union:
+    return Union(_abstract(stored), trainer.spec.devices)
 
 
 class Stored(NamedTuple):
@@ -235,6 +252,10 @@ def _stored(key: StageKey, stage: Stage) -> tuple[Stored, ...]:
             array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
             found.append(Stored(tuple(f"{kind}/{key[0]}/{name}" for name in names), array, stacked))
     return tuple(found)
+
+
+def _abstract(stored: tuple[Stored, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: leaf.array for leaf in stored for name in leaf.names}
 
 
 def _all_names(stored: tuple[Stored, ...]) -> list[str]:
