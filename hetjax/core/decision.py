@@ -43,20 +43,18 @@ class Decision:
         result = jax.eval_shape(function, *self._args)
         self._packed = self._on(home, jax.eval_shape(lambda tree: ravel_pytree(tree)[0], result))
         self._result = result
-        self.hearers = processes.firsts(everywhere)
-        self._back = Sends([Send(self._packed, home, to, 0, 1 + n) for n, to in enumerate(self.hearers)])
+        self._tell = Telling([self._packed], home, everywhere)
         self._decides = processes.is_mine(home)
 
     def compile(self) -> None:
         """Its programs, as far as this process runs them."""
-        together = len(self.hearers) == 1
+        together = jax.process_count() == 1
         function = self._function if together else lambda *args: ravel_pytree(self._function(*args))[0]
         if self._decides:
             self._program = jax.jit(function).lower(*self._args).compile()
         if not together:
             unpack = ravel_pytree(jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), self._result))[1]
-            mine = next(device for device in self.hearers if processes.is_mine(device))
-            self._unpack = jax.jit(unpack).lower(self._on(mine, self._packed)).compile()
+            self._unpack = jax.jit(unpack).lower(self._on(self._tell.mine, self._packed)).compile()
 
     def __call__(self, parts: Sequence[jax.Array | None], *rest: Tree) -> Tree:
         """The result, on a device of this process."""
@@ -65,12 +63,29 @@ class Decision:
         found = self._program(values[self._num :], *rest) if self._program else None
         if self._unpack is None:
             return found
-        heard = [found, *[None] * len(self.hearers)]
-        self._back.run(heard)
-        return self._unpack(heard[1 + list(map(processes.is_mine, self.hearers)).index(True)])
+        return self._unpack(*self._tell([found]))
 
     def _on(self, device: jax.Device, struct: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=SingleDeviceSharding(device))
+
+
+class Telling:
+    """Arrays on the device `home`, on the first of `everywhere` that each process drives."""
+
+    def __init__(
+        self, arrays: Sequence[jax.ShapeDtypeStruct], home: jax.Device, everywhere: Sequence[jax.Device]
+    ) -> None:
+        hearers, self._num = processes.firsts(everywhere), len(arrays)
+        self.mine = hearers[list(map(processes.is_mine, hearers)).index(True)]
+        places = [(n, to, (1 + m) * self._num + n) for m, to in enumerate(hearers) for n in range(self._num)]
+        self._sends = Sends([Send(arrays[n], home, to, n, arrival) for n, to, arrival in places])
+        self._size, self._heard = (1 + len(hearers)) * self._num, (1 + hearers.index(self.mine)) * self._num
+
+    def __call__(self, arrays: Sequence[jax.Array | None]) -> list[jax.Array]:
+        """The arrays on a device of this process; None: they come from another."""
+        values: list[Any] = [*arrays, *[None] * (self._size - self._num)]
+        self._sends.run(values)
+        return values[self._heard : self._heard + self._num]
 
 
 class Spreading:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hetjax.core import processes
 from hetjax.core.stage import Stage
 from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import Trainer
@@ -28,7 +29,7 @@ class DeviceMemory(NamedTuple):
 
 
 def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
-    """Memory by device position. Needs compiled programs."""
+    """Memory by position of this process's devices. Needs compiled programs."""
 
     def of_stage(key: StageKey, stage: Stage) -> DeviceMemory:
         kept = local_bytes(stage.kept)
@@ -43,7 +44,8 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
         )
         return held(stage, trainer.pipeline.schedule.max_in_flight[key], kept, workspace)
 
-    return by_device(trainer, of_stage)
+    mine = {n for n, device in enumerate(trainer.spec.devices) if processes.is_mine(device)}
+    return {n: memory for n, memory in by_device(trainer, of_stage).items() if n in mine}
 
 
 def by_device(trainer: Trainer, of_stage: Callable[[StageKey, Stage], DeviceMemory]) -> dict[int, DeviceMemory]:
@@ -97,10 +99,11 @@ def check(devices: dict[int, DeviceMemory], available: dict[int, int]) -> None:
 
 
 def available(devices: list[jax.Device]) -> dict[int, int]:
-    """Bytes of each device; emulated CPU devices share the machine's memory in equal parts."""
+    """Bytes of each device; emulated CPU devices share the machine's memory in equal parts. Those of other processes
+    are taken to be like this one's first."""
     found = {}
     for position, device in enumerate(devices):
-        stats = device.memory_stats() or {}
+        stats = (device if processes.is_mine(device) else jax.local_devices()[0]).memory_stats() or {}
         if "bytes_limit" in stats:
             found[position] = stats["bytes_limit"]
         elif device.platform == "cpu":

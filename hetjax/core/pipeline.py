@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer, processes
+from hetjax.core.evaluated import Evaluated
 from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
 from hetjax.core.packing import Prepared, prepare
@@ -54,6 +55,11 @@ class Pipeline(Wiring):
     def finish(self) -> Finish:
         """The programs of the step's end."""
         return Finish(self)
+
+    @functools.cached_property
+    def evaluated(self) -> Evaluated:
+        """Brings what the last stage's evaluation gives to the host."""
+        return Evaluated(self.stages[self.last], self.spec.devices)
 
     @functools.cached_property
     def flags(self) -> dict[StageKey, tuple[jax.Array, jax.Array]]:
@@ -116,8 +122,9 @@ class Pipeline(Wiring):
             for link in self.links[key]:
                 moved = link.boundary.forward(y if key in self.mine else link.boundary.absent_forward)
                 inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
-        likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
-        return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
+        loss, likeliest = self.evaluated(y)
+        cp = self.graph.sink.layout.cp
+        return loss, likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
 
     def place(self, key: StageKey, microbatch: Prepared) -> list[jax.Array]:
         """What a stage reads, on its devices."""

@@ -53,7 +53,7 @@ class Wiring:
         self.mine = frozenset(k for k, s in self.stages.items() if processes.owns_some(s.plan.mesh.devices.flat))
         self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
         self.ties = [tie for key in self.stages for tie in self._ties_of(key)]
-        self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages.items()}
+        self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages_here.items()}
 
     def _add(self, module: Module, plan: StagePlan) -> None:
         key, spec = (module.name, plan.index), self.spec
