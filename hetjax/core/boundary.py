@@ -37,13 +37,20 @@ class Boundary:
     """The transfer of one edge, from arrays like those in `source` to the shardings in `destination`.
 
     Floating-point arrays have gradients, which `backward` takes and returns; integer arrays only go forward.
+    `donated`: what it is given may be donated before it has arrived in another process, and is copied first there.
     The attributes `source` and `destination` are the abstract arrays of both sides, with their shardings.
     """
 
-    def __init__(self, source: Mapping[str, jax.ShapeDtypeStruct], destination: Mapping[str, NamedSharding]) -> None:
+    def __init__(
+        self,
+        source: Mapping[str, jax.ShapeDtypeStruct],
+        destination: Mapping[str, NamedSharding],
+        *,
+        donated: bool = False,
+    ) -> None:
         _check_edge(source, destination)
         leaves = {
-            name: Leaf(tuple(struct.shape), np.dtype(struct.dtype), struct.sharding, destination[name])
+            name: Leaf(tuple(struct.shape), np.dtype(struct.dtype), struct.sharding, destination[name], donated)
             for name, struct in sorted(source.items())
         }
         mirrors = {name: leaf.mirror for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}

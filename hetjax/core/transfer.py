@@ -37,12 +37,15 @@ def blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[int, wire.Bo
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of an edge: its type and both of its shardings. All leaves of an edge share their two meshes."""
+    """One array of an edge: its type and both of its shardings. All leaves of an edge share their two meshes.
+
+    `donated`: its owner may donate it before it has arrived."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     source: NamedSharding
     destination: NamedSharding
+    donated: bool = False
 
     @property
     def landed(self) -> jax.ShapeDtypeStruct:
@@ -191,6 +194,7 @@ class Pieces:
 
     def route(self) -> Route:
         """The finished route."""
+        held = [place for device, place in self._held() if processes.is_mine(self.devices[device])]
         cuts, sends, joins = self._mine(self._cuts()), Sends(self._sends()), self._mine(self._joins())
         wraps = [
             (struct, [self.landed[index, device] for device in leaf.wanted if processes.is_mine(self.devices[device])])
@@ -199,7 +203,6 @@ class Pieces:
         arrives = processes.owns_some(self.leaves[0].destination.mesh.devices.flat)
         shared = {index: crossing.dim for index, crossing in enumerate(self.wires) if crossing.dim is not None}
         gather = self._gather(shared) if shared and arrives else None
-        held = [place for device, place in self._held() if processes.is_mine(self.devices[device])]
         empty, absent = (
             [None] * self.size,
             [] if arrives else [processes.elsewhere(leaf.landed) for leaf in self.leaves],
@@ -258,11 +261,14 @@ class Pieces:
         return Program(f"{name} on {device}", function, structs, SingleDeviceSharding(self.devices[device]))
 
     def _cuts(self) -> list[Step]:
-        """One program per source device with all of its slices; a piece that is a whole shard needs none."""
+        """One program per source device with all of its slices; a piece that is a whole shard needs none, but a copy
+        where another process fetches it, for which this one's runtime keeps nothing alive that is donated."""
         slices: dict[int, dict[tuple[int, wire.Box], None]] = {}  # the inner dict is an ordered set
         for index, crossing in enumerate(self.wires):
             for piece in crossing.pieces:
-                if (index, piece.sender, piece.take) not in self.taken:
+                source, to = self._ends(piece)
+                fetched = self.leaves[index].donated and source.process_index != to.process_index
+                if fetched or (index, piece.sender, piece.take) not in self.taken:
                     slices.setdefault(piece.sender, {})[index, piece.take] = None
         steps = []
         for device, boxes in slices.items():
@@ -352,8 +358,8 @@ class Pieces:
 
 
 def _cut(*shards: jax.Array, boxes: tuple[tuple[int, wire.Box], ...]) -> tuple[jax.Array, ...]:
-    """The boxes (input, box) of one device's shards."""
-    return tuple(lax.slice(shards[index], *zip(*box, strict=True)) for index, box in boxes)
+    """The boxes (input, box) of one device's shards; copies, also of a whole one."""
+    return tuple(jnp.copy(lax.slice(shards[index], *zip(*box, strict=True))) for index, box in boxes)
 
 
 def _join(

@@ -96,8 +96,12 @@ class Wiring:
         for part, leaf in sorted(mine.borrowed):
             source, gradient = mine.tied[leaf], None
             if leaf in mine.trainable.get(part, {}):
-                gradient = Boundary({"x": mine.grads[part][leaf]}, {"x": owner.grads["first"][source].sharding})
-            value = Boundary({"x": owner.weights["first"][source]}, {"x": mine.weights[part][leaf].sharding})
+                gradient = Boundary(
+                    {"x": mine.grads[part][leaf]}, {"x": owner.grads["first"][source].sharding}, donated=True
+                )
+            value = Boundary(
+                {"x": owner.weights["first"][source]}, {"x": mine.weights[part][leaf].sharding}, donated=True
+            )
             found.append(Tie(owner_key, key, ("first", source), (part, leaf), gradient, value))
         return found
 
