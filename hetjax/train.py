@@ -10,6 +10,7 @@ status 0; a second Ctrl-C, or an error, saves the last complete step if it can, 
 import contextlib
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +56,12 @@ def main(argv: Sequence[str]) -> int:
         print(terminal.summary(workdir, records, num_steps=run.ends[-1], kept=kept, seconds=seconds))
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return cluster.end(2)
+    except BaseException:
+        if cluster.is_one_of_several():
+            traceback.print_exc()
+        cluster.end(1)
+        raise
     return 0
 
 
