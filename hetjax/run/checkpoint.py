@@ -9,7 +9,7 @@ checkpoint and nothing else.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,10 +168,14 @@ def unfinished_in(directory: Path) -> list[Path]:
 
 def programs(trainer: Trainer) -> Thunks:
     """What a save runs, to be compiled with the rest; without it the first save compiles."""
-    return [
+    found: list[tuple[str, Callable[[], object]]] = [
         (f"{module}/{index} copy", functools.partial(_compile_copy, (module, index), stage))
         for (module, index), stage in trainer.pipeline.stages_here.items()
     ]
+    if jax.process_count() > 1:
+        for key, stage in trainer.pipeline.stages.items():
+            found += [(f"{key[0]}/{key[1]} save {n}", c) for n, c in _union(trainer, _stored(key, stage)).programs()]
+    return found
 
 
 def _compile_copy(key: StageKey, stage: Stage) -> None:
@@ -228,7 +232,12 @@ def _on_stage(trainer: Trainer, stored: tuple["Stored", ...], names: Names) -> l
 
 
 def _union(trainer: Trainer, stored: tuple["Stored", ...]) -> Union:
-    return Union(_abstract(stored), trainer.spec.devices)
+    return _make_union(stored, tuple(trainer.spec.devices))
+
+
+@functools.cache
+def _make_union(stored: tuple["Stored", ...], devices: tuple[jax.Device, ...]) -> Union:
+    return Union(_abstract(stored), devices)
 
 
 class Stored(NamedTuple):

@@ -7,7 +7,7 @@ whatever the stage's layout: with N devices, each holds an N-th of the state whi
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -28,6 +28,10 @@ class Union:
         self.spread = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[n]) for n, a in arrays.items()}
         self._there = Boundary(arrays, places)
         self._back = Boundary(self.spread, {name: a.sharding for name, a in arrays.items()})
+
+    def programs(self) -> list[tuple[str, Callable[[], object]]]:
+        """(name, thunk) of every program of a save; those of a restore compile when it is made."""
+        return self._there.programs()
 
     def to_all(self, arrays: Arrays | None) -> Arrays:
         """The arrays on all devices, from those of the stage; None: they are other processes'."""
