@@ -118,6 +118,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
                     _write(run, trainer, state, held_out, writer, values, stopped)
                     log.restart()
                     if stopped:
+                        over = True
                         break
                 microbatches = loader.next_step(run.num_microbatches)
                 state, outcome = trainer.step(state, microbatches)
@@ -132,7 +133,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         if held_out is not None and not over and not _has(workdir, state.step, "eval/accuracy_prior"):
             values = evaluate.last_values(trainer, state, loader, held_out, run.eval_microbatches, stopped)
             _write(run, trainer, state, held_out, writer, values, stopped)
-        if over:
+        if over or stopped:
             checkpoints.wait()
             who = signalled[0].name if signalled else "a signal to another process"
             where = checkpoints.directory
