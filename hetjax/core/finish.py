@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
 from hetjax.core.alive import Alive
+from hetjax.core.decision import Decision, Spreading
+from hetjax.core.stage import Stage
 from hetjax.core.tasks import HostTimes, StageKey
 from hetjax.core.wiring import Tie, Wiring
 from models.contract import AUXILIARY, ROUTED
@@ -43,7 +45,7 @@ class Reduced(NamedTuple):
 
     grads: dict[StageKey, Tree]
     acc: dict[StageKey, Tree]  # accumulators of the next step; of a leaf without replicas, the gradient itself
-    squares: list[jax.Array]  # of each stage's complete leaves, then of each tie's
+    squares: list[jax.Array | None]  # of each stage's complete leaves, then of each tie's; None: another process's
     alive: Alive  # the stages' working weights
 
 
@@ -54,21 +56,23 @@ class Finish:
         self.wiring, self.ties = wiring, wiring.ties
         self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
-        self.home = SingleDeviceSharding(wiring.stages[wiring.last].plan.mesh.devices.flat[0])  # where it is decided
+        self.home = _first_device(wiring.stages[wiring.last])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
-        self.everywhere = [NamedSharding(stage.plan.mesh, P()) for stage in self.stages.values()]
+        here = {key: stage for key, stage in self.stages.items() if key in wiring.mine}
+        self.spread = Spreading({key: NamedSharding(stage.plan.mesh, P()) for key, stage in here.items()})
         self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
-        self.decide: Any = None  # (squares, scores, [count, rate]) -> (fields of the outcome, decision)
+        self.decide = self._decision()  # (squares, scores, [count, rate]) -> (fields of the outcome, decision)
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
-        found: list[tuple[str, Callable[[], object]]] = [("decide", self._compile_decide)]
+        found: list[tuple[str, Callable[[], object]]] = [("decide", self.decide.compile)]
         for tie in self.ties:
             for direction in (tie.gradient, tie.value):
                 found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()] if direction else []
         for tie in self.trained_ties:
-            found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
+            if tie.owner in self.wiring.mine:
+                found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
         return found
 
     def _paths(self) -> list[tuple[str, list[str]]]:
@@ -89,7 +93,7 @@ class Finish:
         out = leaf.sharding, NamedSharding(self.stages[tie.owner].plan.mesh, P())
         self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
-    def _compile_decide(self) -> None:
+    def _decision(self) -> Decision:
         spec, scores = self.wiring.spec, self.wiring.stages[self.wiring.last].scores
 
         def decide(squares: list, scores: list[Scores], scalars: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -102,13 +106,24 @@ class Finish:
             norm = jnp.sqrt(jnp.concatenate(squares).sum())
             ok = jnp.isfinite(norm) & jnp.isfinite(loss)
             scale = optimizer.clip_scale(norm, spec.optimizer.clip_norm)
-            return {"loss": loss, "norm": norm, "ok": ok, **told}, jnp.stack([scale, ok.astype(self.dtype), rate])
+            told |= {"loss": loss, "norm": norm, "ok": ok, "squares": squares}
+            return told, jnp.stack([scale, ok.astype(self.dtype), rate])
 
-        at_home = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=self.home)
-        squares = [at_home((len(paths),), self.dtype) for _, paths in self.paths]
+        at_home = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(self.home))
+        squares = [jax.ShapeDtypeStruct((len(paths),), self.dtype) for _, paths in self.paths]
+        measured = [*self.stages.values(), *(self.stages[tie.owner] for tie in self.trained_ties)]
         of_one = {k: at_home(a.shape, a.dtype) for k, a in scores.items()}
-        args = (squares, [of_one] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype))
-        self.decide = jax.jit(decide).lower(*args).compile()
+        rest = [of_one] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype)
+        return Decision(
+            decide, squares, list(map(_first_device, measured)), rest, home=self.home, everywhere=spec.devices
+        )
+
+    def outcome(self, told: Tree, host: HostTimes) -> Outcome:
+        """What a decision tells of the step."""
+        module_squares: dict[str, list[jax.Array]] = {}
+        for (name, _), squares in zip(self.paths, told["squares"], strict=True):
+            module_squares.setdefault(name, []).append(squares)
+        return Outcome(**{k: v for k, v in told.items() if k != "squares"}, module_squares=module_squares, host=host)
 
     def scalars(self, count: float, rate: float) -> np.ndarray:
         """The step's target tokens and its learning rate, as `decide` takes them."""
@@ -123,3 +138,7 @@ class Finish:
             finite = np.isfinite(next(squares[name]))
             found += [path for path, good in zip(paths, finite, strict=True) if not good]
         return found
+
+
+def _first_device(stage: Stage) -> jax.Device:
+    return stage.plan.mesh.devices.flat[0]
