@@ -2,7 +2,7 @@
 
 Differences between the members are settings: grouped heads, biases (Qwen2), norms of queries and keys (Qwen3), a
 sliding window (Mistral), scaled rotary positions (Llama 3.1), a head tied to the embedding, experts in place of MLPs
-(Mixtral, Qwen3-MoE).
+(Mixtral, Qwen2-MoE, Qwen3-MoE, dots.llm1).
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ class Decoder:
         layers = {kind: self._layer(kind) for kind in set(self.kinds)}
         hidden = {"mlp": self.mlp_width} if "mlp" in layers else {}
         if self.experts is not None:
-            hidden["experts.width"] = self.experts.width
+            hidden |= self.experts.hidden
         carry: dict[str, Dims] = {"x": ("batch", "stream", None)}
         output: dict[str, Dims] = {"x": (*TOKEN_DIMS, None), "head": (None, "vocab")}
         if self.experts is not None:
@@ -128,6 +128,7 @@ class Decoder:
             vocab=self.vocab_size,
             table="embed",
             tied={"head": "embed"} if self.tied else {},
+            bias_rate=self.experts.bias_rate if self.experts else 0.0,
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
             width=self.width,
         )

@@ -16,8 +16,8 @@ from models.paths import nested
 def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
     """The part whose code is the NNX module that `make` builds.
 
-    Every parameter is an `nnx.Param(value, logical=dims)`, with `use=` where products alone meet it, and is named by
-    its path of attributes. The module is called as `module(x, batch, axes)`.
+    Every parameter is an `nnx.Param(value, logical=dims)`, with `use=` where products alone meet it and `balanced=` if
+    loads move it, and is named by its path of attributes. The module is called as `module(x, batch, axes)`.
     """
     build = lambda key: make(nnx.Rngs(params=key))
     definition, shapes = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
@@ -31,4 +31,6 @@ def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
         return nnx.merge(definition, nnx.from_flat_state(values))(x, batch, axes)
 
     told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}
-    return Part(init, apply, nested(told("logical")), {path: use for path, use in told("use").items() if use})
+    uses = {path: use for path, use in told("use").items() if use}
+    balanced = frozenset(path for path, so in told("balanced").items() if so)
+    return Part(init, apply, nested(told("logical")), uses, balanced)

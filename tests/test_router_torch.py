@@ -71,4 +71,4 @@ def padded(microbatch: families.Arrays) -> families.Arrays:
 def routed(source: Any, microbatch: families.Arrays) -> np.ndarray:
     """Tokens of each expert, by layer."""
     params = jax.tree.map(lambda a: a.astype("float32"), beside_torch.whole(source))
-    return np.asarray(reference.loss_and_loads(beside_torch.graph(source.models, {}), 1, params, microbatch)[1])
+    return np.asarray(reference.loss_and_loads(beside_torch.graph(source.models, {}), 1, params, microbatch)[1]["llm"])

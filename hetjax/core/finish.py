@@ -22,7 +22,8 @@ from hetjax.core.wiring import Tie, Wiring
 from models.contract import AUXILIARY, ROUTED
 
 Tree = Any
-Scores = dict[str, jax.Array]  # of a microbatch: "loss", the sum over its targets, and what its model tells beside
+# of a microbatch, by module: "loss", the sum over its targets, of the language model, and what a model tells beside
+Scores = dict[str, dict[str, jax.Array]]
 
 
 class Outcome(NamedTuple):
@@ -33,8 +34,8 @@ class Outcome(NamedTuple):
     module_squares: dict[str, list[jax.Array]]  # sums of squares of gradients, an array of leaves per stage and tie
     ok: jax.Array  # False: the step was skipped
     host: HostTimes  # of the pass over the schedule
+    routed: dict[str, jax.Array]  # of modules with experts [their layers, experts]: how many of its tokens went to each
     auxiliary: jax.Array | None = None  # what of the loss is auxiliary
-    routed: jax.Array | None = None  # [layers with experts, experts]: how many of the step's tokens went to each
 
 
 class Reduced(NamedTuple):
@@ -52,12 +53,33 @@ class Finish:
         self.wiring, self.ties = wiring, wiring.ties
         self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
+        self.moved = {k: s for k, s in wiring.stages.items() if s.parameters.moves}
+        self.balanced = [key for key, stage in self.moved.items() if stage.parameters.loads]
+        self.scores = {name: stage.scores for (name, _), stage in wiring.stages.items() if stage.scores}
         self.home = SingleDeviceSharding(wiring.stages[wiring.last].plan.mesh.devices.flat[0])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
-        self.everywhere = [NamedSharding(stage.plan.mesh, P()) for stage in self.stages.values()]
+        self.everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.moved.items()}
         self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
         self.decide: Any = None  # (squares, scores, [count, rate]) -> (fields of the outcome, decision)
+
+    def seeds(self, count: float) -> dict[StageKey, dict[str, jax.Array]]:
+        """What the step's loss is, with `count` target tokens, of each of the scores of a microbatch: the cotangents
+        with which its backwards begin, by stage."""
+        shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / self.wiring.spec.num_microbatches, ROUTED: 0.0}
+        made = lambda key, a: jax.device_put(np.full(a.shape, shares[key], a.dtype), a.sharding)
+        return {
+            key: {k: made(k, a) for k, a in stage.ends.items() if k in stage.scores}
+            for key, stage in self.wiring.stages.items()
+            if stage.has_backward and stage.scores
+        }
+
+    def by_module(self, squares: list[jax.Array]) -> dict[str, list[jax.Array]]:
+        """Arrays of `Reduced.squares`."""
+        found: dict[str, list[jax.Array]] = {}
+        for (name, _), of_stage in zip(self.paths, squares, strict=True):
+            found.setdefault(name, []).append(of_stage)
+        return found
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
@@ -88,14 +110,18 @@ class Finish:
         self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
     def _compile_decide(self) -> None:
-        spec, scores = self.wiring.spec, self.wiring.stages[self.wiring.last].scores
+        spec, sink = self.wiring.spec, self.wiring.last[0]
 
-        def decide(squares: list, scores: list[Scores], scalars: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        def decide(squares: list, scores: list[Scores], scalars: jax.Array) -> tuple[dict[str, Any], jax.Array]:
             total = jax.tree.map(lambda *parts: jnp.stack(parts).sum(0), *scores)
-            count, rate = scalars[0].astype(total["loss"].dtype), scalars[1].astype(self.dtype)
-            loss, told = total["loss"] / count, {k: total[k] for k in (ROUTED,) if k in total}
-            if AUXILIARY in total:
-                told[AUXILIARY] = total[AUXILIARY] / len(scores)
+            loss = total[sink]["loss"]
+            count, rate = scalars[0].astype(loss.dtype), scalars[1].astype(self.dtype)
+            loss = loss / count
+            told: dict[str, Any] = {
+                ROUTED: {n: of[ROUTED].astype(self.dtype) for n, of in total.items() if ROUTED in of}
+            }
+            if losses := [of[AUXILIARY].astype(loss.dtype) for of in total.values() if AUXILIARY in of]:
+                told[AUXILIARY] = sum(losses) / len(scores)
                 loss += told[AUXILIARY]
             norm = jnp.sqrt(jnp.concatenate(squares).sum())
             ok = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -104,7 +130,7 @@ class Finish:
 
         at_home = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=self.home)
         squares = [at_home((len(paths),), self.dtype) for _, paths in self.paths]
-        of_one = {k: at_home(a.shape, a.dtype) for k, a in scores.items()}
+        of_one = jax.tree.map(lambda a: at_home(a.shape, a.dtype), self.scores)
         args = (squares, [of_one] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype))
         self.decide = jax.jit(decide).lower(*args).compile()
 

@@ -25,7 +25,7 @@ from hetjax.core.schedule import build_schedule
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.wiring import Link, Tie, Wiring
-from models.contract import AUXILIARY
+from models.contract import ROUTED
 
 IN_FLIGHT = 8
 Tree = Any
@@ -108,8 +108,9 @@ class Pipeline(Wiring):
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
         for key, stage in self.stages.items():  # producers come before their consumers
             y = stage.programs["evaluate"](weights[key], inputs.pop(key, {}), self.place(key, prepared))
+            crosses = {k: y[k] for k in stage.crosses}
             for link in self.links[key]:
-                moved = link.boundary.forward(y)
+                moved = link.boundary.forward(crosses)
                 inputs[link.target] |= {name: moved[k] for k, name in link.names.items()}
         likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
         return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
@@ -144,14 +145,12 @@ class _Gradients:
         self, pipeline: Pipeline, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
     ) -> None:
         self.pipeline, self.weights, self.microbatches, self.acc = pipeline, weights, microbatches, acc
-        shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / len(microbatches)}
-        ends = pipeline.stages[pipeline.last].ends
-        self.seeds = {k: jax.device_put(np.asarray(shares[k], a.dtype), a.sharding) for k, a in ends.items()}
+        self.seeds = pipeline.finish.seeds(count)
         self.inputs: dict[tuple[StageKey, int], dict[str, jax.Array]] = collections.defaultdict(dict)
         self.kept: dict[tuple[StageKey, int], tuple] = {}
         self.cotangents: dict[tuple[StageKey, int], dict[str, jax.Array]] = {}
         self.leaving: dict[Task, tuple[Link, dict[str, jax.Array]]] = {}
-        self.scores: dict[int, Scores] = {}
+        self.scores: dict[int, Scores] = collections.defaultdict(dict)
         self.grads = dict(acc)
         self.squares: dict[StageKey, jax.Array] = {}
         self.tied: list[jax.Array] = []  # squares of each tie, in their order
@@ -181,10 +180,10 @@ class _Gradients:
         y, kept, done = stage.programs["forward"](self.weights[key], x, packed)
         if stage.has_backward:
             self.kept[key, i] = (x, packed, kept)
-        if key == self.pipeline.last:
-            self.cotangents[key, i] = self.seeds
+        if stage.scores and not stage.ends_in_loss:
+            self.scores[i][key[0]] = {k: y[k] for k in stage.scores}
         for link in self.pipeline.links[key]:
-            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
+            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, {k: y[k] for k in stage.crosses}
         return done
 
     def _backward(self, task: Task) -> jax.Array:
@@ -192,14 +191,14 @@ class _Gradients:
         g_x, acc, done = self.pipeline.stages[key].programs["backward"](
             self.weights[key],
             *self.kept.pop((key, i)),
-            self.cotangents.pop((key, i)),
+            self.cotangents.pop((key, i), {}) | self.seeds.get(key, {}),
             self.acc.get(key, {}),
             self.pipeline.flags[key][i == 0],
         )
         if key in self.acc:
             self.acc[key] = acc
         if key == self.pipeline.last:
-            self.scores[i], done = done, done["loss"]
+            self.scores[i][key[0]], done = done, done["loss"]
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
@@ -253,6 +252,7 @@ class _Update:
         self.params, self.weights, self.states = params, weights, states
         self.scalars = finish.scalars(count, learning_rate)
         self.decisions: dict[StageKey, jax.Array] = {}
+        self.loads: dict[StageKey, jax.Array] = {}
         self.decided: dict[str, Any] = {}  # fields of the outcome
         self.doing: Doing = {Kind.DECIDE: self._decide, Kind.UPDATE: self._update, Kind.TIE: self._tie}
 
@@ -260,21 +260,20 @@ class _Update:
         """From squares and scores, which every device of a stage has, on one device; the decision to all."""
         finish = self.finish
         local = [x.addressable_data(0) for x in self.reduced.squares]
-        *squares, scalars = jax.device_put([*local, self.scalars], finish.home)
         scores = jax.tree.map(lambda x: x.addressable_data(0), self.scores)
+        *squares, scalars, scores = jax.device_put([*local, self.scalars, scores], finish.home)
         found, decision = finish.decide(squares, scores, scalars)
-        module_squares: dict[str, list[jax.Array]] = {}
-        for (name, _), of_stage in zip(finish.paths, squares, strict=True):
-            module_squares.setdefault(name, []).append(of_stage)
-        self.decided = {**found, "module_squares": module_squares}
-        copies = jax.device_put([decision] * len(finish.everywhere), finish.everywhere)
-        self.decisions = dict(zip(finish.stages, copies, strict=True))
+        self.decided = {**found, "module_squares": finish.by_module(squares)}
+        self.decisions = jax.device_put(dict.fromkeys(finish.moved, decision), finish.everywhere)
+        loads = {key: found[ROUTED][key[0]] for key in finish.balanced}
+        self.loads = jax.device_put(loads, {key: finish.everywhere[key] for key in loads})
 
     def _update(self, task: Task) -> None:
         key = task.stage
-        stage, old = self.finish.stages[key], self.weights[key]
+        stage, old = self.finish.moved[key], self.weights[key]
         given = self.params[key], self.states[key], stage.parameters.moving_of(old)
-        done = stage.programs["update"](*given, self.reduced.grads[key], self.decisions[key])
+        loads = [self.loads[key]] if key in self.loads else []
+        done = stage.programs["update"](*given, self.reduced.grads.get(key, {}), self.decisions[key], loads)
         self.params[key], self.states[key], moved = done
         self.weights[key] = stage.parameters.working.assemble(self.params[key], optimizer.merge(moved, old))
 

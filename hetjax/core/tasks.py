@@ -43,7 +43,8 @@ class HostTimes(NamedTuple):
 class StageNode:
     """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks.
 
-    `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains.
+    `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `moves`:
+    the step's end moves some of its parameters without gradients.
     """
 
     module: str
@@ -52,6 +53,7 @@ class StageNode:
     backward: bool
     upstream: tuple[StageKey, ...]
     end: Kind | None = None
+    moves: bool = False
 
     @property
     def key(self) -> StageKey:
@@ -99,7 +101,7 @@ class Needs:
 
     def behind_gradients(self) -> list[Task]:
         """Ties' gradients, the decision, updates, ties' values: what follows when every stage is finished."""
-        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.end is not None]
+        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.end is not None or node.moves]
         there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
         back = [Task(Kind.TIE, owner, to=copy) for copy, owner in self._ties]
         return [*there, self.decide, *updates, *back]

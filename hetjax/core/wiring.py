@@ -73,13 +73,13 @@ class Wiring:
         target = (module.name, plan.index)
         if plan.index > 0:
             source, dims = (module.name, plan.index - 1), module.definition.carry
-            y = self.stages[source].y
+            y = self.stages[source].crosses
             return [Link(source, target, {k: k for k in y}, Boundary(y, {k: plan.grid.sharding(dims[k]) for k in y}))]
         links = []
         for edge in self.graph.edges:
             if edge.consumer == module.name:
                 source = (edge.producer, len(self.plans[edge.producer]) - 1)
-                y = self.stages[source].y
+                y = self.stages[source].crosses
                 names = {k: edge.producer if k == "x" else f"{edge.producer}.{k}" for k in y}
                 where = {k: plan.grid.sharding(("items", *(None,) * (y[k].ndim - 1))) for k in y}
                 links.append(Link(source, target, names, Boundary(y, where)))
@@ -108,7 +108,8 @@ class Wiring:
         end = None
         if stage.parameters.trains:
             end = Kind.REDUCE if stage.parameters.are_repeated else Kind.MEASURE
-        return StageNode(*key, frozenset(stage.plan.device_ids), stage.has_backward, upstream, end)
+        devices = frozenset(stage.plan.device_ids)
+        return StageNode(*key, devices, stage.has_backward, upstream, end, bool(stage.parameters.loads))
 
     @property
     def boundaries(self) -> dict[str, Boundary]:
