@@ -106,9 +106,9 @@ class Experts:
             )
 
     @property
-    def without_losses(self) -> "Experts":
+    def untrained(self) -> "Experts":
         """What the model computes when nothing trains."""
-        return dataclasses.replace(self, balance_loss=0.0, z_loss=0.0)
+        return dataclasses.replace(self, balance_loss=0.0, z_loss=0.0, bias_rate=0.0)
 
     @property
     def has_loss(self) -> bool:

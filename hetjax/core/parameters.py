@@ -59,9 +59,9 @@ class Parameters:
             for leaf in self.tied:
                 del self._dims["last", leaf]
         self.specs = nested({path: plan.grid.spec(dims) for path, dims in self._dims.items()})
+        self.balanced = balance.paths(module.definition, plan.lo, plan.hi)
         self._true = _by_tail(jax.eval_shape(self._draw, jax.random.key(0)))
         self.leaves = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
-        self.balanced = balance.paths(module.definition, plan.lo, plan.hi)
         self.trainable, self.frozen = self.split(self.leaves)
         apart = {("last", module.definition.head), *self.borrowed}
         whole = self.leaves, self.trainable
@@ -153,7 +153,8 @@ class Parameters:
             for leaf in self.tied:
                 del last[leaf]
             params["last"] = last | {leaf: first[self.tied[leaf]] for _, leaf in self.borrowed}
-        return jax.tree.map(lambda a: a.astype(self.dtype), params)
+        of = lambda path: wide(self.dtype) if path in self.balanced else self.dtype
+        return nested({path: a.astype(of(path)) for path, a in flat(params).items()})
 
     def init(self) -> Params:
         """Fresh values: functions of seed, module name, part and global layer index alone."""
