@@ -19,7 +19,7 @@ from models import moe
 from models.attention import RopeScaling, attend, rope_frequencies, rotate, rotation
 from models.axes import Axes, vary_like
 from models.context import attend_across, prepared, rows_are_whole
-from models.contract import AUXILIARY, ROUTED, Batch, Cached, Dims, ModuleDef, Part
+from models.contract import Batch, Cached, Dims, ModuleDef, Part
 from models.layers import GatedMlp, add, check_counts, dot, dots, normal, ones, own, rms_norm, wide, zeros
 from models.moe import COUNTED, ROUTING, Experts, Mixture
 from models.nnx_parts import part
@@ -77,7 +77,7 @@ class Decoder:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Decoder.{name}={getattr(self, name)}; it must be positive")
         if self.experts is not None:
-            self.experts.check_layers(self.num_layers)
+            self.experts.check_layers(self.num_layers, "Decoder")
 
     @property
     def head_features(self) -> int:
@@ -100,27 +100,23 @@ class Decoder:
         reads = ("tokens", "positions", "segment_ids", "targets", "weights", *(f"{e}.index" for e in encoders))
         layers = {kind: self._layer(kind) for kind in set(self.kinds)}
         hidden = {"mlp": self.mlp_width} if "mlp" in layers else {}
-        if self.experts is not None:
-            hidden |= self.experts.hidden
+        routed = moe.declare(self.experts)
         carry: dict[str, Dims] = {"x": ("batch", "stream", None)}
         output: dict[str, Dims] = {"x": (*TOKEN_DIMS, None), "head": (None, "vocab")}
-        if self.experts is not None:
-            carry[ROUTING] = ("shards", None, None)
-            output |= {ROUTED: (None, None)} | ({AUXILIARY: ()} if self.experts.has_loss else {})
         return ModuleDef(
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), encoders, rngs=rngs)),
             layers=tuple(layers[kind] for kind in self.kinds),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             prepare=functools.partial(_places, self, wide(compute_dtype), packed),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
-            carry=carry,
-            output=output,
+            carry=carry | routed.carry,
+            output=output | routed.output,
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
             divisible={
-                "tp": {"heads": self.num_heads, **hidden},
+                "tp": {"heads": self.num_heads, **hidden, **routed.tp},
                 "kv": {"kv_heads": self.num_kv_heads},
-                "ep": {"experts": self.experts.count if self.experts else 1},
+                "ep": routed.ep,
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp", "sp", *(["ep"] if self.experts else [])}),
             heads=self.num_heads,
@@ -128,7 +124,7 @@ class Decoder:
             vocab=self.vocab_size,
             table="embed",
             tied={"head": "embed"} if self.tied else {},
-            bias_rate=self.experts.bias_rate if self.experts else 0.0,
+            bias_rate=routed.bias_rate,
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
             width=self.width,
         )
@@ -209,7 +205,7 @@ def _places(config: Decoder, dtype: Any, packed: bool, batch: Batch, axes: Axes)
     # of the type in which the heads meet them: cast in a layer they would be kept by each of them
     found = jax.tree.map(axes.tp.vary, {"rotation": rotation(positions, frequencies), "sight": sight})
     if config.experts is not None:
-        found[COUNTED] = moe.count_tokens(segments, axes, dtype)
+        found[COUNTED] = moe.count_tokens(segments > 0, axes, dtype)
     return found | {"slot": batch["cache.slot"]} if cached else found
 
 

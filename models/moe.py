@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 from models.axes import Axes, sum_like, vary_like
-from models.contract import AUXILIARY, ROUTED
+from models.contract import AUXILIARY, ROUTED, Dims
 from models.exchange import exchanged, placed
 from models.grouped import grouped_dot, grouped_dots
 from models.layers import GatedMlp, check_counts, dot, gated, normal, own, wide
@@ -115,25 +115,39 @@ class Experts:
         """Whether the routers have a loss of their own."""
         return self.balance_loss > 0 or self.z_loss > 0
 
-    @property
-    def hidden(self) -> dict[str, int]:
-        """Hidden features that tp cuts, by the setting that tells them."""
-        shared = {"experts.shared_width": self.shared_width} if self.shared_width else {}
-        return {"experts.width": self.width} | shared
-
-    def check_layers(self, num_layers: int) -> None:
-        """Raises ValueError unless `dense_layers` are some, and not all, of a decoder's layers."""
+    def check_layers(self, num_layers: int, model: str) -> None:
+        """Raises ValueError unless `dense_layers` are some, and not all, of the layers of a model of this name."""
         for layer in self.dense_layers:
             if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_layers:
                 raise ValueError(
-                    f"Experts.dense_layers names layer {layer!r}; with Decoder.num_layers={num_layers} they are 0 to "
+                    f"Experts.dense_layers names layer {layer!r}; with {model}.num_layers={num_layers} they are 0 to "
                     f"{num_layers - 1}"
                 )
         if len(self.dense_layers) == num_layers:
             raise ValueError(
                 f"Experts.dense_layers names all {num_layers} layers, so none has experts; leave one out, or set "
-                "Decoder.experts to None"
+                f"{model}.experts to None"
             )
+
+
+class Declared(NamedTuple):
+    """What a model with experts adds to its `ModuleDef`."""
+
+    carry: dict[str, Dims] = {}
+    output: dict[str, Dims] = {}
+    tp: dict[str, int] = {}  # counts that tp divides
+    ep: dict[str, int] = {}
+    bias_rate: float = 0.0
+
+
+def declare(config: Experts | None) -> Declared:
+    """What a model with these experts adds; without any nothing."""
+    if config is None:
+        return Declared()
+    shared = {"experts.shared_width": config.shared_width} if config.shared_width else {}
+    output: dict[str, Dims] = {ROUTED: (None, None)} | ({AUXILIARY: ()} if config.has_loss else {})
+    hidden = {"experts.width": config.width} | shared
+    return Declared({ROUTING: ("shards", None, None)}, output, hidden, {"experts": config.count}, config.bias_rate)
 
 
 class Mixture(nnx.Module):
@@ -216,10 +230,10 @@ def _of_best_groups(choice: jax.Array, config: Experts) -> jax.Array:
     return jnp.where(among[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
 
-def count_tokens(segments: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+def count_tokens(real: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
     """How much each token that `Mixture` routes on this device counts, [1, n]: nothing where it is padding, of which
-    `segments` [b, s] are 0, and a share where several devices route it alike: together they count it once."""
-    real = (segments > 0).astype(dtype)
+    `real` [b, s] is False, and a share where several devices route it alike: together they count it once."""
+    real = real.astype(dtype)
     if axes.sp.names:
         parts = real.reshape(len(real), axes.etp.size, axes.tp_of_ep.size, -1)
         return own(parts, 2, axes.tp_of_ep).reshape(1, -1) / axes.etp.size

@@ -72,9 +72,11 @@ def graph(
     unroll: bool = False,
     kv_heads: int = 4,
     vocab: int = VOCAB,
+    seeing: Experts | None = None,
 ) -> Graph:
-    """The tiny model under these layouts. An encoder called audio hears, all others see."""
-    models = {name: whisper() if name == "audio" else vit(feature_layer=feature_layer) for name in encoders}
+    """The tiny model under these layouts. An encoder called audio hears, all others see, with the experts `seeing`."""
+    sees = vit(feature_layer=feature_layer, experts=seeing)
+    models = {name: whisper() if name == "audio" else sees for name in encoders}
     how = dict(remat=remat, unroll=unroll)
     towers = tuple(Module(n, models[n].module(dtype, name=n), layout, **how) for n, layout in encoders.items())
     sizes = dict(tied=tied, experts=experts, num_kv_heads=kv_heads, vocab_size=vocab)
@@ -131,7 +133,11 @@ def _microbatch(
             batch |= _clips(rng, index, used)
             continue
         pixels = rng.normal(size=(shape.slots, 8, 8, 3)) * used[:, None, None, None]
-        batch |= {f"{name}.index": index, f"{name}.pixels": pixels.astype(np.float32)}
+        batch |= {
+            f"{name}.index": index,
+            f"{name}.pixels": pixels.astype(np.float32),
+            f"{name}.used": used.astype(np.int32),
+        }
     return batch
 
 

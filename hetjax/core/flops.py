@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 from models.whisper import Whisper
 
@@ -83,9 +84,7 @@ def decoder_parts(config: Decoder, seq_len: int) -> Parts:
     d, heads = config.width, config.num_heads * config.head_features
     kv_heads = config.num_kv_heads * config.head_features
     attention_products = d * heads + 2 * d * kv_heads + heads * d
-    behind = {"mlp": 3 * d * config.mlp_width}
-    if config.experts is not None:  # the router, and those experts that a token goes to
-        behind["moe"] = d * config.experts.count + config.experts.per_token * 3 * d * config.experts.width
+    behind = {"mlp": 3 * d * config.mlp_width, "moe": _mixture(config.experts, d)}
     layers = sum(attention_products + behind[kind] for kind in config.kinds)
     keys = min(seq_len, config.sliding_window or seq_len)
     attention = 4 * heads * keys * config.num_layers
@@ -96,16 +95,25 @@ def decoder_parts(config: Decoder, seq_len: int) -> Parts:
     }
 
 
+def _mixture(experts: Experts | None, width: int) -> int:
+    """Multiply-adds of a token: the router, those experts that it goes to, and the shared one with its gate."""
+    if experts is None:
+        return 0
+    hidden = experts.per_token * experts.width + experts.shared_width
+    return width * (experts.count + 3 * hidden + experts.shared_gate)
+
+
 def vit_parts(config: ViT) -> Parts:
     """The forward of one picture through the layers that are built and the projector."""
     d, tokens = config.width, config.num_tokens
-    layers, features = config.num_built, d * len(config.depths)
+    behind = {"mlp": 2 * d * config.mlp_width, "moe": _mixture(config.experts, d)}
+    layers, features = sum(4 * d * d + behind[kind] for kind in config.kinds), d * len(config.depths)
     patches = config.num_patches * 3 * config.patch_size**2 * d
     projector = config.rows * (features * config.hidden + config.hidden * config.output_width)
-    attention = 4 * tokens * tokens * d * layers
+    attention = 4 * tokens * tokens * d * config.num_built
     return {
         "first": Flops(matmul=2 * patches),
-        "layers": Flops(2 * tokens * (4 * d * d + 2 * d * config.mlp_width) * layers, attention, attention),
+        "layers": Flops(2 * tokens * layers, attention, attention),
         "last": Flops(matmul=2 * projector),
     }
 

@@ -20,6 +20,7 @@ from hetjax.core.graph import Graph, Module
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 from models.moe import COUNTED, ROUTING, Experts
+from models.vit import ViT
 
 Tree = Any
 BIAS = ("layers", "moe", "bias")  # of routers, which loads move and no gradient
@@ -144,8 +145,9 @@ def loss_and_loads(
 
 def _tokens(module: Module, batch: Mapping[str, jax.Array], microbatches: int) -> jax.Array:
     """How many tokens of each microbatch a module's routers see that are no padding."""
-    of_row = batch["segment_ids"] > 0
-    return of_row.reshape(microbatches, -1).sum(1)
+    if isinstance(module.definition.config, ViT):
+        return module.definition.config.num_tokens * batch[f"{module.name}.used"].reshape(microbatches, -1).sum(1)
+    return (batch["segment_ids"] > 0).reshape(microbatches, -1).sum(1)
 
 
 def _router_losses(

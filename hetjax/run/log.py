@@ -108,8 +108,9 @@ def routing(definitions: Mapping[str, ModuleDef], outcome: Outcome) -> Values:
     tokens of the expert with most of them over the mean."""
     values: Values = {} if outcome.auxiliary is None else {"auxiliary_loss": float(outcome.auxiliary)}
     for name, loads in outcome.routed.items():
-        layers = [i for i, kind in enumerate(definitions[name].config.kinds) if kind == "moe"]
         routed = np.asarray(loads)
+        kinds = getattr(definitions[name].config, "kinds", ("moe",) * len(routed))
+        layers = [i for i, kind in enumerate(kinds) if kind == "moe"]
         largest = routed.max(1) / np.maximum(routed.mean(1), 1e-9)
         values |= {f"expert_load/{name}/{i}": float(load) for i, load in zip(layers, largest, strict=True)}
     return values
