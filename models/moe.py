@@ -133,17 +133,17 @@ class Experts:
 class Declared(NamedTuple):
     """What a model with experts adds to its `ModuleDef`."""
 
-    carry: dict[str, Dims] = {}
-    output: dict[str, Dims] = {}
-    tp: dict[str, int] = {}  # counts that tp divides
-    ep: dict[str, int] = {}
-    bias_rate: float = 0.0
+    carry: dict[str, Dims]
+    output: dict[str, Dims]
+    tp: dict[str, int]  # counts that tp divides
+    ep: dict[str, int]
+    bias_rate: float
 
 
 def declare(config: Experts | None) -> Declared:
     """What a model with these experts adds; without any nothing."""
     if config is None:
-        return Declared()
+        return Declared({}, {}, {}, {}, 0.0)
     shared = {"experts.shared_width": config.shared_width} if config.shared_width else {}
     output: dict[str, Dims] = {ROUTED: (None, None)} | ({AUXILIARY: ()} if config.has_loss else {})
     hidden = {"experts.width": config.width} | shared

@@ -76,8 +76,8 @@ class ViT:
             self.experts.check_layers(self.num_layers, "ViT")
             if "moe" not in self.kinds:
                 raise ValueError(
-                    f"Experts.dense_layers={self.experts.dense_layers} leaves no experts in the {self.num_built} layers "
-                    f"that ViT.feature_layer={self.feature_layer!r} needs; leave one out, or set ViT.experts to None"
+                    f"Experts.dense_layers={self.experts.dense_layers} leaves none of the {self.num_built} layers that "
+                    f"ViT.feature_layer={self.feature_layer!r} needs; leave one out, or set ViT.experts to None"
                 )
 
     @property

@@ -34,7 +34,7 @@ class Result(NamedTuple):
     grads: dict[str, Tree]
     params: dict[str, Tree]
     state: dict[str, Tree]
-    routed: Mapping[str, jax.Array] = {}
+    routed: Mapping[str, jax.Array]
 
 
 def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
