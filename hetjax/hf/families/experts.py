@@ -48,8 +48,8 @@ def check(experts: Experts, family: str, wanted: Mapping[str, Any]) -> None:
     for setting, value in wanted.items():
         if getattr(experts, setting) != value:
             raise ConvertError(
-                f"Experts.{setting}={getattr(experts, setting)!r}: {family}, the nearest class of transformers, computes "
-                f"{value!r} alone; train with that"
+                f"Experts.{setting}={getattr(experts, setting)!r}: {family}, the nearest class of transformers, "
+                f"computes {value!r} alone; train with that"
             )
 
 
