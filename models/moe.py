@@ -186,7 +186,7 @@ class Mixture(nnx.Module):
         return axes.tp.psum(placed(y, axes.tp_of_ep).reshape(x.shape) + shared), axes.tp_of_ep.psum(sums)
 
     def _shared(self, x: jax.Array, axes: Axes) -> jax.Array | float:
-        """What the shared expert says of `x`: as the stream has it under sp, else this device's part of the sum over tp."""
+        """What the shared expert says of `x`, as the stream has it under sp, else a sum over tp away from whole."""
         if not self.config.shared_width:
             return 0.0
         y = axes.sp.scatter(self.shared.partial(x, axes), dim=1)

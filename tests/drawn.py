@@ -24,7 +24,14 @@ from models.contract import ModuleDef
 SHAPE = tiny.Shape(microbatches=2)
 EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5, z_loss=0.1)
 BIASED = dataclasses.replace(
-    tiny.EXPERTS, count=8, scores="sigmoid", selection_bias=True, bias_rate=0.05, groups=4, chosen_groups=2, shared_width=8
+    tiny.EXPERTS,
+    count=8,
+    scores="sigmoid",
+    selection_bias=True,
+    bias_rate=0.05,
+    groups=4,
+    chosen_groups=2,
+    shared_width=8,
 )
 SEEING = dataclasses.replace(EXPERTS, dense_layers=(0,), selection_bias=True, bias_rate=0.05)
 MODELS: list[dict[str, Any]] = [
