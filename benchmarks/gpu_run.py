@@ -65,6 +65,7 @@ ALONE = (
     mfu("1b", "auto", 80, "--documents", "8"),
     Part("attention packed", "attention.py", (*ON_GPU, "--packed"), (*FEW, "--packed"), 80),
     Part("attention", "attention.py", ON_GPU, FEW, 80),
+    Part("offload", "offload.py", (), ("--tiny", "--repeats", "1"), 90),
     mfu("8b_slice", "auto", 90),
     mfu("1b", "full", 90),
     Part("transformers", "against_transformers.py", ("--large",), ("--tiny", "--repeats", "1"), 150),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetjax.core import budget, memory
-from hetjax.core.graph import Module, vlm
+from hetjax.core.graph import Graph, Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
@@ -102,6 +102,22 @@ class Workload:
     def step(self) -> list[Microbatch]:
         """The microbatches of one step."""
         return [self.microbatch(i) for i in range(self.num_microbatches)]
+
+
+def offloaded(trainer: Trainer, kinds: tuple[str, ...]) -> Trainer:
+    """A compiled trainer whose modules all offload these kinds, which changes no program."""
+    graph = trainer.spec.graph
+    modules = tuple(
+        dataclasses.replace(module, layout=dataclasses.replace(module.layout, offload=kinds))
+        for module in graph.modules
+    )
+    other = Trainer(dataclasses.replace(trainer.spec, graph=Graph(modules, graph.edges)))
+    for key, stage in other.pipeline.stages.items():
+        same = trainer.pipeline.stages[key]
+        stage.set_keep(same.keep)
+        stage.programs, stage.memory, stage.kept = same.programs, same.memory, same.kept
+    other.finish.decide, other.finish.add = trainer.finish.decide, trainer.finish.add
+    return other
 
 
 def one_row(definition: ModuleDef, layout: Layout, remat: Remat, tokens: int, devices: list[jax.Device]) -> Stage:

@@ -23,9 +23,12 @@ class Part:
 
     `init(key)` gives its parameters; it is pure and may be jitted or vmapped.
     `apply(params, x, batch, axes)` runs it on one device's shards:
-      first: x is {edge name: array} (empty where nothing enters), returns the carry;
-      each of layers: x is the carry, returns the carry, and batch is what the module's `prepare` made of it;
+      first: x is {name: array} of what it `takes` (empty where nothing enters), returns the carry;
+      each of layers: x is the carry, and beside it what the layer `takes`; returns the carry alone; batch is what the
+             module's `prepare` made of it;
       last:  x is the carry, returns the module's output.
+    `takes` names the outputs of other modules that enter here: of a module "vision" that returns "x" and "deep0" these
+    are "vision" and "vision.deep0".
     `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
     `uses` has the paths of those that only ever enter products, or are looked up in (see `table` of `ModuleDef`);
     `apply` may be given a `Weight` there.
@@ -38,6 +41,7 @@ class Part:
     logical: Params
     uses: Mapping[tuple[str, ...], Use] = dataclasses.field(default_factory=dict)
     balanced: frozenset[tuple[str, ...]] = frozenset()
+    takes: tuple[str, ...] = ()
 
 
 class Cached(NamedTuple):
@@ -82,6 +86,8 @@ class ModuleDef:
         the batch's tokens are the first, and the layer returns theirs; else {key: [batch, slots, *sizes]}, in which
         the layer writes its tokens from the batch's "cache.slot" on, and looks at all slots by its "cache.positions"
         and "cache.segment_ids", [batch, slots]. Empty: the module cannot generate.
+    recalls: names of what layers take for tokens that are generated too. The batch then has "NAME.index" of all slots,
+        -1 where a token was generated. Such a layer keeps nothing of a token. What else layers take meets prompts only.
     rows: rows per item of an encoder's output, 0 for the language model. width: features of a row.
     config: what the module was made of; hetjax/core/flops.py knows by it what the module computes.
     compute_dtype: precision in which weights enter products; None: their own.
@@ -105,6 +111,7 @@ class ModuleDef:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bias_rate: float = 0.0
     cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
+    recalls: tuple[str, ...] = ()
     rows: int = 0
     width: int = 0
 
@@ -125,3 +132,12 @@ class ModuleDef:
     def num_layers(self) -> int:
         """Layers between `first` and `last`."""
         return len(self.layers)
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """The keys of the output that enter another module."""
+        return tuple(key for key in self.output if key not in (AUXILIARY, ROUTED))
+
+    def takes(self, lo: int, hi: int) -> frozenset[str]:
+        """What of other modules enters layers `lo` to `hi`, and the first part if they are the first."""
+        return frozenset(self.first.takes if lo == 0 else ()).union(*(layer.takes for layer in self.layers[lo:hi]))

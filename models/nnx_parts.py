@@ -13,8 +13,8 @@ from models.contract import Batch, Params, Part
 from models.paths import nested
 
 
-def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
-    """The part whose code is the NNX module that `make` builds.
+def part(make: Callable[[nnx.Rngs], nnx.Module], *, takes: tuple[str, ...] = ()) -> Part:
+    """The part whose code is the NNX module that `make` builds; `takes` as in `Part`.
 
     Every parameter is an `nnx.Param(value, logical=dims)`, with `use=` where products alone meet it and `balanced=` if
     loads move it, and is named by its path of attributes. The module is called as `module(x, batch, axes)`.
@@ -33,4 +33,4 @@ def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
     told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}
     uses = {path: use for path, use in told("use").items() if use}
     balanced = frozenset(path for path, so in told("balanced").items() if so)
-    return Part(init, apply, nested(told("logical")), uses, balanced)
+    return Part(init, apply, nested(told("logical")), uses, balanced, takes)

@@ -50,6 +50,7 @@ class ViT:
     select: str = "full"  # full: all tokens; default: without the first one, the class token of clip
     projector_bias: bool = True  # whether its two linear maps have biases
     experts: Experts | None = None  # in place of the MLPs, of which mlp_width is the width
+    deepstack: tuple[int, ...] = ()  # further hidden states, each through a projector, for the llm's first layers
 
     def __post_init__(self) -> None:
         counts = ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width", "output_width")
@@ -63,15 +64,13 @@ class ViT:
             )
         if self.width % self.num_heads:
             raise ValueError(f"ViT.width={self.width} is not a multiple of num_heads={self.num_heads}; change either")
-        given: Any = self.feature_layer
-        layers = tuple(given) if isinstance(given, tuple | list) else (given,)
-        if not layers or not all(type(i) is int and -self.num_layers - 1 <= i <= self.num_layers for i in layers):
+        layers = self._layers("feature_layer")
+        if not layers:
             raise ValueError(
-                f"ViT.feature_layer={self.feature_layer!r}; it must be a number from -{self.num_layers + 1} to "
-                f"{self.num_layers}, or a list of such (-1: after the last of num_layers={self.num_layers}, 0: before "
-                "the first)"
+                "ViT.feature_layer=() names no hidden state, and the projector reads at least one; give it"
             )
         object.__setattr__(self, "feature_layer", layers if len(layers) > 1 else layers[0])
+        object.__setattr__(self, "deepstack", self._layers("deepstack"))
         if self.experts is not None:
             self.experts.check_layers(self.num_layers, "ViT")
             if "moe" not in self.kinds:
@@ -79,6 +78,16 @@ class ViT:
                     f"Experts.dense_layers={self.experts.dense_layers} leaves none of the {self.num_built} layers that "
                     f"ViT.feature_layer={self.feature_layer!r} needs; leave one out, or set ViT.experts to None"
                 )
+
+    def _layers(self, field: str) -> tuple[int, ...]:
+        given: Any = getattr(self, field)
+        layers = tuple(given) if isinstance(given, tuple | list) else (given,)
+        if not all(type(i) is int and -self.num_layers - 1 <= i <= self.num_layers for i in layers):
+            raise ValueError(
+                f"ViT.{field}={given!r}; it must be a number from -{self.num_layers + 1} to {self.num_layers}, or a "
+                f"list of such (-1: after the last of num_layers={self.num_layers}, 0: before the first)"
+            )
+        return layers
 
     @property
     def has_class_token(self) -> bool:
@@ -102,14 +111,19 @@ class ViT:
         return tuple(i % (self.num_layers + 1) for i in layers)
 
     @property
+    def deep(self) -> tuple[int, ...]:
+        """How many layers each of the hidden states of `deepstack` has passed."""
+        return tuple(i % (self.num_layers + 1) for i in self.deepstack)
+
+    @property
     def num_built(self) -> int:
         """Layers that are built: those that the features need, and at least one, which makes the module one."""
-        return max(1, *self.depths)
+        return max(1, *self.depths, *self.deep)
 
     @property
     def kept(self) -> tuple[int, ...]:
         """Depths of the hidden states that later layers must carry along."""
-        return tuple(sorted(set(self.depths) - {self.num_built}))
+        return tuple(sorted({*self.depths, *self.deep} - {self.num_built}))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -156,7 +170,7 @@ class ViT:
             reads={pixels: ("items", None, None, None)} | ({used: ("items",)} if counts else {}),
             **counts,
             carry=dict.fromkeys(("x", *beside), CARRY_DIMS) | routed.carry,
-            output={"x": CARRY_DIMS} | routed.output,
+            output=dict.fromkeys(("x", *(f"deep{i}" for i in range(len(self.deep)))), CARRY_DIMS) | routed.output,
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
             divisible=divisible | cuts,
@@ -267,11 +281,17 @@ class _Layer(nnx.Module):
 class _Last(nnx.Module):
     def __init__(self, config: ViT, *, rngs: nnx.Rngs) -> None:
         self.drop, self.experts = int(config.select == "default"), config.experts
-        self.read = ["x" if depth == config.num_built else _after(depth) for depth in config.depths]
-        width = config.width * len(self.read)
-        self.projector = Projector(width, config.hidden, config.output_width, bias=config.projector_bias, rngs=rngs)
+        key = lambda depth: "x" if depth == config.num_built else _after(depth)
+        self.read, self.deep = [key(depth) for depth in config.depths], [key(depth) for depth in config.deep]
+        project = lambda states: Projector(
+            config.width * states, config.hidden, config.output_width, bias=config.projector_bias, rngs=rngs
+        )
+        self.projector = project(len(self.read))
+        for i in range(len(self.deep)):
+            setattr(self, f"deep{i}", project(1))
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         x = jnp.concatenate([carry[name] for name in self.read], axis=-1)
-        found = {"x": self.projector(x[:, self.drop :], axes)}
+        deep = {f"deep{i}": getattr(self, f"deep{i}")(carry[k][:, self.drop :], axes) for i, k in enumerate(self.deep)}
+        found = {"x": self.projector(x[:, self.drop :], axes), **deep}
         return found if self.experts is None else found | moe.outcome(carry[ROUTING], self.experts)

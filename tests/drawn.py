@@ -18,6 +18,7 @@ from test_parity import FROZEN_LLM, FROZEN_VISION, PROJECTOR, Case
 from hetjax.core.layout import Layout, check_batch
 from hetjax.core.plan import plan_stages
 from hetjax.core.remat import Remat
+from hetjax.core.tasks import OFFLOADS
 from models.context import CONTEXTS, GATHER
 from models.contract import ModuleDef
 
@@ -41,6 +42,8 @@ MODELS: list[dict[str, Any]] = [
     dict(seeing=SEEING),
     dict(tied=True, kv_heads=2, vocab=61),
     dict(tied=True, kv_heads=1),
+    dict(deepstack=(1, 0, -1)),
+    dict(cross=(1, 3)),
 ]
 SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
 
@@ -67,12 +70,11 @@ def draw(rng: random.Random) -> Case | None:
 @functools.cache
 def definition(name: str, number: int) -> ModuleDef:
     """A module of the run with MODELS[number]."""
-    sizes = MODELS[number]
     if name != "llm":
-        return (tiny.whisper() if name == "audio" else tiny.vit(experts=sizes.get("seeing"))).module(jnp.float64)
-    names = dict(kv_heads="num_kv_heads", vocab="vocab_size")
-    sizes = {names.get(key, key): value for key, value in sizes.items() if key != "seeing"}
-    return tiny.decoder(**sizes).module(jnp.float64)
+        return (tiny.whisper() if name == "audio" else tiny.vit(experts=MODELS[number].get("seeing"))).module(
+            jnp.float64
+        )
+    return tiny.graph(Layout(), {"vision": Layout()}, jnp.float64, **MODELS[number]).sink.definition
 
 
 def layout(rng: random.Random, most: int) -> Layout:
@@ -83,7 +85,8 @@ def layout(rng: random.Random, most: int) -> Layout:
             break
     context = rng.choice(CONTEXTS) if sizes["cp"] > 1 else GATHER
     share = rng.choice([None, None, 1, 2])
-    return Layout(**sizes, sp=rng.random() < 0.4, zero=rng.choice([1, 1, 2, 3]), zero_size=share, context=context)
+    cut = dict(sp=rng.random() < 0.4, zero=rng.choice([1, 1, 2, 3]), zero_size=share, context=context)
+    return Layout(**sizes, **cut, offload=tuple(kind for kind in OFFLOADS if rng.random() < 0.3))
 
 
 def place(rng: random.Random, layouts: dict[str, Layout]) -> dict[str, Layout]:
@@ -110,6 +113,7 @@ def kinds(case: Case) -> set[str]:
         )
     )
     found |= {"two encoders"} if case.audio else set()
+    found |= {name for name, given in (("deepstack", case.deepstack), ("cross-attention", case.cross)) if given}
     found |= {"padded vocabulary"} if case.vocab % case.llm.tp else set()
     for side, mine in (("llm", case.llm), ("vision", case.vision)):
         found |= {f"{side} {name}" for name in SIZES if getattr(mine, name) > 1}
@@ -117,6 +121,7 @@ def kinds(case: Case) -> set[str]:
         found |= {f"{side} zero {mine.zero}"} if mine.zero > 1 else set()
         found |= {f"{side} shards over a part"} if mine.zero_size not in (None, mine.dp) else set()
         found |= {f"{side} {mine.context}"} if mine.cp > 1 else set()
+        found |= {f"{side} offloads {kind}" for kind in mine.offload}
         ids = mine.device_ids
         found |= {"shuffled"} if list(ids) != sorted(ids) else set()
     llm, vision = set(case.llm.device_ids), set(case.vision.device_ids)

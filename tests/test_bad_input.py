@@ -309,7 +309,8 @@ def test_a_run_that_does_not_fit_its_devices_is_refused() -> None:
     memory.check(needed, {0: 1 << 30, 1: (2 << 30) + 1})
     memory.check(needed, {})
     message = (
-        "device 1: the run needs 2.00 GiB, the device has 1.00 GiB; use fewer samples a group, remat='full', or more"
+        "device 1: the run needs 2.00 GiB, the device has 1.00 GiB; use fewer samples a group, remat='full', "
+        "Layout.offload, or more devices"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         memory.check(needed, {0: 1 << 30, 1: 1 << 30})

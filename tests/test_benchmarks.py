@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 
-QUICK = ["kernels", "attention packed", "grouped", "mfu vlm auto"]
+QUICK = ["kernels", "attention packed", "grouped", "mfu vlm auto", "offload"]
 
 
 def gpu_run(out: Path, *flags: str) -> dict[str, dict]:
@@ -33,7 +33,7 @@ def test_the_gpu_run_leaves_figures_and_a_page(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_part_of_the_gpu_run_runs_through(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    assert len(gpu_run(tmp_path, "--seconds", "900")) == 15
+    assert len(gpu_run(tmp_path, "--seconds", "900")) == 16
 
 
 def test_a_part_that_runs_out_of_time_costs_no_other(tmp_path: Path) -> None:

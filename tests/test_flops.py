@@ -12,6 +12,7 @@ from hetjax.core import flops, stacks
 from hetjax.core.flops import Flops
 from hetjax.judge.reference import apply_module
 from models.contract import ModuleDef, Params
+from models.cross_attention import CrossAttention
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT
@@ -29,6 +30,7 @@ SIGLIP = ViT(
     feature_layer=-2,
 )
 CLIP = dataclasses.replace(SIGLIP, variant="clip", select="default", projector_width=384)
+DEEP = dataclasses.replace(SIGLIP, deepstack=(1, -1))
 
 
 def parameters(definition: ModuleDef) -> Params:
@@ -60,13 +62,29 @@ def test_a_decoders_forward_is_what_xla_counts() -> None:
     assert counted == pytest.approx(flops.decoder_forward(DECODER, SEQ).total_non_causal * ROWS * SEQ, rel=0.03)
 
 
+def test_a_decoder_that_attends_to_pictures_is_what_xla_counts() -> None:
+    config = dataclasses.replace(DECODER, num_layers=3, cross_attention=CrossAttention((1,)))
+    definition, rows = config.module(jnp.float32, encoders=("vision",)), 48
+    batch = {name: jax.ShapeDtypeStruct((1, SEQ), jnp.int32) for name in (*abstract_tokens(), "vision.index")}
+    vision = jax.ShapeDtypeStruct((PICTURES, rows, config.width), jnp.float32)
+
+    def run(params: Params, vision: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+        y = apply_module(definition, params, {"vision": vision}, batch)
+        return y["x"] @ y["head"]
+
+    counted = count(run, parameters(definition), vision, batch)
+    parts = flops.forward(config, rows=1, seq_len=SEQ, items=0, attended=PICTURES * rows)
+    assert parts is not None
+    assert counted == pytest.approx(flops.total(parts).total_non_causal, rel=0.03)
+
+
 def test_training_a_decoder_is_three_forwards() -> None:
     counted = count(jax.value_and_grad(decoder_sum), parameters(DECODER.module(jnp.float32)), abstract_tokens())
     expected = flops.training(flops.decoder_forward(DECODER, SEQ)).total_non_causal * ROWS * SEQ
     assert counted == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("config", [SIGLIP, CLIP], ids=["siglip", "clip"])
+@pytest.mark.parametrize("config", [SIGLIP, CLIP, DEEP], ids=["siglip", "clip", "deepstack"])
 def test_a_vits_forward_is_what_xla_counts(config: ViT) -> None:
     definition = config.module(jnp.float32)
     pixels = jax.ShapeDtypeStruct((PICTURES, config.image_size, config.image_size, 3), jnp.float32)

@@ -204,6 +204,18 @@ def test_impossible_layouts_are_refused(layout: Layout, definition: ModuleDef, m
             "Layout.context='ring' with cp=1, where no sequence is cut; set cp, or leave context out",
         ),
         (dict(devices="0-x"), "Layout.devices='0-x': '0-x' is neither a number nor a range; write '0-3,6'"),
+        (
+            dict(offload="residuals"),
+            "Layout.offload='residuals'; it must be a list, such as ['parameters', 'optimizer', 'residuals', 'bound",
+        ),
+        (
+            dict(offload=["weights"]),
+            "Layout.offload has 'weights'; it may have parameters, optimizer, residuals, boundaries",
+        ),
+        (
+            dict(offload=("optimizer", "optimizer")),
+            "Layout.offload has 'optimizer' 2 times; name it once",
+        ),
         (dict(zero=4), "Layout.zero=4; it must be 1, 2 or 3, a stage of ZeRO"),
         (dict(zero=True), "Layout.zero=True; it must be 1, 2 or 3"),
         (dict(dp=6, zero_size=4), "Layout.zero_size=4 is no part of dp=6; use 1, 2, 3, 6, or None for all of dp"),

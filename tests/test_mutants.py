@@ -21,7 +21,10 @@ from hetjax.data import ItemSpec, Pictures
 MUTANTS = runs.ROOT / "tests" / "mutants"
 PATCHES = {f"{path.parent.name}/{path.stem}": path for path in sorted(MUTANTS.glob("*/*.patch"))}
 QUICK = {"disjoint", "colocated"}
-LAYOUTS = ("disjoint", "colocated", "experts", "routers", "sequence", "spread", "context", "zero", "balance", "seeing")
+LAYOUTS = (
+    *("disjoint", "colocated", "experts", "routers", "sequence", "spread", "context", "zero"),
+    *("offload", "entries", "attended", "balance", "seeing"),
+)
 # Each takes seconds, all of them minutes.
 DEFAULT = {"disjoint/boundary_gradient_scaled", "disjoint/reduce_without_cp", "colocated/tied_gradient_lost"}
 ITEM = ItemSpec("vision", 4, Pictures(height=8, width=8), slots_per_group=2)

@@ -26,7 +26,7 @@ from hetjax.generate import Sampling
 from hetjax.generate.defaults import Penalties
 from hetjax.run.checkpoint import Checkpoints, abstract_names, to_names
 from models.axes import Axes, Axis
-from models.decoder import lookup
+from models.rows import lookup
 
 VOCAB = 61
 ADAMW = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)

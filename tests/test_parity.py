@@ -40,6 +40,8 @@ class Case:
     kv_heads: int = 4
     vocab: int = tiny.VOCAB
     feature_layer: int | tuple[int, ...] = -1
+    deepstack: tuple[int, ...] = ()
+    cross: tuple[int, ...] = ()  # layers that attend to an encoder, that of clips beside `deepstack`
     blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
     experts: Experts | None = None
     seeing: Experts | None = None  # of the vision encoder
@@ -257,6 +259,7 @@ def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[com
     config = dataclasses.replace(config, **dict(case.changes))
     model = dict(tied=case.tied, feature_layer=case.feature_layer, experts=case.experts)
     model |= {"kv_heads": case.kv_heads} if case.kv_heads != 4 else {}
+    model |= {name: getattr(case, name) for name in ("deepstack", "cross") if getattr(case, name)}
     model |= {"vocab": case.vocab} if case.vocab != tiny.VOCAB else {}
     model |= {"seeing": case.seeing} if case.seeing else {}
     graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, unroll=case.unroll, **model)

@@ -1,5 +1,6 @@
 """A schedule is one list: complete, ordered by need and bounded, for hundreds of random graphs."""
 
+import dataclasses
 import random
 
 import pytest
@@ -38,7 +39,17 @@ def random_nodes(rng: random.Random) -> list[StageNode]:
         }[place]
         nodes += chain(f"e{e}", devices, backward=rng.random() < 0.7)
         ends.append(nodes[-1].key)
-    return [*nodes, *chain("llm", llm, tuple(ends))]
+    return [*nodes, *entered(chain("llm", llm), rng, ends)]
+
+
+def entered(llm: list[StageNode], rng: random.Random, ends: list) -> list[StageNode]:
+    """The stages with encoders that enter the first, any others, or several."""
+    for end in ends:
+        where = rng.sample(range(len(llm)), rng.randint(1, len(llm)))
+        llm = [
+            dataclasses.replace(node, upstream=(*node.upstream, end)) if node.stage in where else node for node in llm
+        ]
+    return llm
 
 
 def computed(schedule: Schedule) -> list[Task]:
@@ -68,6 +79,10 @@ def test_random_schedules_are_complete_ordered_and_bounded(seed: int) -> None:
     if kind == "1f1b":
         for node in llm:
             assert schedule.max_in_flight[node.key] <= len(llm) - node.stage
+        longest = len({n.stage for n in nodes if n.module != "llm"})  # stages of the deepest encoder
+        devices = {d for n in llm for d in n.devices}
+        if not any(n.devices & devices for n in nodes if n.module != "llm"):
+            assert max(schedule.max_in_flight.values()) <= len(llm) + longest
 
 
 def all_tasks(nodes: list[StageNode], num: int, ties: list) -> set[Task]:
@@ -103,6 +118,20 @@ def test_1f1b_alternates_after_a_warmup_of_the_longest_path() -> None:
     assert of(("llm", 0)) == "FF" + "BF" * 4 + "BB"
     assert of(("vision", 0)) == "FFFF" + "BF" * 2 + "BBBB"
     assert [schedule.max_in_flight[n.key] for n in nodes] == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("stages", [(0, 1, 2, 3), (0, 3), (2,), (0, 2)])
+def test_entering_later_stages_costs_no_time(stages: tuple[int, ...]) -> None:
+    """What a later stage needs is there before the carry is; and an encoder that enters none of the first keeps fewer
+    microbatches in flight."""
+    encoder, llm = chain("vision", [[0]]), chain("llm", [[1], [2], [3], [4]])
+    give = lambda where: [
+        dataclasses.replace(n, upstream=(*n.upstream, encoder[0].key)) if n.stage in where else n for n in llm
+    ]
+    plain, skips = (build_schedule([*encoder, *give(where)], 8) for where in ((0,), stages))
+    if 0 in stages:
+        assert computed(skips) == computed(plain)
+    assert skips.max_in_flight == plain.max_in_flight | {("vision", 0): 5 - min(stages)}
 
 
 def test_gpipe_runs_every_forward_before_the_first_backward() -> None:

@@ -18,6 +18,7 @@ from hetjax.core.parameters import Parameters
 from hetjax.core.plan import plan_stages
 from hetjax.core.remat import Keep, Remat
 from hetjax.core.stage import Stage
+from hetjax.core.tasks import OF_STAGES, Thing
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
 from hetjax.run.checkpoint import abstract_names, from_names, to_names
@@ -118,8 +119,8 @@ def test_what_was_saved_under_one_level_restores_under_another() -> None:
             held = {id(a): a for a in jax.tree.leaves((state.params[key], state.weights[key], state.optimizer[key]))}
             device = mine.plan.mesh.devices.flat[0]
             bytes_held = sum(s.data.nbytes for a in held.values() for s in a.addressable_shards if s.device == device)
-            told = memory.held(mine, 1, 0, 0)
-            assert bytes_held == told.weights + told.optimizer
+            told = memory.things(run.pipeline, key, 0)
+            assert bytes_held == sum(told[Thing(what, key)] for what in OF_STAGES)
         names = {name: np.asarray(a) for name, a in to_names(run, state).items()}
     assert names.keys() == first.keys()
     for name, array in first.items():

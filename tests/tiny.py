@@ -13,6 +13,7 @@ from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
+from models.cross_attention import CrossAttention
 from models.decoder import Decoder
 from models.moe import Experts
 from models.vit import ViT
@@ -73,14 +74,19 @@ def graph(
     kv_heads: int = 4,
     vocab: int = VOCAB,
     seeing: Experts | None = None,
+    deepstack: tuple[int, ...] = (),
+    cross: tuple[int, ...] = (),
 ) -> Graph:
     """The tiny model under these layouts. An encoder called audio hears, all others see, with the experts `seeing`."""
-    sees = vit(feature_layer=feature_layer, experts=seeing)
-    models = {name: whisper() if name == "audio" else sees for name in encoders}
+    pictures = vit(feature_layer=feature_layer, deepstack=deepstack, experts=seeing)
+    models = {name: whisper() if name == "audio" else pictures for name in encoders}
     how = dict(remat=remat, unroll=unroll)
     towers = tuple(Module(n, models[n].module(dtype, name=n), layout, **how) for n, layout in encoders.items())
     sizes = dict(tied=tied, experts=experts, num_kv_heads=kv_heads, vocab_size=vocab)
-    language = decoder(**sizes).module(dtype, encoders=tuple(encoders))
+    attended = "audio" if deepstack else "vision"  # layers attend to an encoder without features of layers
+    sizes |= {"cross_attention": CrossAttention(cross, attended, gate=0.5)} if cross else {}
+    deep = {name: len(deepstack) for name in encoders if name != "audio"}
+    language = decoder(**sizes).module(dtype, encoders=tuple(encoders), deepstack=deep)
     return vlm(towers, Module("llm", language, llm, **how))
 
 

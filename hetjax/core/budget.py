@@ -53,8 +53,7 @@ class Budget:
     """What the stages of a trainer take and could choose; nothing needs to be compiled."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.stages, self.in_flight = trainer.pipeline.stages, trainer.pipeline.schedule.max_in_flight
-        self._by_device = functools.partial(memory.by_device, trainer)
+        self.pipeline, self.stages = trainer.pipeline, trainer.pipeline.stages
         self.whole = {key: stage.kept_bytes(None) for key, stage in self.stages.items()}
 
     @functools.cached_property
@@ -72,9 +71,10 @@ class Budget:
         """By stage, what a choice is made from: what is set, where it lies and what it takes."""
 
         def of_stage(key: StageKey, stage: Stage) -> list:
-            takes = memory.held(stage, self.in_flight[key], self.whole[key], workspace=0)
-            set_to = stage.module.remat.value, stage.module.unroll
-            return [*set_to, list(stage.plan.device_ids), self.in_flight[key], self.whole[key], *takes]
+            takes = memory.things(self.pipeline, key, self.whole[key]).values()
+            in_flight = self.pipeline.schedule.max_in_flight[key]
+            set_to = stage.module.remat.value, stage.module.unroll, list(stage.module.layout.offload)
+            return [*set_to, list(stage.plan.device_ids), in_flight, memory.local_bytes(stage.parameters.acc), *takes]
 
         return {f"{key[0]}/{key[1]}": of_stage(key, stage) for key, stage in self.stages.items()}
 
@@ -97,11 +97,11 @@ class Budget:
     def estimate(self, kept: Mapping[StageKey, int]) -> dict[int, DeviceMemory]:
         """Memory by device position, from the bytes of a microbatch that each stage keeps."""
 
-        def of_stage(key: StageKey, stage: Stage) -> DeviceMemory:
-            workspace = _workspace(stage, kept[key], self.whole[key])
-            return memory.held(stage, self.in_flight[key], kept[key], workspace)
-
-        return self._by_device(of_stage)
+        workspace: dict[tuple[StageKey, str], int] = {}
+        for key, stage in self.stages.items():
+            of_both = _workspace(stage, kept[key], self.whole[key])
+            workspace |= {(key, program): of_both for program in ("forward", "backward")}
+        return memory.of_step(self.pipeline, kept, workspace)
 
 
 def asked(trainer: Trainer) -> bool:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import optimizer
+from hetjax.core.alive import Alive
 from hetjax.core.tasks import HostTimes, StageKey
 from hetjax.core.wiring import Tie, Wiring
 from models.contract import AUXILIARY, ROUTED
@@ -44,6 +45,7 @@ class Reduced(NamedTuple):
     grads: dict[StageKey, Tree]
     acc: dict[StageKey, Tree]  # accumulators of the next step; of a leaf without replicas, the gradient itself
     squares: list[jax.Array]  # of each stage's complete leaves, then of each tie's
+    alive: Alive  # the stages' working weights
 
 
 class Finish:

@@ -76,21 +76,28 @@ class Flops:
 Parts = dict[str, Flops]  # of a module's first, layers and last
 
 
-def decoder_parts(config: Decoder, seq_len: int) -> Parts:
-    """A token's share of the forward on rows of `seq_len` tokens; logits are the last part's.
+def decoder_parts(config: Decoder, seq_len: int, *, attended: float = 0) -> Parts:
+    """A token's share of the forward on rows of `seq_len` tokens; logits are the last part's. `attended`: rows of an
+    encoder for each token, which layers attend to; counted as if every token saw those of its row.
 
     A sliding window of w counts as w keys per query, and under the mask as the w (1 - w / 2 seq_len) that it averages.
     """
     d, heads = config.width, config.num_heads * config.head_features
     kv_heads = config.num_kv_heads * config.head_features
     attention_products = d * heads + 2 * d * kv_heads + heads * d
-    behind = {"mlp": 3 * d * config.mlp_width, "moe": _mixture(config.experts, d)}
-    layers = sum(attention_products + behind[kind] for kind in config.kinds)
+    mlp = 3 * d * config.mlp_width
+    of_kind = {
+        "mlp": attention_products + mlp,
+        "cross": 2 * d * heads + 2 * d * kv_heads * attended + mlp,
+        "moe": attention_products + _mixture(config.experts, d),
+    }
+    layers, crossed = sum(of_kind[kind] for kind in config.kinds), config.kinds.count("cross")
     keys = min(seq_len, config.sliding_window or seq_len)
-    attention = 4 * heads * keys * config.num_layers
+    own = 4 * heads * keys * (config.num_layers - crossed)
+    cross = 4 * heads * attended * seq_len * crossed
     return {
         "first": Flops(),
-        "layers": Flops(2 * layers, attention, attention * (1 - keys / (2 * seq_len))),
+        "layers": Flops(2 * layers, own + cross, own * (1 - keys / (2 * seq_len)) + cross),
         "last": Flops(matmul=2 * d * config.vocab_size),
     }
 
@@ -109,7 +116,8 @@ def vit_parts(config: ViT) -> Parts:
     behind = {"mlp": 2 * d * config.mlp_width, "moe": _mixture(config.experts, d)}
     layers, features = sum(4 * d * d + behind[kind] for kind in config.kinds), d * len(config.depths)
     patches = config.num_patches * 3 * config.patch_size**2 * d
-    projector = config.rows * (features * config.hidden + config.hidden * config.output_width)
+    deep = len(config.deep) * (d + config.output_width) * config.hidden
+    projector = config.rows * ((features + config.output_width) * config.hidden + deep)
     attention = 4 * tokens * tokens * d * config.num_built
     return {
         "first": Flops(matmul=2 * patches),
@@ -147,10 +155,12 @@ def total(parts: Parts) -> Flops:
     return sum(parts.values(), Flops())
 
 
-def forward(config: Any, *, rows: int, seq_len: int, items: int) -> Parts | None:
-    """The forward of a microbatch of `rows` rows and `items` pictures or clips; None for an unknown kind of model."""
+def forward(config: Any, *, rows: int, seq_len: int, items: int, attended: int = 0) -> Parts | None:
+    """The forward of a microbatch of `rows` rows and `items` pictures or clips; None for an unknown kind of model.
+    `attended`: rows of all items that layers of a decoder attend to."""
     if isinstance(config, Decoder):
-        parts, count = decoder_parts(config, seq_len), rows * seq_len
+        count = rows * seq_len
+        parts = decoder_parts(config, seq_len, attended=attended / count)
     elif isinstance(config, (ViT, Whisper)):
         parts, count = whisper_parts(config) if isinstance(config, Whisper) else vit_parts(config), items
     else:

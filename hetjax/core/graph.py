@@ -4,10 +4,12 @@
              ├──> llm ──> loss
     audio  ──┘
 
-Exactly one module, the sink, feeds nothing: it is the language model and yields the loss.
+Exactly one module, the sink, feeds nothing: it is the language model and yields the loss. Where in it an encoder's
+outputs enter, the first part or any layers, its parts say (`Part.takes`).
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from hetjax.core.layout import Layout
 from hetjax.core.remat import Remat
@@ -29,10 +31,14 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """`producer`'s output enters the first layer of `consumer`."""
+    """`producer`'s output enters `consumer`, in those of its parts that take some of it."""
 
     producer: str
     consumer: str
+
+    def name(self, key: str) -> str:
+        """What the consumer's parts call the producer's output `key`."""
+        return self.producer if key == "x" else f"{self.producer}.{key}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,30 @@ class Graph:
                     f"{self.sink.name} takes {width}; "
                     f"set {module.name}'s output_width to {width}"
                 )
+        self._check_entries()
+
+    def _check_entries(self) -> None:
+        """Raises ValueError unless all that encoders give is taken, and all that is taken is given."""
+        sink = self.sink
+        taken = sink.definition.takes(0, sink.definition.num_layers)
+        given = {e.name(k): e.producer for e in self.edges for k in self.module(e.producer).definition.gives}
+        for name, producer in given.items():
+            if name not in taken:
+                raise ValueError(
+                    f"edges: {producer} gives {name!r}, which no part of {sink.name} takes, they take {sorted(taken)}; "
+                    f"let {producer} give these alone, or make {sink.name}'s definition for all that it gives"
+                )
+        for name in sorted(taken):
+            if name not in given:
+                raise ValueError(
+                    f"edges: {sink.name} takes {name!r}, which no module gives (they give {sorted(given)}); "
+                    f"add the module or the output, or make {sink.name}'s definition without it"
+                )
+            if name in sink.definition.carry:
+                raise ValueError(
+                    f"modules: {sink.name}'s layers hand each other {name!r}, so no encoder can have that name; "
+                    "give it another"
+                )
 
     def module(self, name: str) -> Module:
         """The module of this name."""
@@ -91,3 +121,8 @@ class Graph:
 def vlm(encoders: tuple[Module, ...], llm: Module) -> Graph:
     """The graph in which every encoder feeds the language model."""
     return Graph((*encoders, llm), tuple(Edge(e.name, llm.name) for e in encoders))
+
+
+def deepstack(encoders: Iterable[Module]) -> dict[str, int]:
+    """How many outputs each encoder gives beside "x", which a decoder adds behind its first layers."""
+    return {encoder.name: len(encoder.definition.gives) - 1 for encoder in encoders}

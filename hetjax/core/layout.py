@@ -18,6 +18,7 @@ import re
 
 import numpy as np
 
+from hetjax.core.tasks import OFFLOADS
 from models.context import CONTEXTS, GATHER
 
 AXES = ("dp", "copies", "cp", "tp")
@@ -33,7 +34,8 @@ class Layout:
     cp or of the inner part of dp too. `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the
     tokens are cut over tp. `context` is how attention reaches over cp: gather, ring or heads (`models/context.py`).
     `zero` (arXiv:1910.02054): what is cut over the data replicas: 1 the optimizer's state, 2 gradients too, 3 weights
-    too. `zero_size`: over how many of dp, the inner ones (None: all); the others repeat the shards.
+    too. `zero_size`: over how many of dp, the inner ones (None: all); the others repeat the shards. `offload`: what is
+    in the host's memory while it is not used: "parameters", "optimizer", "residuals", "boundaries" (`offload.py`).
     """
 
     dp: int = 1
@@ -48,6 +50,7 @@ class Layout:
     devices: str | tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
     context: str = GATHER
+    offload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dp", "cp", "tp", "pp", "copies", "ep"):
@@ -66,6 +69,7 @@ class Layout:
                 f"Layout.context={self.context!r} with cp=1, where no sequence is cut; set cp, or leave context out"
             )
         self._check_zero()
+        self._check_offload()
         if isinstance(self.devices, str):
             object.__setattr__(self, "devices", _parse_devices(self.devices))
         elif self.devices is not None:
@@ -85,6 +89,16 @@ class Layout:
                 f"Layout.zero={self.zero} cuts over the data replicas, of which there is one (dp={self.dp}, "
                 f"zero_size={self.zero_size}, cp={self.cp}); set zero=1, or more of them"
             )
+
+    def _check_offload(self) -> None:
+        if not isinstance(self.offload, list | tuple):
+            raise ValueError(f"Layout.offload={self.offload!r}; it must be a list, such as {list(OFFLOADS)}")
+        object.__setattr__(self, "offload", tuple(self.offload))
+        for kind in self.offload:
+            if kind not in OFFLOADS:
+                raise ValueError(f"Layout.offload has {kind!r}; it may have {', '.join(OFFLOADS)}")
+            if self.offload.count(kind) > 1:
+                raise ValueError(f"Layout.offload has {kind!r} {self.offload.count(kind)} times; name it once")
 
     @property
     def stage_size(self) -> int:
@@ -124,7 +138,8 @@ class Layout:
         sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "ep") if getattr(self, n) > 1]
         sizes += ["sp"] * self.sp + [f"zero={self.zero}"] * (self.zero > 1)
         sizes += [f"zero_size={self.zero_size}"] * (self.zero_size is not None)
-        return (" x ".join(sizes) or "dp=1") + ("" if self.context == GATHER else f", context={self.context}")
+        named = {"context": "" if self.context == GATHER else self.context, "offload": " and ".join(self.offload)}
+        return ", ".join([" x ".join(sizes) or "dp=1", *(f"{name}={said}" for name, said in named.items() if said)])
 
 
 def like(layout: Layout) -> Layout:

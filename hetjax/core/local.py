@@ -8,6 +8,7 @@ has a VJP of its own. Where the end makes the loss, the forward stops before it:
 accumulators, computes loss and gradients in one pass.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from hetjax.core import accumulators, loss, optimizer, residuals
 from hetjax.core.graph import Module
-from hetjax.core.loops import Loops
+from hetjax.core.loops import Back, Loops
 from hetjax.core.mesh import axes_of
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan
@@ -24,8 +25,9 @@ from hetjax.core.remat import Policy, remat
 from hetjax.core.residuals import Kept, vjp
 from hetjax.core.settled import settle
 from hetjax.core.stacks import LAYERS
-from models.axes import vary
+from models.axes import sum_like, vary
 from models.contract import AUXILIARY, ROUTED, Batch, Params
+from models.layers import wide
 from models.paths import at
 
 Tree = Any
@@ -39,11 +41,12 @@ class Given(NamedTuple):
     x: Tree
     batch: Batch
     seen: Batch  # by the layers
+    entering: Tree  # what of other modules the layers take; it varies over the data axes
 
     @property
-    def to_layers(self) -> tuple[Params, Batch]:
-        """The stacks of their weights, and what they see."""
-        return self.weights.get(LAYERS, {}), self.seen
+    def to_layers(self) -> tuple[Params, Batch, Tree]:
+        """The stacks of their weights, what they see, and what enters them."""
+        return self.weights.get(LAYERS, {}), self.seen, self.entering
 
     def inputs(self, differentiated: Params) -> list[jax.Array]:
         """What the VJPs of start and end may refer to, those with respect to `differentiated`."""
@@ -79,7 +82,8 @@ class Local:
         self.trainable = parameters.trainable
         self.x_wanted, self.ends_in_loss, self.policy = x_wanted, ends_in_loss, policy
         self.chunk = self._chunk() if ends_in_loss else 0
-        self.loops = Loops(module, plan, parameters, policy)
+        self.loops = Loops(module, plan, parameters, policy, x_wanted)
+        self.starts_from = module.definition.first.takes if plan.first else tuple(module.definition.carry)
 
     @property
     def dims(self) -> Mapping[str, tuple[str | None, ...]]:
@@ -92,7 +96,7 @@ class Local:
         """What leaves the stage; of one that ends in the loss, scores as in `backward`, and every likeliest next id."""
         given = self._given(weights, x, batch)
         first = self.working.given("first", given.weights.get("first", {}), {})
-        carry = self._start(first, x, batch)
+        carry = self._start(first, {k: x[k] for k in self.starts_from}, batch)
         for run in self.loops.runs:
             carry, _ = self.loops.forward(run, *given.to_layers, carry, keeps=False)
         last = self.working.given("last", self.parameters.full_last(given.weights), {})
@@ -109,11 +113,12 @@ class Local:
     def forward(self, weights: Params, x: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Residuals]:
         """What leaves the stage, but for a loss, and what `backward` needs beside the same arguments."""
         given = self._given(weights, x, batch)
-        wanted = {k: v for k, v in x.items() if k in self.x_wanted}
+        mine = {k: x[k] for k in self.starts_from}
+        wanted = {k: v for k, v in mine.items() if k in self.x_wanted}
 
         def start(w: Params, wanted: Tree) -> Tree:
             first = self.working.given("first", given.weights.get("first", {}), w)
-            return self._start(first, {**x, **wanted}, batch)
+            return self._start(first, {**mine, **wanted}, batch)
 
         def end(w: Params, carry: Tree) -> dict[str, jax.Array]:
             return self._end(self.working.given("last", self.parameters.full_last(given.weights), w), carry, batch)
@@ -123,7 +128,7 @@ class Local:
         carry, of_start = vjp(start, first, wanted, given.inputs(first)) if moves else (start(first, wanted), None)
         of_runs: list[list[Kept] | None] = []
         for run in self.loops.runs:
-            moves = moves or self.loops.trains(run)
+            moves = moves or self.loops.moves(run)
             carry, kept = self.loops.forward(run, *given.to_layers, carry, keeps=moves)
             of_runs.append(kept if moves else None)
         if self.ends_in_loss:
@@ -133,15 +138,16 @@ class Local:
         return y, Residuals(of_start, of_runs, of_end)
 
     def backward(
-        self, weights: Params, x: Tree, batch: Batch, kept: Residuals, g: Tree, acc: Tree, first: jax.Array
+        self, weights: Params, x: Tree, batch: Batch, kept: Residuals, returned: list[Tree], acc: Tree, first: jax.Array
     ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
-        """(cotangents of the wanted inputs, accumulators with the gradients added, scores) from those of the outputs.
+        """(cotangents of the wanted inputs, accumulators with the gradients added, scores) from those of the outputs,
+        which each stage that takes some of them `returned`.
 
         `first`: whether this is the step's first microbatch (see `accumulators.py`). Scores are, where the stage ends
         in the loss: "loss", this device's part of the sum; and what of AUXILIARY and ROUTED the last part returns.
         Cotangents of the first two are given by their names.
         """
-        given, acc = self._given(weights, x, batch), dict(acc)
+        given, acc, g = self._given(weights, x, batch), dict(acc), _added(returned)
         scores: dict[str, jax.Array] = {}
         if self.ends_in_loss:
             scores, g_last, g, acc = self._loss_back(given, kept.end, g, acc, first)
@@ -150,14 +156,17 @@ class Local:
         if g_last:
             acc["last"] = accumulators.add(acc["last"], g_last, self.parameters.spreads["last"], first)
         of_layers = acc.get(LAYERS, {})
+        entered = self.loops.nothing_entered(given.entering)
         for run, of_run in reversed(list(zip(self.loops.runs, kept.runs, strict=True))):
             if of_run is not None:
-                g, of_layers = self.loops.backward(run, *given.to_layers, of_run, g, of_layers, first)
+                back = self.loops.backward(run, *given.to_layers, of_run, Back(g, entered, of_layers), first)
+                g, entered, of_layers = back
         acc |= {LAYERS: of_layers} if of_layers else {}
-        if kept.start is None:
-            return {}, acc, scores
-        g_x, acc = self._start_back(given, kept.start, g, acc, first)
-        return g_x, acc, scores
+        g_x = {k: sum_like(total, x[k]) for k, total in entered.items()}
+        if kept.start is not None:
+            g_start, acc = self._start_back(given, kept.start, g, acc, first)
+            g_x |= {k: g + g_x[k] if k in g_x else g for k, g in g_start.items()}
+        return {k: g.astype(x[k].dtype) for k, g in g_x.items()}, acc, scores
 
     # -- their parts ---------------------------------------------------------------------------------------------
 
@@ -215,7 +224,8 @@ class Local:
         weights = jax.tree.map(self._vary_weight, weights, self.parameters.weights)
         ends = {part: self.working.gathered(part, weights[part]) for part in weights if part != LAYERS}
         weights = optimizer.merge(ends, weights)
-        return Given(weights, x, batch, self.module.definition.prepare(batch, self.plan.axes))
+        entering = {k: self._vary(x[k]) for k in self.loops.takes}
+        return Given(weights, x, batch, self.module.definition.prepare(batch, self.plan.axes), entering)
 
     def _first(self, given: Given) -> Params:
         """What of the first part is differentiated."""
@@ -249,3 +259,12 @@ class Local:
 
     def _vary(self, x: jax.Array) -> jax.Array:
         return vary(x, self.plan.grid.data)
+
+
+def _added(returned: list[Tree]) -> Tree:
+    """The cotangents of all outputs, each the sum of what the stages that take it return, in their order."""
+    found: dict[str, list[jax.Array]] = {}
+    for name, g in itertools.chain.from_iterable(tree.items() for tree in returned):
+        found.setdefault(name, []).append(g)
+    total = lambda g: g[0] if len(g) == 1 else sum(a.astype(wide(a.dtype)) for a in g).astype(g[0].dtype)
+    return {name: total(g) for name, g in found.items()}

@@ -21,6 +21,7 @@ from hetjax.core.remat import Policy
 from hetjax.core.residuals import Kept
 from hetjax.core.stacks import LAYERS, Run
 from models.contract import Batch, Params
+from models.layers import wide
 
 Tree = Any
 
@@ -32,36 +33,63 @@ class Turn(NamedTuple):
     i: jax.Array | int
 
 
-class Loops:
-    """The layers of one stage. `policy`: which inner results of a layer are kept; None: all."""
+class Back(NamedTuple):
+    """What the backward of a run gives to that of the one before it."""
 
-    def __init__(self, module: Module, plan: StagePlan, parameters: Parameters, policy: Policy | None) -> None:
+    g: Tree  # cotangent of the carry
+    entered: dict[str, jax.Array]  # sums of the cotangents of what enters layers, over those that were gone through
+    acc: Tree  # accumulators of the stage's layers
+
+
+class Loops:
+    """The layers of one stage. `policy`: which inner results of a layer are kept; None: all. `wanted`: the names of
+    what enters layers of which a cotangent is wanted, among others."""
+
+    def __init__(
+        self,
+        module: Module,
+        plan: StagePlan,
+        parameters: Parameters,
+        policy: Policy | None,
+        wanted: frozenset[str],
+    ) -> None:
         self.layers = module.definition.layers[plan.lo : plan.hi]
         self.runs = stacks.runs(self.layers, unroll=module.unroll)
+        self.takes = sorted({name for part in self.layers for name in part.takes})
+        self._wanted = [name for name in self.takes if name in wanted]
         self._axes, self._working, self._policy = plan.axes, parameters.working, policy
         self._trainable = parameters.trainable.get(LAYERS, {})
         self._spreads = parameters.spreads.get(LAYERS, {})
 
-    def trains(self, run: Run) -> bool:
-        """Whether a layer of the run does."""
-        return any(self._rows(self._trainable, run, place) for place in range(len(run.period)))
+    def moves(self, run: Run) -> bool:
+        """Whether a layer of the run trains, or is entered by what trains."""
+        trains = any(self._rows(self._trainable, run, place) for place in range(len(run.period)))
+        return trains or bool(self._entered(run))
 
-    def forward(self, run: Run, weights: Params, seen: Batch, carry: Tree, *, keeps: bool) -> tuple[Tree, list[Kept]]:
+    def nothing_entered(self, entering: Tree) -> dict[str, jax.Array]:
+        """The sums of cotangents before any layer was gone through, in at least float32."""
+        return {name: jnp.zeros_like(entering[name], wide(entering[name].dtype)) for name in self._wanted}
+
+    def forward(
+        self, run: Run, weights: Params, seen: Batch, entering: Tree, carry: Tree, *, keeps: bool
+    ) -> tuple[Tree, list[Kept]]:
         """The carry behind a run; by place of the period what the layers keep, or nothing.
 
-        `weights`: the stacks of the stage's layers. `seen`: what the layers are given of the batch.
+        `weights`: the stacks of the stage's layers. `seen`: what the layers are given of the batch. `entering`: what
+        of other modules they take, which is no part of the carry: a layer that does not take it knows nothing of it,
+        and none keeps it.
         """
 
         def body(now: tuple[Tree, Params], i: jax.Array | int) -> tuple[tuple[Tree, Params], list[Kept]]:
             (carry, gathered), kept = now, []
             for turn, following in _turns(run, i):
-                layer, w, inputs = self._layer(run, turn, weights, gathered, seen)
+                layer, given, inputs = self._layer(run, turn, weights, gathered, seen, entering)
                 gathered = self._gathered(run, following, weights)
                 if keeps:
-                    carry, of_layer = residuals.vjp(layer, w, carry, inputs)
+                    carry, of_layer = residuals.vjp(layer, given, carry, inputs)
                     kept.append(of_layer)
                 else:
-                    carry = layer(w, carry)
+                    carry = layer(given, carry)
             return (carry, gathered), kept
 
         start = carry, self._gathered(run, Turn(0, 0), weights)
@@ -69,31 +97,44 @@ class Loops:
         return carry, kept
 
     def backward(
-        self, run: Run, weights: Params, seen: Batch, kept: list[Kept], g: Tree, acc: Tree, first: jax.Array
-    ) -> tuple[Tree, Tree]:
-        """(cotangent of the carry in front of a run, accumulators) from the cotangent of the one behind it.
-
-        `acc`: the accumulators of the stage's layers. `first`: whether this is the step's first microbatch.
-        """
+        self,
+        run: Run,
+        weights: Params,
+        seen: Batch,
+        entering: Tree,
+        kept: list[Kept],
+        behind: Back,
+        first: jax.Array,
+    ) -> Back:
+        """What is in front of a run, from what is `behind` it. `first`: whether this is the step's first microbatch."""
 
         def body(
-            after: tuple[Tree, Tree, Params], now: tuple[jax.Array | int, list[Kept]]
-        ) -> tuple[tuple[Tree, Tree, Params], None]:
-            (g, acc, gathered), (i, kept) = after, now
+            after: tuple[Back, Params], now: tuple[jax.Array | int, list[Kept]]
+        ) -> tuple[tuple[Back, Params], None]:
+            ((g, entered, acc), gathered), (i, kept) = after, now
             for turn, following in _turns(run, i, back=True):
-                _, _, inputs = self._layer(run, turn, weights, gathered, seen)
+                _, _, inputs = self._layer(run, turn, weights, gathered, seen, entering)
                 gathered = self._gathered(run, following, weights)
-                g_w, g = residuals.put_together(kept[turn.place], inputs)(g)
+                (g_w, g_taken), g = residuals.put_together(kept[turn.place], inputs)(g)
+                entered = {
+                    name: entered[name] + g_taken[name] if name in g_taken else entered[name] for name in entered
+                }
                 mine = accumulators.scatter(g_w, self._spreads, stacked=True)
                 acc = accumulators.add_layer(acc, self._rows(self._trainable, run, turn.place), turn.i, mine, first)
-            return (g, acc, gathered), None
+            return (Back(g, entered, acc), gathered), None
 
-        start = g, acc, self._gathered(run, Turn(len(run.period) - 1, run.times - 1), weights)
+        mine = {name: behind.entered[name] for name in self._entered(run)}
+        last = self._gathered(run, Turn(len(run.period) - 1, run.times - 1), weights)
+        start = behind._replace(entered=mine), last
         if run.times == 1:
-            (g, acc, _), _ = body(start, (0, kept))
+            (front, _), _ = body(start, (0, kept))
         else:
-            (g, acc, _), _ = lax.scan(body, start, (_repetitions(run), kept), reverse=True)
-        return g, acc
+            (front, _), _ = lax.scan(body, start, (_repetitions(run), kept), reverse=True)
+        return front._replace(entered={**behind.entered, **front.entered})
+
+    def _entered(self, run: Run) -> list[str]:
+        """What enters layers of the run of which a cotangent is wanted."""
+        return [name for name in self._wanted if any(name in part.takes for part in run.period)]
 
     def _rows(self, stacked: Params, run: Run, place: int) -> Params:
         return stacks.rows(stacked, self.layers, run, place)
@@ -106,18 +147,23 @@ class Loops:
         return {} if turn is None else self._working.gathered(LAYERS, self._taken(run, turn, weights))
 
     def _layer(
-        self, run: Run, turn: Turn, weights: Params, gathered: Params, seen: Batch
-    ) -> tuple[Callable[[Params, Tree], Tree], Params, list[jax.Array]]:
-        """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to."""
-        apply = run.period[turn.place].apply
+        self, run: Run, turn: Turn, weights: Params, gathered: Params, seen: Batch, entering: Tree
+    ) -> tuple[Callable[[tuple[Params, Tree], Tree], Tree], tuple[Params, Tree], list[jax.Array]]:
+        """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to.
+
+        Differentiated are weights, and what enters."""
+        part = run.period[turn.place]
+        taken = {name: entering[name] for name in part.takes}
+        wanted = {name: x for name, x in taken.items() if name in self._wanted}
         # made outside of the VJP: it keeps nothing that it is given
         whole = optimizer.merge(gathered, self._taken(run, turn, weights))
         w = self._working.differentiated(LAYERS, whole, self._rows(self._trainable, run, turn.place))
 
-        def layer(w: Params, carry: Tree) -> Tree:
-            return apply(self._working.given(LAYERS, whole, w), carry, seen, self._axes)
+        def layer(given: tuple[Params, Tree], carry: Tree) -> Tree:
+            w, wanted = given
+            return part.apply(self._working.given(LAYERS, whole, w), {**carry, **taken, **wanted}, seen, self._axes)
 
-        return remat.remat(layer, self._policy), w, jax.tree.leaves((whole, w, seen))
+        return remat.remat(layer, self._policy), (w, wanted), jax.tree.leaves((whole, w, seen, taken))
 
 
 def _turns(run: Run, i: jax.Array | int, *, back: bool = False) -> list[tuple[Turn, Turn | None]]:

@@ -71,6 +71,8 @@ class Parameters:
         self.lent_to_it = {leaf: self.weights[part][leaf] for part, leaf in self.borrowed}
         self.copies = self.working.abstract_copies(self.params)  # what of the weights are not parameters themselves
         self.moving = self.working.abstract_copies(self.params, moving=True)  # and change with each step
+        kept = {path: leaf for path, leaf in flat(self.params).items() if not self.working.is_copied(path)}
+        self._used_as_they_are = nested(kept)
         self.trains = bool(self.trainable)
         self.balance = Balance.of(module.definition, plan, lambda path: config.trains("/".join((module.name, *path))))
         self.loads = self._abstract_loads()
@@ -97,6 +99,14 @@ class Parameters:
     def moving_of(self, weights: Params) -> Params:
         """What of concrete working weights `moving` describes."""
         return _at_paths(weights, self.moving)
+
+    def masters(self, params: Params) -> Params:
+        """The parameters that have working weights beside them."""
+        return nested({path: leaf for path, leaf in flat(params).items() if self.working.is_copied(path)})
+
+    def all_of(self, masters: Params, weights: Params) -> Params:
+        """The parameters: `masters`, and those working weights that are parameters themselves."""
+        return optimizer.merge(_at_paths(weights, self._used_as_they_are), masters)
 
     def multipliers(self, params: Params) -> Tree:
         """Learning-rate multiplier of every leaf."""

@@ -20,7 +20,8 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
-from hetjax.core.tasks import Kind, Needs, StageKey, StageNode, Task
+from hetjax.core.offload import Moment, moments, with_moves
+from hetjax.core.tasks import Kind, Needs, StageKey, StageNode, Task, Thing
 
 KINDS = ("1f1b", "gpipe")
 COST = {Kind.FORWARD: 1, Kind.BACKWARD: 2}  # of a task, for the order that the simulation finds
@@ -30,12 +31,15 @@ COST = {Kind.FORWARD: 1, Kind.BACKWARD: 2}  # of a task, for the order that the 
 class Schedule:
     """`gradients`: every task up to the finished gradients, in order. `update`: those behind them.
 
-    `max_in_flight`: per stage, the most microbatches whose forward is done and backward is not.
+    `max_in_flight`: per stage, the most microbatches whose forward is done and backward is not. `home`: what of the
+    stages lies on the host between steps. `moments`: what is where while a task computes, each once.
     """
 
     gradients: tuple[Task, ...]
     update: tuple[Task, ...]
     max_in_flight: dict[StageKey, int]
+    home: frozenset[Thing]
+    moments: tuple[Moment, ...]
 
     @property
     def order(self) -> tuple[Task, ...]:
@@ -67,10 +71,10 @@ def build_schedule(
     needs = Needs(nodes, num_microbatches, ties)
     simulation = _Simulation(nodes, needs, num_microbatches, kind, window)
     computed = simulation.run()
-    behind = needs.behind_gradients()
-    decide = behind.index(needs.decide)
-    gradients = (*_with_ends(computed, simulation.end, needs), *behind[:decide])
-    return Schedule(gradients, tuple(behind[decide:]), _in_flight(nodes, computed))
+    tasks = [*_with_ends(computed, simulation.end, needs), *needs.behind_gradients()]
+    tasks, home = with_moves(tasks, needs)
+    decide, found = tasks.index(needs.decide), tuple(dict.fromkeys(moments(tasks, needs, home)))
+    return Schedule(tuple(tasks[:decide]), tuple(tasks[decide:]), _in_flight(nodes, computed), home, found)
 
 
 def _with_ends(computed: Sequence[Task], end: dict[Task, float], needs: Needs) -> list[Task]:

@@ -72,6 +72,7 @@ class Stage:
         self.packed = [p.struct for p in self.packings]
         self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # what a module's last stage says of a microbatch to the step
         self.y, self.ends = self._find_outputs()
+        self.consumers: list[tuple[str, ...]] = []  # keys of `y` that each stage takes which takes some, in their order
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
@@ -166,7 +167,7 @@ class Stage:
         x: Tree,
         packed: list[jax.Array],
         kept: list[jax.Array],
-        g: Tree,
+        g: list[Tree],
         acc: Tree,
         first: jax.Array,
     ) -> tuple[Tree, Tree, Tree]:
@@ -231,8 +232,10 @@ class Stage:
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
-            args = (*inputs, self.kept, self.ends, mine.acc, self._whole((), jnp.bool_))
-            backward = self._whole_backward((*specs, kept_specs, spec_tree(self.ends)))
+            returned = [{k: self.ends[k] for k in keys} for keys in self.consumers]
+            returned += [told] if (told := {k: v for k, v in self.ends.items() if k in self.scores}) else []
+            args = (*inputs, self.kept, returned, mine.acc, self._whole((), jnp.bool_))
+            backward = self._whole_backward((*specs, kept_specs, spec_tree(returned)))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
         if mine.trains:
             acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.repeated(mine.grads))
@@ -243,8 +246,7 @@ class Stage:
                 measure = self._on_devices(self._measure, (acc_specs,), P())
                 found["measure"] = functools.partial(self._compile, "measure", measure, (mine.acc,))
         if mine.moves:
-            decision = self._whole((3,), wide(mine.dtype))
-            args = (mine.params, mine.state, mine.moving, mine.grads, decision, mine.loads)
+            args = (mine.params, mine.state, mine.moving, mine.grads, self._whole((3,), wide(mine.dtype)), mine.loads)
             out = shardings(args[:3])
             found["update"] = functools.partial(self._compile, "update", self._update, args, donate=(0, 1, 2), out=out)
         if mine.copies:

@@ -19,15 +19,56 @@ class Kind(enum.Enum):
     TIE = "tie"  # a tied leaf's gradient from the copy to its owner, or the new value back
     DECIDE = "decide"  # loss, norm, clip factor, and whether the step counts
     UPDATE = "update"
+    LEAVE = "leave"  # a thing's copy to the host's memory begins; nobody uses the one on the device from here on
+    GONE = "gone"  # ... which is waited for: its memory on the device is free
+    RETURN = "return"  # the thing is on the device again
+
+
+COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.REDUCE, Kind.MEASURE, Kind.UPDATE})
+
+
+class What(enum.Enum):
+    """What a stage holds on its devices. All but the last may be in the host's memory instead, between two uses."""
+
+    WEIGHTS = "weights"  # what the programs are given of the parameters
+    MASTERS = "masters"  # the parameters that have working weights beside them
+    STATE = "state"  # of the optimizer
+    RESIDUALS = "residuals"  # what the backward of a microbatch needs of its forward
+    INPUTS = "inputs"  # of a microbatch, from another stage
+    COTANGENTS = "cotangents"  # of the outputs of a microbatch
+    SUMS = "sums"  # of gradients over replicas, from their reduction to the step's end
+
+
+OFFLOADS = {
+    "parameters": frozenset({What.WEIGHTS, What.MASTERS}),
+    "optimizer": frozenset({What.STATE}),
+    "residuals": frozenset({What.RESIDUALS}),
+    "boundaries": frozenset({What.INPUTS, What.COTANGENTS}),
+}  # by the name that a layout has for them
+
+
+OF_STAGES = (What.WEIGHTS, What.MASTERS, What.STATE)  # and of no microbatch
+
+
+class Thing(NamedTuple):
+    """What a stage holds. `microbatch` -1: of no microbatch. `source`: the stage that inputs, or cotangents, come
+    from."""
+
+    what: What
+    stage: StageKey
+    microbatch: int = -1
+    source: StageKey | None = None
 
 
 class Task(NamedTuple):
-    """One piece of work of a stage. `microbatch` -1: of the step's end. `to`: the stage that gets what moves."""
+    """One piece of work of a stage. `microbatch` -1: of the step's end. `to`: the stage that gets what moves. `thing`:
+    what leaves or returns."""
 
     kind: Kind
     stage: StageKey
     microbatch: int = -1
     to: StageKey | None = None
+    thing: Thing | None = None
 
 
 class HostTimes(NamedTuple):
@@ -43,8 +84,8 @@ class HostTimes(NamedTuple):
 class StageNode:
     """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks.
 
-    `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `moves`:
-    the step's end moves some of its parameters without gradients.
+    `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `offload`: what of
+    it leaves its devices between two uses. `moves`: the step's end moves some of its parameters without gradients.
     """
 
     module: str
@@ -53,6 +94,7 @@ class StageNode:
     backward: bool
     upstream: tuple[StageKey, ...]
     end: Kind | None = None
+    offload: frozenset[What] = frozenset()
     moves: bool = False
 
     @property
@@ -73,7 +115,7 @@ class Needs:
     ) -> None:
         self.nodes = {n.key: n for n in nodes}
         self.consumers = {n.key: [m.key for m in nodes if n.key in m.upstream] for n in nodes}
-        self._num, self._ties = num_microbatches, ties
+        self._num, self._ties = num_microbatches, list(ties)
         self.decide = Task(Kind.DECIDE, nodes[-1].key)
 
     def of_microbatches(self) -> list[Task]:
@@ -108,7 +150,7 @@ class Needs:
 
     def of(self, task: Task) -> list[Task]:
         """The tasks whose results `task` takes."""
-        kind, key, i, to = task
+        kind, key, i, to, _ = task
         if kind is Kind.FORWARD:
             return [Task(Kind.BOUNDARY, source, i, key) for source in self.nodes[key].upstream]
         if kind is Kind.BACKWARD:
@@ -127,6 +169,35 @@ class Needs:
             there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
             return [*losses, *(t for n in self.nodes for t in self.finished(n)), *there]
         return [self.decide]  # an update
+
+    def writes(self, task: Task) -> list[Thing]:
+        """What `task` makes, or changes."""
+        kind, key, i, to, _ = task
+        if kind is Kind.FORWARD:
+            return [Thing(What.RESIDUALS, key, i)] if self.nodes[key].backward else []
+        if kind is Kind.BOUNDARY and to is not None:
+            forward = to in self.consumers[key]
+            return [Thing(What.INPUTS, to, i, key) if forward else Thing(What.COTANGENTS, to, i, key)]
+        if kind is Kind.REDUCE:
+            return [Thing(What.SUMS, key)]
+        if kind is Kind.UPDATE:
+            return [Thing(what, key) for what in OF_STAGES]
+        if kind is Kind.TIE and to is not None and (key, to) not in self._ties:
+            return [Thing(What.WEIGHTS, to)]
+        return []
+
+    def reads(self, task: Task) -> list[Thing]:
+        """What must be on the devices for `task`, beside what it makes."""
+        kind, key, i, to, _ = task
+        if kind in (Kind.FORWARD, Kind.BACKWARD):
+            given = [Thing(What.WEIGHTS, key), *(Thing(What.INPUTS, key, i, k) for k in self.nodes[key].upstream)]
+            if kind is Kind.FORWARD:
+                return given
+            cotangents = (Thing(What.COTANGENTS, key, i, consumer) for consumer in self.consumers[key])
+            return [*given, Thing(What.RESIDUALS, key, i), *cotangents]
+        if kind is Kind.TIE and to is not None and (key, to) not in self._ties:
+            return [Thing(What.WEIGHTS, key)]
+        return []
 
     def computed(self, task: Task) -> list[Task]:
         """The forwards and backwards whose results a forward or backward takes, however they come to it."""

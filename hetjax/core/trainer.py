@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from hetjax.core import optimizer
+from hetjax.core.alive import on_device
 from hetjax.core.finish import Outcome, Reduced, Scores
 from hetjax.core.layout import check_batch
 from hetjax.core.packing import Prepared, prepare
@@ -16,7 +17,7 @@ from hetjax.core.pipeline import Pipeline
 from hetjax.core.plan import picture
 from hetjax.core.stacks import LAYERS
 from hetjax.core.stage import Abstract
-from hetjax.core.tasks import HostTimes, StageKey
+from hetjax.core.tasks import HostTimes, StageKey, What
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -26,7 +27,8 @@ Microbatches = Sequence[Mapping[str, np.ndarray]]
 
 
 class State(NamedTuple):
-    """All that a step changes. Arrays are per stage, under that stage's layout."""
+    """All that a step changes. Arrays are per stage, under that stage's layout; those that it offloads in the host's
+    memory."""
 
     params: dict[StageKey, Tree]
     weights: dict[StageKey, Tree]  # what the programs are given of them
@@ -103,25 +105,37 @@ class Trainer:
 
     def initial_params(self) -> dict[StageKey, Tree]:
         """The parameters of `init`."""
+        return self._of_stages(What.MASTERS, lambda key: self.pipeline.stages[key].parameters.init())
+
+    def _of_stages(self, what: What, make: Callable[[StageKey], Tree]) -> dict[StageKey, Tree]:
+        """What `make` gives for each stage, which compiles its own, where it lies between steps."""
         stages = self.pipeline.stages
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each stage compiles its own
-            return dict(zip(stages, pool.map(lambda s: s.parameters.init(), stages.values()), strict=True))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(lambda key: self.pipeline.at_home(what, key, make(key)), stages)
+            return dict(zip(stages, found, strict=True))
 
     def start(self, params: dict[StageKey, Tree]) -> State:
         """The first step's state with these parameters, which it takes."""
         stages = self.pipeline.stages
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            states = dict(
-                zip(stages, pool.map(lambda k: stages[k].parameters.init_state(params[k]), stages), strict=True)
-            )
+        states = self._of_stages(What.STATE, lambda key: stages[key].parameters.init_state(on_device(params[key])))
+        return self.state(params, states, self.spec.first_step)
+
+    def state(self, params: dict[StageKey, Tree], states: dict[StageKey, Tree], step: int) -> State:
+        """The state behind `step` with these parameters and optimizer states, which it takes."""
         weights = self.pipeline.weights(params)
-        return State(params, weights, states, self.pipeline.zeros(), self.spec.first_step)
+        for key, stage in self.pipeline.stages.items():
+            mine = stage.parameters
+            masters = self.pipeline.at_home(What.MASTERS, key, mine.masters(params[key]))
+            params = params | {key: mine.all_of(masters, weights[key])}
+        states = {key: self.pipeline.at_home(What.STATE, key, tree) for key, tree in states.items()}
+        return State(params, weights, states, self.pipeline.zeros(), step)
 
     def begin(self, state: State) -> State:
         """The first step's state with the parameters of `state`, which another trainer left; it is consumed."""
         drop = lambda trees: jax.tree.map(lambda leaf: leaf.delete(), trees)
         drop((state.optimizer, state.acc))
-        params = {key: self.pipeline.stages[key].parameters.laid(tree) for key, tree in state.params.items()}
+        stages, old = self.pipeline.stages, state.params
+        params = self._of_stages(What.MASTERS, lambda key: stages[key].parameters.laid(on_device(old[key])))
         drop((state.params, state.weights))  # whoever else holds the state would keep a second copy alive
         return self.start(params)
 
@@ -152,7 +166,6 @@ class Trainer:
         """The state after the step whose gradients these are. `state` is consumed."""
         params, weights, states, outcome = self.pipeline.update(
             state.params,
-            state.weights,
             state.optimizer,
             done.reduced,
             done.scores,

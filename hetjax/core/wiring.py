@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Module
 from hetjax.core.packing import Packing
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
-from hetjax.core.tasks import Kind, StageKey, StageNode
+from hetjax.core.tasks import OFFLOADS, Kind, StageKey, StageNode
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -20,8 +22,13 @@ class Link(NamedTuple):
 
     source: StageKey
     target: StageKey
-    names: dict[str, str]  # output key -> input key
+    names: dict[str, str]  # output key -> input key, of what the target takes
     boundary: Boundary
+
+    def forward(self, y: Tree) -> dict[str, jax.Array]:
+        """What the target takes of the source's outputs, as its inputs."""
+        moved = self.boundary.forward({k: y[k] for k in self.names})
+        return {name: moved[k] for k, name in self.names.items()}
 
 
 class Tie(NamedTuple):
@@ -57,6 +64,7 @@ class Wiring:
         self.links[key], self.sources[key] = [], self._links_into(module, plan)
         for link in self.sources[key]:
             self.links[link.source].append(link)
+            self.stages[link.source].consumers.append(tuple(link.names))
         self.stages[key] = Stage(
             module,
             plan,
@@ -70,19 +78,20 @@ class Wiring:
         )
 
     def _links_into(self, module: Module, plan: StagePlan) -> list[Link]:
-        target = (module.name, plan.index)
+        """The carry, from the stage before; of other modules what enters here, from their last stages."""
+        target, links = (module.name, plan.index), []
         if plan.index > 0:
             source, dims = (module.name, plan.index - 1), module.definition.carry
             y = self.stages[source].crosses
-            return [Link(source, target, {k: k for k in y}, Boundary(y, {k: plan.grid.sharding(dims[k]) for k in y}))]
-        links = []
-        for edge in self.graph.edges:
-            if edge.consumer == module.name:
-                source = (edge.producer, len(self.plans[edge.producer]) - 1)
-                y = self.stages[source].crosses
-                names = {k: edge.producer if k == "x" else f"{edge.producer}.{k}" for k in y}
-                where = {k: plan.grid.sharding(("items", *(None,) * (y[k].ndim - 1))) for k in y}
-                links.append(Link(source, target, names, Boundary(y, where)))
+            where = {k: plan.grid.sharding(dims[k]) for k in y}
+            links.append(Link(source, target, {k: k for k in y}, Boundary(y, where)))
+        taken = module.definition.takes(plan.lo, plan.hi)
+        for edge in [edge for edge in self.graph.edges if edge.consumer == module.name]:
+            source = (edge.producer, len(self.plans[edge.producer]) - 1)
+            y = {k: a for k, a in self.stages[source].crosses.items() if edge.name(k) in taken}
+            if y:
+                where = {k: plan.grid.sharding(("items", *(None,) * (a.ndim - 1))) for k, a in y.items()}
+                links.append(Link(source, target, {k: edge.name(k) for k in y}, Boundary(y, where)))
         return links
 
     def _ties_of(self, key: StageKey) -> list[Tie]:
@@ -108,8 +117,9 @@ class Wiring:
         end = None
         if stage.parameters.trains:
             end = Kind.REDUCE if stage.parameters.are_repeated else Kind.MEASURE
-        devices = frozenset(stage.plan.device_ids)
-        return StageNode(*key, devices, stage.has_backward, upstream, end, bool(stage.parameters.loads))
+        offload = frozenset().union(*(OFFLOADS[kind] for kind in stage.module.layout.offload))
+        devices, moves = frozenset(stage.plan.device_ids), bool(stage.parameters.loads)
+        return StageNode(*key, devices, stage.has_backward, upstream, end, offload, moves)
 
     @property
     def boundaries(self) -> dict[str, Boundary]:

@@ -63,11 +63,12 @@ class ItemSpec:
     """The items of one encoder."""
 
     name: str  # of the encoder; its arrays are f"{name}.index" and f"{name}.{array}" for those of the reader
-    rows: int  # positions of the sequence that one item takes at most
+    rows: int  # rows of the encoder's output that one item has at most
     reader: Reader
     slots_per_group: int = 1  # items that a group has room for
     field: str = "image"  # key of the JSON that names the files
     placeholder: str = "<image>"  # stands for one item in a question
+    places: int = 0  # positions of the sequence that one item takes; 0: as many as it has rows
 
     def __post_init__(self) -> None:
         for name in ("rows", "slots_per_group"):
@@ -83,7 +84,7 @@ class ItemSpec:
             why = f"cannot be read as a {self.reader.noun}: it is a directory or a device"
             raise SampleError(str(path), why)
         found = self.reader.look(path)
-        return found._replace(rows=found.rows or self.rows)
+        return found._replace(rows=self.places or found.rows or self.rows)
 
     def read(self, path: Path) -> Item:
         """The item in a file. Raises SampleError with the path and the reason."""
@@ -121,9 +122,10 @@ def check_items(config: DataConfig, items: Sequence[ItemSpec]) -> None:
         for name, text in texts.items():
             if item.placeholder in text:
                 raise ValueError(f"Template.{name}={text!r} contains {item.name}'s placeholder; leave it to questions")
-        if item.rows + 2 > config.seq_len:
+        places = item.places or item.rows
+        if places + 2 > config.seq_len:
             raise ValueError(
                 f"DataConfig.seq_len={config.seq_len} is too short: one {item.reader.noun} of {item.name} takes up to "
-                f"{item.rows} positions, with a question and an answer at least {item.rows + 2}; raise seq_len, or let "
+                f"{places} positions, with a question and an answer at least {places + 2}; raise seq_len, or let "
                 f"the encoder give fewer rows"
             )

@@ -4,6 +4,7 @@ Prompts stand at the left of their rows, padded behind. All rows write a new tok
 told by positions and segments alone (models/attention.py), so the padding in between is never looked at.
 """
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,13 +28,20 @@ class Memory(NamedTuple):
     layers: Tree  # of each run of layers, by place of its period: key -> [repetitions, b, slots, ...]
     positions: Any  # [b, slots]
     segments: Any  # [b, slots]; 0 where nothing is remembered
+    recalled: Any  # what of encoders new tokens meet too, and where its items stand: name -> rows, or index [b, slots]
 
 
 def run_layers(
-    definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes, caches: Sequence[Tree] | None = None
+    definition: ModuleDef,
+    params: Params,
+    carry: Tree,
+    batch: Arrays,
+    axes: Axes,
+    caches: Sequence[Tree] | None = None,
+    entering: Arrays = types.MappingProxyType({}),
 ) -> tuple[Tree, list[Tree]]:
     """(carry, caches) behind all layers. `caches` has one for each place of each run's period (hetjax/core/stacks.py);
-    None: none is kept."""
+    None: none is kept. `entering`: what of encoders meets the batch."""
     kept = []
     seen, stacked = definition.prepare(batch, axes), params[stacks.LAYERS]
     for number, run in enumerate(stacks.runs(definition.layers)):
@@ -43,7 +51,9 @@ def run_layers(
             made = []
             for place, part in enumerate(run.period):
                 weights = stacks.take(stacked, stacks.rows(stacked, definition.layers, run, place), i)
-                out = part.apply(weights, carry if caches is None else {**carry, "cache": caches[place]}, seen, axes)
+                taken = {name: entering[name] for name in part.takes if name in entering}
+                cache = {} if caches is None else {"cache": caches[place]}
+                out = part.apply(weights, {**carry, **cache, **taken}, seen, axes)
                 made.append(out.get("cache"))
                 carry = {k: out[k] for k in carry}
             return carry, made
@@ -70,13 +80,16 @@ def prefill(
     """
     carry = definition.first.apply(params["first"], rows, batch, axes)
     nothing: list[list[Tree]] = [[{}] * len(run.period) for run in stacks.runs(definition.layers)]
-    carry, caches = run_layers(definition, params, carry, batch, axes, nothing)
+    carry, caches = run_layers(definition, params, carry, batch, axes, nothing, rows)
     last = (batch["lengths"] - 1)[:, None]
     take = lambda x: jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1)
     ends = {k: take(x) if "stream" in definition.carry[k] else x for k, x in carry.items()}
     pad = lambda x, dim: jnp.pad(x, [(0, room * (i == dim)) for i in range(x.ndim)])
     segments = (batch["segment_ids"] > 0).astype(jnp.int32)
-    memory = Memory(jax.tree.map(lambda x: pad(x, 2), caches), pad(batch["positions"], 1), pad(segments, 1))
+    recalled = {name: rows[name] for name in definition.recalls}
+    recalled |= {key: jnp.pad(batch[key], ((0, 0), (0, room)), constant_values=-1) for key in indices(definition)}
+    caches = jax.tree.map(lambda x: pad(x, 2), caches)
+    memory = Memory(caches, pad(batch["positions"], 1), pad(segments, 1), recalled)
     return _logits(definition, params, ends, batch, axes), memory
 
 
@@ -95,9 +108,15 @@ def step(
     memory = memory._replace(positions=put(memory.positions, positions), segments=put(memory.segments, ones))
     batch = {"tokens": tokens[:, None], "positions": positions[:, None], "segment_ids": ones[:, None]}
     batch |= {"cache.slot": slot, "cache.positions": memory.positions, "cache.segment_ids": memory.segments}
+    batch |= {key: memory.recalled[key] for key in indices(definition)}
     carry = definition.first.apply(params["first"], {}, batch, axes)
-    carry, caches = run_layers(definition, params, carry, batch, axes, memory.layers)
+    carry, caches = run_layers(definition, params, carry, batch, axes, memory.layers, memory.recalled)
     return _logits(definition, params, carry, batch, axes), memory._replace(layers=caches)
+
+
+def indices(definition: ModuleDef) -> list[str]:
+    """What of a batch tells where items stand that new tokens meet."""
+    return [f"{name}.index" for name in definition.recalls]
 
 
 def _logits(definition: ModuleDef, params: Params, carry: Tree, batch: Arrays, axes: Axes) -> jax.Array:

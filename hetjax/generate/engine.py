@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import stacks
 from hetjax.core.boundary import Boundary
-from hetjax.core.graph import Graph, Module
+from hetjax.core.graph import Edge, Graph, Module
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import plan_stages
@@ -65,7 +65,8 @@ class Placed:
 
 
 class Engine:
-    """Generates with `graph`, whose modules each have one stage. `alone` is the sink's definition without encoders."""
+    """Generates with `graph`, whose modules each have one stage. `alone` is the sink's definition without encoders: its
+    first part embeds new tokens."""
 
     def __init__(
         self,
@@ -77,9 +78,10 @@ class Engine:
         stops: Sequence[int],
         penalties: Penalties = Penalties(),  # noqa: B008
     ) -> None:
-        self.graph, self.alone, self.stops, self.penalties = graph, alone, tuple(stops), penalties
+        self.graph, self.stops, self.penalties = graph, tuple(stops), penalties
         self.placed = {m.name: Placed(m, devices, dtypes[m.name]) for m in graph.modules}
         self.sink = self.placed[graph.sink.name]
+        self.alone = dataclasses.replace(self.sink.definition, first=alone.first)
         dims: tuple[Dims, ...] = ("batch",), ("vocab",), ("batch", "vocab")
         self._by_row, self._by_id, self._by_both = map(self.sink.plan.grid.spec, dims)
         self.params: dict[str, Params] = {}  # by module; set before the first call
@@ -95,7 +97,7 @@ class Engine:
         the rows for sampling. `room`: slots of the memory behind the prompts, at least `limit`. A row of length 0 is
         padding and has ended.
         """
-        rows = {name: self._rows(name, batch) for name in self._encode}
+        rows = {name: a for edge in self.graph.edges for name, a in self._rows(edge, batch).items()}
         on = self.sink.put(batch) | {"lengths": self._put(batch["lengths"], self._by_row)}
         logits, memory = self._prefill(room)(self.params[self.sink.name], rows, on)
         draw = None
@@ -140,8 +142,9 @@ class Engine:
             jax.shard_map(run, mesh=placed.plan.mesh, in_specs=(placed.parameters.specs, reads), out_specs=out)
         )
 
-    def _rows(self, name: str, batch: Arrays) -> jax.Array:
-        """An encoder's output for the batch's items, on the decoder's devices."""
+    def _rows(self, edge: Edge, batch: Arrays) -> dict[str, jax.Array]:
+        """What enters the decoder of an encoder's output for the batch's items, on the decoder's devices."""
+        name = edge.producer
         placed = self.placed[name]
         y = self._encode[name](self.params[name], placed.put(batch))
         key = (name, *((k, v.shape) for k, v in y.items()))
@@ -149,7 +152,7 @@ class Engine:
             source = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in y.items()}
             where = {k: NamedSharding(self.sink.plan.mesh, self._by_row) for k, v in y.items()}
             self._boundaries[key] = Boundary(source, where)
-        return self._boundaries[key].forward(y)["x"]
+        return {edge.name(k): a for k, a in self._boundaries[key].forward(y).items()}
 
     def _on_devices(self, function: Any, in_specs: Tree, out_specs: Tree) -> Any:
         return jax.shard_map(function, mesh=self.sink.plan.mesh, in_specs=in_specs, out_specs=out_specs)
@@ -157,9 +160,12 @@ class Engine:
     @property
     def _memory_specs(self) -> Memory:
         caches = {k: P(None, *self.sink.plan.grid.spec(("batch", None, *c.dims))) for k, c in self.alone.cache.items()}
-        return Memory(
-            [[caches] * len(run.period) for run in stacks.runs(self.alone.layers)], self._by_row, self._by_row
-        )
+        recalls = frozenset(self.alone.recalls)
+        of_runs = [
+            [{} if recalls & {*part.takes} else caches for part in run.period] for run in stacks.runs(self.alone.layers)
+        ]
+        recalled = dict.fromkeys([*self.alone.recalls, *cached.indices(self.alone)], self._by_row)
+        return Memory(of_runs, self._by_row, self._by_row, recalled)
 
     def _prefill_program(self, room: int) -> Any:
         sink = self.sink
@@ -169,7 +175,8 @@ class Engine:
 
         names = ("tokens", "positions", "segment_ids", *(f"{e}.index" for e in self._encode))
         batch = {name: sink.uncut(sink.definition.reads[name]) for name in names} | {"lengths": self._by_row}
-        specs = (sink.parameters.specs, dict.fromkeys(self._encode, self._by_row), batch)
+        rows = sink.definition.takes(0, sink.definition.num_layers)
+        specs = (sink.parameters.specs, dict.fromkeys(sorted(rows), self._by_row), batch)
         return jax.jit(self._on_devices(run, specs, (self._by_both, self._memory_specs)))
 
     def _decode_program(self, room: int, greedy: bool, ruled: bool) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetjax.core.graph import Module, vlm
+from hetjax.core.graph import Module, deepstack, vlm
 from hetjax.core.layout import Layout
 from hetjax.data.items import Item
 from hetjax.data.tokens import load_tokenizer
@@ -191,7 +191,7 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
         Module(name, source.models[name].module(jnp.dtype(computed[name]), name=name), Layout(dp=dp * tp))
         for name in encoders
     )
-    definition = model.module(jnp.dtype(computed[llm]), encoders=encoders)
+    definition = model.module(jnp.dtype(computed[llm]), encoders=encoders, deepstack=deepstack(towers))
     chat, told, longest = _chat(source, llm, date)
     engine = Engine(
         vlm(towers, Module(llm, definition, Layout(dp=dp, tp=tp))),
@@ -214,7 +214,7 @@ def _chat(source: Source, llm: str, date: str | None) -> tuple[Chat, Defaults, i
             raise ConvertError(
                 f"date={date!r}: {source.path} is a run, whose date is that of its training; leave it out"
             )
-        items = [encoder.items for encoder in source.run.encoders]
+        items = source.run.items
         tokenizer = load_tokenizer(data, items)
         end = tokenizer.token_to_id(data.template.end_token)
         assert end is not None  # `load_tokenizer` looked for it

@@ -153,6 +153,11 @@ def parts_of(source: Source, modules: Collection[str] | None = None) -> tuple[Pa
             )
         named[part] = name
     parts = Parts(**{part: source.models[name] for part, name in named.items()})
+    if parts.llm is not None and parts.llm.cross_attention is not None:
+        raise ConvertError(
+            f"{source.path}: {named['llm']}: no family that is written has layers that attend to an encoder "
+            "(Decoder.cross_attention); keep the checkpoint, or train without"
+        )
     whole = registry.whole_of(parts)
     if whole is not None:
         whole.check(parts)

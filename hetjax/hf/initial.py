@@ -30,6 +30,7 @@ from models.whisper import Whisper
 
 LOG = logging.getLogger(__name__)
 PROJECTOR = "last/projector/"
+FRESH = (PROJECTOR, "last/deep")  # what of an encoder a tower that is stored alone lacks
 
 
 class Start(NamedTuple):
@@ -123,7 +124,7 @@ def state(trainer: Trainer, starts: Mapping[str, Start]) -> State:
 def _filled(stage: Stage, params: Any, start: Start) -> Any:
     def fill(path: Path, abstract: jax.ShapeDtypeStruct, old: jax.Array) -> jax.Array:
         names = [f"{start.module}/{name}" for name in _names(stage.parameters, path)]
-        if start.source.arrays.keys().isdisjoint(names) and PROJECTOR in names[0]:
+        if start.source.arrays.keys().isdisjoint(names) and any(part in names[0] for part in FRESH):
             return old
         old.delete()
         return _read(

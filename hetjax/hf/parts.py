@@ -10,7 +10,10 @@ Model = Decoder | ViT | Whisper
 PART_OF: dict[type, str] = {Decoder: "llm", ViT: "vision", Whisper: "audio"}
 
 # Settings that an encoder alone leaves open, and of an audio encoder also how its rows are made and how long clips are.
-OF_PROJECTOR = ("output_width", "projector_width", "projector_bias", "feature_layer", "select", "projector", "variant")
+OF_PROJECTOR = (
+    *("output_width", "projector_width", "projector_bias", "feature_layer", "select", "projector", "variant"),
+    "deepstack",
+)
 OF_DATA = ("max_frames",)  # settings that change no parameter
 
 

@@ -64,7 +64,8 @@ def _behind_layers(
         counted = jnp.eye(microbatches)[:, :, None] * seen[COUNTED].reshape(1, microbatches, -1)
         seen[COUNTED] = counted.reshape(microbatches, -1)
     for i, layer in enumerate(definition.layers):
-        carry = layer.apply(layer_params(definition, params["layers"], i), carry, seen, ONE_DEVICE)
+        entering = {name: x[name] for name in layer.takes}
+        carry = layer.apply(layer_params(definition, params["layers"], i), carry | entering, seen, ONE_DEVICE)
     return carry
 
 

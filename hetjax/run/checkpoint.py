@@ -9,7 +9,7 @@ checkpoint and nothing else.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import stacks
+from hetjax.core.alive import HOST, on_device
 from hetjax.core.parameters import pad
 from hetjax.core.stage import Stage
-from hetjax.core.tasks import StageKey
+from hetjax.core.tasks import StageKey, Thing, What
 from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
 from hetjax.run.names import flat, nested
 
@@ -180,14 +181,24 @@ def _compile_copy(key: StageKey, stage: Stage) -> None:
     stage.programs["copy"] = compiled
 
 
+class Stored(NamedTuple):
+    """A leaf as a checkpoint has it: the arrays' names, one for each layer if it is stacked, and what each is like."""
+
+    names: tuple[str, ...]
+    array: jax.ShapeDtypeStruct  # without padding
+    stacked: bool
+    what: What
+
+
 def to_names(trainer: Trainer, state: State) -> Names:
     """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
         stored = _stored(key, stage)
         copy = stage.programs.get("copy") or functools.partial(_copies, stored=stored)
-        copies = copy(tuple(jax.tree.leaves((state.params[key], state.optimizer[key]))))
-        names |= dict(zip(_all_names(stored), copies, strict=True))
+        copies = copy(tuple(jax.tree.leaves(on_device((state.params[key], state.optimizer[key])))))
+        placed = jax.device_put(copies, _places(trainer, key, stored))
+        names |= dict(zip(_all_names(stored), placed, strict=True))
     return names
 
 
@@ -195,9 +206,18 @@ def abstract_names(trainer: Trainer) -> Names:
     """The abstract arrays, with shardings, that `from_names` takes."""
     names: Names = {}
     for key, stage in trainer.pipeline.stages.items():
-        for leaf in _stored(key, stage):
-            names = dict.fromkeys(leaf.names, leaf.array) | names
+        stored = _stored(key, stage)
+        arrays = [leaf.array for leaf in stored for _ in leaf.names]
+        for name, a, place in zip(_all_names(stored), arrays, _places(trainer, key, stored), strict=True):
+            names[name] = jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
     return names
+
+
+def _places(trainer: Trainer, key: StageKey, stored: Sequence[Stored]) -> list[NamedSharding]:
+    """Where the arrays of a stage's checkpoint are, name by name: on the host if that is where the state has them."""
+    home = {leaf.what: Thing(leaf.what, key) in trainer.pipeline.schedule.home for leaf in stored}
+    own = [leaf.array.sharding.with_memory_kind(HOST if home[leaf.what] else "device") for leaf in stored]
+    return [place for leaf, place in zip(stored, own, strict=True) for _ in leaf.names]
 
 
 def from_names(trainer: Trainer, names: Names, step: int) -> State:
@@ -210,22 +230,16 @@ def from_names(trainer: Trainer, names: Names, step: int) -> State:
         rows = jax.device_put([names[name] for name in _all_names(stored)], places)
         where = [leaf.sharding for leaf in leaves]
         joined = jax.jit(functools.partial(_join, stored, leaves), out_shardings=where)(rows)
-        params[key], states[key] = jax.tree.unflatten(jax.tree.structure(abstract), joined)
-    return State(params, trainer.pipeline.weights(params), states, trainer.pipeline.zeros(), step)
-
-
-class Stored(NamedTuple):
-    """A leaf as a checkpoint has it: the arrays' names, one for each layer if it is stacked, and what each is like."""
-
-    names: tuple[str, ...]
-    array: jax.ShapeDtypeStruct  # without padding
-    stacked: bool
+        mine, state = jax.tree.unflatten(jax.tree.structure(abstract), joined)
+        params[key] = trainer.pipeline.at_home(What.MASTERS, key, mine)
+        states[key] = trainer.pipeline.at_home(What.STATE, key, state)
+    return trainer.state(params, states, step)
 
 
 def _stored(key: StageKey, stage: Stage) -> tuple[Stored, ...]:
     """All that a stage stores, in the order of the leaves of (parameters, state)."""
     mine, found = stage.parameters, []
-    for kind, tree in (("params", mine.params), ("optimizer", mine.state)):
+    for kind, what, tree in (("params", What.MASTERS, mine.params), ("optimizer", What.STATE, mine.state)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             parts, stacked = path_parts(path), is_stacked(path)
             names = stacks.names(parts, mine.layers_of) if stacked else ["/".join(parts)]
@@ -233,7 +247,7 @@ def _stored(key: StageKey, stage: Stage) -> tuple[Stored, ...]:
             shape, where = (shape[1:], P(*spec[1:])) if stacked else (shape, P(*spec))
             place = NamedSharding(leaf.sharding.mesh, stage.plan.grid.fitting(shape, where))
             array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
-            found.append(Stored(tuple(f"{kind}/{key[0]}/{name}" for name in names), array, stacked))
+            found.append(Stored(tuple(f"{kind}/{key[0]}/{name}" for name in names), array, stacked, what))
     return tuple(found)
 
 

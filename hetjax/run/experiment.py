@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hetjax.core.graph import Graph, Module, vlm
+from hetjax.core.graph import Graph, Module, deepstack, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
@@ -30,6 +30,7 @@ from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
 from hetjax.data.items import Reader
 from hetjax.data.microbatch import Prepare, abstract
 from hetjax.run import command
+from hetjax.run.checks import check_choice, check_model
 
 PRECISIONS = ("bfloat16", "float32", "float64")
 OF_PICTURES = ("mean", "std", "shortest_edge", "pad_to_square", "resampling", "resize_positions")
@@ -182,6 +183,11 @@ class Experiment:
                     f"{encoder.name}: resize_positions=True, but Experiment.init_from names no folder whose position "
                     "table could be resized; name one, or leave it out"
                 )
+            if encoder.hears and encoder.name == self.attended:
+                raise ValueError(
+                    f"CrossAttention.encoder={encoder.name!r} hears, and clips differ in their rows, while layers "
+                    "attend to all rows of an item; attend to pictures"
+                )
         for name in ("eval_every", "eval_samples"):
             if getattr(self, name) and self.held_out is None:
                 raise ValueError(
@@ -198,21 +204,20 @@ class Experiment:
         """The last step of each phase; that of the last one is the run's."""
         return tuple(itertools.accumulate(phase.steps for phase in self.training))
 
+    @property
+    def items(self) -> tuple[ItemSpec, ...]:
+        """What the encoders ask of the data. An item that the language model attends to has one place in the text."""
+        return tuple(dataclasses.replace(e.items, places=int(e.name == self.attended)) for e in self.encoders)
+
+    @property
+    def attended(self) -> str:
+        """The encoder that layers of the language model attend to; "": none."""
+        attention = getattr(self.llm.model, "cross_attention", None)
+        return "" if attention is None else attention.encoder
+
     def phase_of(self, step: int) -> int:
         """The index of the phase that left the state of step `step`; beyond the last step the last one's."""
         return min(bisect.bisect_left(self.ends, step), len(self.training) - 1)
-
-
-def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{setting}={value!r}; it must be one of {', '.join(choices)}")
-
-
-def check_model(module: str, model: Any, fields: tuple[str, ...], kind: str) -> None:
-    """Raises ValueError unless `model` has one of the fields that tell its kind."""
-    if not any(hasattr(model, field) for field in fields):
-        raise ValueError(f"{module}.model is a {type(model).__name__}; it must be {kind}")
 
 
 def build_graph(experiment: Experiment) -> Graph:
@@ -224,7 +229,8 @@ def build_graph(experiment: Experiment) -> Graph:
     llm = experiment.llm
     packed = experiment.data.pack or (experiment.held_out is not None and experiment.held_out.pack)
     names = tuple(e.name for e in experiment.encoders)
-    definition = llm.model.module(jnp.dtype(llm.compute_dtype), encoders=names, packed=packed)
+    told = dict(encoders=names, deepstack=deepstack(towers), packed=packed)
+    definition = llm.model.module(jnp.dtype(llm.compute_dtype), **told)
     return vlm(towers, Module(llm.name, definition, *how(llm)))
 
 
@@ -250,8 +256,7 @@ def start(experiment: Experiment) -> None:
 
 def build(experiment: Experiment, phase: int = 0) -> Trainer:
     """The trainer of one phase; reads no data and compiles nothing. Raises ValueError for what cannot run."""
-    items = [e.items for e in experiment.encoders]
-    shapes = abstract(experiment.data, items)
+    shapes = abstract(experiment.data, experiment.items)
     spec = TrainSpec(
         graph=build_graph(experiment),
         devices=jax.devices(),
@@ -283,7 +288,7 @@ def held_out_loader(experiment: Experiment) -> Loader | None:
 
 
 def _loader(experiment: Experiment, data: DataConfig, prepare: Prepare = dict) -> Loader:
-    loader = Loader(data, tuple(e.items for e in experiment.encoders), prepare)
+    loader = Loader(data, experiment.items, prepare)
     if loader.vocab_size > experiment.llm.model.vocab_size:
         raise ValueError(
             f"{experiment.llm.name}: vocab_size={experiment.llm.model.vocab_size}, but the tokenizer "

@@ -60,9 +60,14 @@ def write(parts: Parts) -> dict[str, Any]:
 
 
 def check(parts: Parts) -> None:
-    """Raises ConvertError unless the projector is as wide inside as the language model."""
+    """Raises ConvertError unless there is one projector, as wide inside as the language model."""
     vit = parts.vision
     assert vit is not None
+    if vit.deepstack:
+        raise ConvertError(
+            f"ViT.deepstack={list(vit.deepstack)}: LLaVA adds nothing behind the language model's layers, nor does "
+            "another family with such a tower; keep the checkpoint, or train with deepstack=()"
+        )
     if vit.hidden != vit.output_width:
         raise ConvertError(
             f"ViT.projector_width={vit.hidden}: LLaVA's projector is as wide as the language model inside; "

@@ -1,0 +1,204 @@
+"""What is alive between the tasks of a step, and what each task does with it."""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from hetjax.core import optimizer
+from hetjax.core.alive import Alive
+from hetjax.core.finish import Finish, Reduced, Scores
+from hetjax.core.packing import Prepared
+from hetjax.core.tasks import Kind, StageKey, Task, Thing, What
+from hetjax.core.wiring import Link, Tie
+from models.contract import ROUTED
+
+if TYPE_CHECKING:
+    from hetjax.core.pipeline import Pipeline
+
+Tree = Any
+Trees = dict[StageKey, Tree]
+Doing = Mapping[Kind, Callable[[Task], jax.Array | None]]  # gives what is ready when the task is through, or None
+
+
+class Gradients:
+    """What is alive between the tasks that lead to a step's gradients."""
+
+    def __init__(
+        self, pipeline: "Pipeline", alive: Alive, microbatches: Sequence[Prepared], acc: Trees, count: float
+    ) -> None:
+        self.pipeline, self.alive, self.microbatches, self.acc = pipeline, alive, microbatches, acc
+        self.seeds = pipeline.finish.seeds(count)
+        self.leaving: dict[Task, tuple[Link, dict[str, jax.Array]]] = {}
+        self.scores: dict[int, Scores] = collections.defaultdict(dict)
+        self.grads = dict(acc)
+        self.squares: dict[StageKey, jax.Array] = {}
+        self.tied: list[jax.Array] = []  # squares of each tie, in their order
+        self.doing: Doing = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.BOUNDARY: self._boundary,
+            Kind.REDUCE: self._reduce,
+            Kind.MEASURE: self._measure,
+            Kind.TIE: self._tie,
+            **dict.fromkeys((Kind.LEAVE, Kind.GONE, Kind.RETURN), alive.move),
+        }
+
+    def reduced(self) -> Reduced:
+        """The outcome."""
+        stages = self.pipeline.finish.stages
+        acc = {
+            key: optimizer.merge(stage.parameters.repeated(self.acc[key]), self.grads[key])
+            for key, stage in stages.items()
+        }
+        return Reduced(self.grads, acc, [*(self.squares[key] for key in stages), *self.tied], self.alive)
+
+    def _inputs(self, key: StageKey, i: int) -> dict[Thing, dict[str, jax.Array]]:
+        """What has come to a stage for a microbatch, by where from."""
+        sources = dict.fromkeys(link.source for link in self.pipeline.sources[key])
+        return {thing: self.alive[thing] for thing in (Thing(What.INPUTS, key, i, source) for source in sources)}
+
+    def _forward(self, task: Task) -> jax.Array:
+        key, i = task.stage, task.microbatch
+        stage, inputs = self.pipeline.stages[key], self._inputs(key, i)
+        packed = self.pipeline.place(key, self.microbatches[i])
+        y, kept, done = stage.programs["forward"](self.alive[Thing(What.WEIGHTS, key)], _joined(inputs), packed)
+        if stage.has_backward:
+            self.alive[Thing(What.RESIDUALS, key, i)] = packed, kept
+        else:
+            self._drop(inputs)
+        if stage.scores and not stage.ends_in_loss:
+            self.scores[i][key[0]] = {k: y[k] for k in stage.scores}
+        for link in self.pipeline.links[key]:
+            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
+        return done
+
+    def _backward(self, task: Task) -> jax.Array:
+        key, i = task.stage, task.microbatch
+        inputs = self._inputs(key, i)
+        # in the order of the stages, not of their arrival
+        returned = [self.alive.pop(Thing(What.COTANGENTS, key, i, link.target)) for link in self.pipeline.links[key]]
+        g_x, acc, done = self.pipeline.stages[key].programs["backward"](
+            self.alive[Thing(What.WEIGHTS, key)],
+            _joined(inputs),
+            *self.alive.pop(Thing(What.RESIDUALS, key, i)),
+            [*returned, *([self.seeds[key]] if key in self.seeds else [])],
+            self.acc.get(key, {}),
+            self.pipeline.flags[key][i == 0],
+        )
+        self._drop(inputs)
+        if key in self.acc:
+            self.acc[key] = acc
+        if key == self.pipeline.last:
+            self.scores[i][key[0]], done = done, done["loss"]
+        for link in self.pipeline.sources[key]:
+            if self.pipeline.stages[link.source].has_backward:
+                g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
+                self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = link, g_y
+        return done
+
+    def _drop(self, things: Mapping[Thing, Tree]) -> None:
+        for thing in things:
+            self.alive.pop(thing)
+
+    def _boundary(self, task: Task) -> None:
+        link, arrays = self.leaving.pop(task)
+        if task.to == link.target:
+            self.alive[Thing(What.INPUTS, link.target, task.microbatch, link.source)] = link.forward(arrays)
+        else:
+            g_y = link.boundary.backward(arrays)
+            self.alive[Thing(What.COTANGENTS, link.source, task.microbatch, link.target)] = g_y
+
+    def _reduce(self, task: Task) -> None:
+        key = task.stage
+        reduced, self.squares[key] = self.pipeline.stages[key].programs["reduce"](self.acc[key])
+        self.grads[key] = optimizer.merge(reduced, self.acc[key])
+
+    def _measure(self, task: Task) -> None:
+        key = task.stage
+        self.grads[key] = self.acc[key]
+        self.squares[key] = self.pipeline.stages[key].programs["measure"](self.acc[key])
+
+    def _tie(self, task: Task) -> None:
+        """The gradients of a copy's tied leaves, added to the owner's."""
+        finish = self.pipeline.finish
+        for tie in finish.ties:
+            if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
+                leaf = tie.gradient.forward({"x": _get(self.grads[tie.copy], tie.copy_path)})["x"]
+                total, squares = finish.add[tie.owner](_get(self.grads[tie.owner], tie.owner_path), leaf)
+                self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
+                self.tied.append(squares)
+
+
+class Update:
+    """What is alive between the tasks from a step's gradients to its new parameters."""
+
+    def __init__(
+        self,
+        finish: Finish,
+        alive: Alive,
+        reduced: Reduced,
+        scores: list[Scores],
+        count: float,
+        learning_rate: float,
+    ) -> None:
+        self.finish, self.alive, self.reduced, self.scores = finish, alive, reduced, scores
+        self.scalars = finish.scalars(count, learning_rate)
+        self.decisions: dict[StageKey, jax.Array] = {}
+        self.loads: dict[StageKey, jax.Array] = {}
+        self.decided: dict[str, Any] = {}  # fields of the outcome
+        self.doing: Doing = {
+            Kind.DECIDE: self._decide,
+            Kind.UPDATE: self._update,
+            Kind.TIE: self._tie,
+            **dict.fromkeys((Kind.LEAVE, Kind.GONE, Kind.RETURN), alive.move),
+        }
+
+    def _decide(self, task: Task) -> None:
+        """From squares and scores, which every device of a stage has, on one device; the decision to all."""
+        finish = self.finish
+        local = [x.addressable_data(0) for x in self.reduced.squares]
+        scores = jax.tree.map(lambda x: x.addressable_data(0), self.scores)
+        *squares, scalars, scores = jax.device_put([*local, self.scalars, scores], finish.home)
+        found, decision = finish.decide(squares, scores, scalars)
+        self.decided = {**found, "module_squares": finish.by_module(squares)}
+        self.decisions = jax.device_put(dict.fromkeys(finish.moved, decision), finish.everywhere)
+        loads = {key: found[ROUTED][key[0]] for key in finish.balanced}
+        self.loads = jax.device_put(loads, {key: finish.everywhere[key] for key in loads})
+
+    def _update(self, task: Task) -> None:
+        key, mine = task.stage, self.finish.moved[task.stage].parameters
+        weights, masters, state = (Thing(what, key) for what in (What.WEIGHTS, What.MASTERS, What.STATE))
+        old = self.alive[weights]
+        given = mine.all_of(self.alive[masters], old), self.alive[state], mine.moving_of(old)
+        program, loads = self.finish.moved[key].programs["update"], [self.loads[key]] if key in self.loads else []
+        decided = self.decisions[key], loads
+        params, self.alive[state], moved = program(*given, self.reduced.grads.get(key, {}), *decided)
+        self.alive[masters] = mine.masters(params)
+        self.alive[weights] = mine.working.assemble(params, optimizer.merge(moved, old))
+
+    def _tie(self, task: Task) -> None:
+        """The new values of an owner's tied leaves, to the copy."""
+        for tie in self.finish.ties:
+            if (tie.owner, tie.copy) == (task.stage, task.to):
+                owner, copy = Thing(What.WEIGHTS, tie.owner), Thing(What.WEIGHTS, tie.copy)
+                self.alive[copy] = lent(tie, self.alive[owner], self.alive[copy])
+
+
+def lent(tie: Tie, owner: Tree, copy: Tree) -> Tree:
+    """The copy's working weights, with that of the owner's."""
+    value = tie.value.forward({"x": _get(owner, tie.owner_path)})["x"]
+    return _set(copy, tie.copy_path, value)
+
+
+def _joined(inputs: Mapping[Thing, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    return {name: array for arrays in inputs.values() for name, array in arrays.items()}
+
+
+def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
+    return tree[path[0]][path[1]]
+
+
+def _set(tree: Mapping, path: tuple[str, str], leaf: jax.Array) -> dict:
+    return {**tree, path[0]: {**tree.get(path[0], {}), path[1]: leaf}}

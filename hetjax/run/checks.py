@@ -1,0 +1,15 @@
+"""Checks that several settings of a run share."""
+
+from typing import Any
+
+
+def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{setting}={value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_model(module: str, model: Any, fields: tuple[str, ...], kind: str) -> None:
+    """Raises ValueError unless `model` has one of the fields that tell its kind."""
+    if not any(hasattr(model, field) for field in fields):
+        raise ValueError(f"{module}.model is a {type(model).__name__}; it must be {kind}")
