@@ -13,7 +13,7 @@ from models.weight import Use
 
 Batch = Mapping[str, Any]
 Params = dict[str, Any]  # nested dicts of arrays
-AUXILIARY, ROUTED = "auxiliary", "routed"  # keys of a language model's output
+AUXILIARY, ROUTED = "auxiliary", "routed"  # keys of a module's output
 Dims = tuple[str | None, ...]  # one logical name per tensor dim; None is never sharded
 
 
@@ -32,12 +32,15 @@ class Part:
     `logical` has the structure of the parameters, with a `Dims` tuple for each leaf.
     `uses` has the paths of those that only ever enter products, or are looked up in (see `table` of `ModuleDef`);
     `apply` may be given a `Weight` there.
+    `balanced`: of a layer with experts, the paths of those that no gradient moves: a number for each expert, which
+    falls where more than the mean of a step's tokens went, and rises where fewer did (see `bias_rate` of `ModuleDef`).
     """
 
     init: Callable[[Any], Params]
     apply: Callable[..., Any]
     logical: Params
     uses: Mapping[tuple[str, ...], Use] = dataclasses.field(default_factory=dict)
+    balanced: frozenset[tuple[str, ...]] = frozenset()
     takes: tuple[str, ...] = ()
 
 
@@ -65,9 +68,10 @@ class ModuleDef:
     reads: microbatch key -> logical dims ("batch", "items", "seq" or None), for every array that `apply` or `prepare`
         reads.
     carry: carry key -> logical dims; the arrays are of floating-point numbers.
-    output: logical dims of what `last` returns, by key. A language model's may have, the same on all devices,
-        "auxiliary": a number that training adds to the microbatch's mean loss; and "routed" [layers with experts,
-        experts]: how many tokens went to each, a float without a gradient.
+    output: logical dims of what `last` returns, by key. It may have, the same on all devices, "auxiliary": a number
+        that training adds to the microbatch's mean loss; and "routed" [layers with experts, experts]: how many tokens
+        went to each, a float without a gradient. Neither crosses to another module.
+    bias_rate: by how much a step moves what of the layers is `balanced`.
     divisible: mesh axis -> {what: count}; the axis size must divide every count ({"tp": {"heads": 8}}).
     axes: the mesh axes that the module's code handles; a layout with another axis > 1 is refused.
     heads: query heads of attention that reaches over cp by `models/context.py`, in each of its ways; 0: the module's
@@ -105,6 +109,7 @@ class ModuleDef:
     vocab: int = 0
     table: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bias_rate: float = 0.0
     cache: Mapping[str, Cached] = dataclasses.field(default_factory=dict)
     recalls: tuple[str, ...] = ()
     rows: int = 0

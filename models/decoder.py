@@ -20,7 +20,7 @@ from models import moe
 from models.attention import RopeScaling, rope_frequencies, rotation
 from models.axes import Axes
 from models.context import prepared, rows_are_whole
-from models.contract import AUXILIARY, ROUTED, Batch, Cached, Dims, ModuleDef, Part
+from models.contract import Batch, Cached, Dims, ModuleDef, Part
 from models.cross_attention import MEDIA, CrossAttention, media
 from models.decoder_layer import Carry, Feature, Layer
 from models.layers import check_counts, normal, ones, rms_norm, wide
@@ -82,7 +82,7 @@ class Decoder:
         if self.cross_attention is not None:
             self.cross_attention.check_layers(self.num_layers)
         if self.experts is not None:
-            self.experts.check_layers(self.num_layers)
+            self.experts.check_layers(self.num_layers, "Decoder")
             if "moe" not in self.kinds:
                 raise ValueError(
                     "Decoder.experts: Experts.dense_layers and CrossAttention.layers together name all layers, so none "
@@ -126,27 +126,23 @@ class Decoder:
         layers = {kind: self._layer(*kind) for kind in dict.fromkeys(which)}
         added = tuple(dict.fromkeys(feature.places for feature in itertools.chain(*features)))
         hidden = {} if set(self.kinds) == {"moe"} else {"mlp": self.mlp_width}
-        if self.experts is not None:
-            hidden["experts.width"] = self.experts.width
+        routed = moe.declare(self.experts)
         carry: dict[str, Dims] = {"x": ("batch", "stream", None)}
         output: dict[str, Dims] = {"x": (*TOKEN_DIMS, None), "head": (None, "vocab")}
-        if self.experts is not None:
-            carry[ROUTING] = ("shards", None, None)
-            output |= {ROUTED: (None, None)} | ({AUXILIARY: ()} if self.experts.has_loss else {})
         return ModuleDef(
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), merged, rngs=rngs), takes=merged),
             layers=tuple(layers[kind] for kind in which),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
             prepare=functools.partial(_places, self, wide(compute_dtype), packed, added),
             reads=dict.fromkeys(reads, TOKEN_DIMS),
-            carry=carry,
-            output=output,
+            carry=carry | routed.carry,
+            output=output | routed.output,
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
             divisible={
-                "tp": {"heads": self.num_heads, **hidden},
+                "tp": {"heads": self.num_heads, **hidden, **routed.tp},
                 "kv": {"kv_heads": self.num_kv_heads},
-                "ep": {"experts": self.experts.count if self.experts else 1},
+                "ep": routed.ep,
             },
             axes=frozenset({"dp", "pp", "copies", "cp", "tp", "sp", *(["ep"] if self.experts else [])}),
             heads=self.num_heads,
@@ -154,6 +150,7 @@ class Decoder:
             vocab=self.vocab_size,
             table="embed",
             tied={"head": "embed"} if self.tied else {},
+            bias_rate=routed.bias_rate,
             cache=dict.fromkeys(("k", "v"), Cached((self.num_kv_heads, self.head_features), ("kv_heads", None))),
             recalls=attended,
             width=self.width,
@@ -214,7 +211,7 @@ def _places(config: Decoder, dtype: Any, packed: bool, added: tuple[str, ...], b
     if config.cross_attention is not None:
         found[MEDIA] = media(batch[f"{config.cross_attention.encoder}.index"], positions, segments, *keys, axes)
     if config.experts is not None:
-        found[COUNTED] = moe.count_tokens(segments, axes, dtype)
+        found[COUNTED] = moe.count_tokens(segments > 0, axes, dtype)
     return found | ({"slot": batch["cache.slot"]} if cached else {key: batch[key] for key in added})
 
 

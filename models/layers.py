@@ -205,9 +205,13 @@ class GatedMlp(nnx.Module):
         self.down = normal(rngs, (hidden, width), ("mlp", None), hidden**-0.5, Use("hidden"))
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return axes.total(self.partial(x, axes))
+
+    def partial(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """This device's part of the sum over hidden features, of all tokens of `x` along sp."""
         gate, up = dots(x, self.gate.get_value(), self.up.get_value(), gathers=axes.sp)
         down = keeps_arguments(lambda gate, up, w: dot(gated(gate, up), w))
-        return axes.total(down(gate, up, self.down.get_value()))
+        return down(gate, up, self.down.get_value())
 
 
 def own(x: jax.Array, dim: int, axis: Axis) -> jax.Array:

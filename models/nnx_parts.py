@@ -16,8 +16,8 @@ from models.paths import nested
 def part(make: Callable[[nnx.Rngs], nnx.Module], *, takes: tuple[str, ...] = ()) -> Part:
     """The part whose code is the NNX module that `make` builds; `takes` as in `Part`.
 
-    Every parameter is an `nnx.Param(value, logical=dims)`, with `use=` where products alone meet it, and is named by
-    its path of attributes. The module is called as `module(x, batch, axes)`.
+    Every parameter is an `nnx.Param(value, logical=dims)`, with `use=` where products alone meet it and `balanced=` if
+    loads move it, and is named by its path of attributes. The module is called as `module(x, batch, axes)`.
     """
     build = lambda key: make(nnx.Rngs(params=key))
     definition, shapes = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
@@ -32,4 +32,5 @@ def part(make: Callable[[nnx.Rngs], nnx.Module], *, takes: tuple[str, ...] = ())
 
     told = lambda key: {path: v.get_metadata().get(key) for path, v in variables.items()}
     uses = {path: use for path, use in told("use").items() if use}
-    return Part(init, apply, nested(told("logical")), uses, takes=takes)
+    balanced = frozenset(path for path, so in told("balanced").items() if so)
+    return Part(init, apply, nested(told("logical")), uses, balanced, takes)

@@ -3,7 +3,8 @@
 siglip: patches with a bias, tanh GELU. clip: a class token, a norm before the first layer, quick GELU, no patch bias.
 The projector reads the hidden states that `feature_layer` names, side by side where it names several; layers behind the
 last of them are not built, nor is the norm after the last layer, which no vision-language model reads. Of several, the
-earlier ones travel beside the activations: a layer knows which it is by the depth that travels with them.
+earlier ones travel beside the activations: a layer knows which it is by the depth that travels with them. Layers may
+have experts in place of their MLP, as a decoder's: slots without a picture count for nothing there.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models import moe
 from models.axes import Axes, vary_like
-from models.contract import Batch, ModuleDef
+from models.contract import Batch, ModuleDef, Part
 from models.encoder_layer import Attention, Mlp
-from models.layers import LayerNorm, add, check_counts, dot, normal, own, zeros
+from models.layers import LayerNorm, add, check_counts, dot, normal, own, wide, zeros
+from models.moe import COUNTED, ROUTING, Experts, Mixture
 from models.nnx_parts import part
 from models.projector import Projector
 from models.recompute import keeps_arguments
@@ -46,6 +49,7 @@ class ViT:
     feature_layer: int | tuple[int, ...] = -1  # hidden states to read; -1: after the last layer, 0: before the first
     select: str = "full"  # full: all tokens; default: without the first one, the class token of clip
     projector_bias: bool = True  # whether its two linear maps have biases
+    experts: Experts | None = None  # in place of the MLPs, of which mlp_width is the width
     deepstack: tuple[int, ...] = ()  # further hidden states, each through a projector, for the llm's first layers
 
     def __post_init__(self) -> None:
@@ -67,6 +71,13 @@ class ViT:
             )
         object.__setattr__(self, "feature_layer", layers if len(layers) > 1 else layers[0])
         object.__setattr__(self, "deepstack", self._layers("deepstack"))
+        if self.experts is not None:
+            self.experts.check_layers(self.num_layers, "ViT")
+            if "moe" not in self.kinds:
+                raise ValueError(
+                    f"Experts.dense_layers={self.experts.dense_layers} leaves none of the {self.num_built} layers that "
+                    f"ViT.feature_layer={self.feature_layer!r} needs; leave one out, or set ViT.experts to None"
+                )
 
     def _layers(self, field: str) -> tuple[int, ...]:
         given: Any = getattr(self, field)
@@ -115,6 +126,12 @@ class ViT:
         return tuple(sorted({*self.depths, *self.deep} - {self.num_built}))
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each layer that is built has behind its attention: "mlp" or "moe"."""
+        dense = range(self.num_built) if self.experts is None else self.experts.dense_layers
+        return tuple("mlp" if i in dense else "moe" for i in range(self.num_built))
+
+    @property
     def rows(self) -> int:
         """Tokens of a picture that the language model receives."""
         return self.num_tokens - (self.select == "default")
@@ -130,29 +147,42 @@ class ViT:
         return self.projector_width or self.output_width
 
     def module(self, compute_dtype: Any, *, name: str = "vision") -> ModuleDef:
-        """The encoder as the core sees it, reading `name`.pixels; activations are in `compute_dtype`."""
+        """The encoder as the core sees it, reading `name`.pixels, with experts also `name`.used; activations are in
+        `compute_dtype`."""
         # With a class token the tokens cannot be cut evenly: their number is odd for all usual sizes. Nor can those
         # that are left when the first one is dropped.
-        divisible = {"tp": {"heads": self.num_heads, "mlp": self.mlp_width, "projector": self.hidden}}
+        layers = {kind: self._layer(kind) for kind in set(self.kinds)}
+        hidden = {"heads": self.num_heads, "projector": self.hidden}
+        hidden |= {"mlp": self.mlp_width} if "mlp" in layers else {}
+        routed = moe.declare(self.experts)
+        divisible = {"tp": hidden | routed.tp, "ep": routed.ep}
         whole = self.has_class_token or self.select == "default"
         cuts = {} if whole else {axis: {"tokens": self.num_tokens} for axis in ("cp", "sp")}
         beside = (*(_after(depth) for depth in self.kept), DEPTH) if self.kept else ()
-        pixels = f"{name}.pixels"
+        pixels, used = f"{name}.pixels", f"{name}.used"
+        counts: dict[str, Any] = {}
+        if self.experts is not None:
+            counts["prepare"] = functools.partial(_counted, self, used, wide(compute_dtype))
         return ModuleDef(
             first=part(lambda rngs: _First(self, jnp.dtype(compute_dtype), pixels, rngs=rngs)),
-            layers=(part(lambda rngs: _Layer(self, rngs=rngs)),) * self.num_built,
+            layers=tuple(layers[kind] for kind in self.kinds),
             last=part(lambda rngs: _Last(self, rngs=rngs)),
-            reads={pixels: ("items", None, None, None)},
-            carry=dict.fromkeys(("x", *beside), CARRY_DIMS),
-            output=dict.fromkeys(("x", *(f"deep{i}" for i in range(len(self.deep)))), CARRY_DIMS),
+            reads={pixels: ("items", None, None, None)} | ({used: ("items",)} if counts else {}),
+            **counts,
+            carry=dict.fromkeys(("x", *beside), CARRY_DIMS) | routed.carry,
+            output=dict.fromkeys(("x", *(f"deep{i}" for i in range(len(self.deep)))), CARRY_DIMS) | routed.output,
             config=self,
             compute_dtype=jnp.dtype(compute_dtype),
             divisible=divisible | cuts,
-            axes=frozenset({"dp", "pp", "copies", "tp", *cuts}),
+            axes=frozenset({"dp", "pp", "copies", "tp", *cuts, *(["ep"] if self.experts else [])}),
+            bias_rate=routed.bias_rate,
             heads=self.num_heads,
             rows=self.rows,
             width=self.output_width,
         )
+
+    def _layer(self, kind: str) -> Part:
+        return part(lambda rngs: _Layer(self, kind, rngs=rngs))
 
 
 class _First(nnx.Module):
@@ -183,10 +213,19 @@ class _First(nnx.Module):
             x = add(x, self.patch_bias.get_value())
         x = add(x, own(self.position.get_value(), 0, axes.stream))
         x = self.pre_norm(x) if config.has_class_token else x
+        carry = {"x": x}
+        if config.experts is not None:
+            carry[ROUTING] = moe.no_routing(config.experts, config.kinds.count("moe"), x)
         if not config.kept:
-            return {"x": x}
+            return carry
         depth = vary_like(jnp.zeros((*x.shape[:-1], 1), jnp.float32), x)
-        return {"x": x, DEPTH: depth} | {_after(d): x for d in config.kept}  # x until that layer
+        return carry | {DEPTH: depth} | {_after(d): x for d in config.kept}  # x until that layer
+
+
+def _counted(config: ViT, used: str, dtype: Any, batch: Batch, axes: Axes) -> Batch:
+    """What the layers are given of a batch: how much each token counts, of pictures and of slots without one."""
+    real = jnp.broadcast_to(batch[used][:, None] > 0, (len(batch[used]), config.num_tokens // axes.cp.size))
+    return {COUNTED: moe.count_tokens(real, axes, dtype)}
 
 
 def _after(depth: int) -> str:
@@ -210,27 +249,38 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 class _Layer(nnx.Module):
-    def __init__(self, config: ViT, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ViT, kind: str, *, rngs: nnx.Rngs) -> None:
         activation = quick_gelu if config.variant == "clip" else functools.partial(jax.nn.gelu, approximate=True)
-        self.kept = config.kept
+        self.kept, self.kind = config.kept, kind
         self.attention_norm = LayerNorm(config.width, config.eps)
         self.attention = Attention(config.width, config.num_heads, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, config.eps)
-        self.mlp = Mlp(config.width, config.mlp_width, activation, rngs=rngs)
+        if kind == "moe":
+            assert config.experts is not None
+            self.moe = Mixture(config.experts, config.width, rngs=rngs)
+        else:
+            self.mlp = Mlp(config.width, config.mlp_width, activation, rngs=rngs)
 
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         x = carry["x"]
         x = x + self.attention(self.attention_norm(x), axes)
-        x = x + self.mlp(self.mlp_norm(x), axes)
+        y, behind = self.mlp_norm(x), dict(carry)
+        if self.kind == "mlp":
+            y = self.mlp(y, axes)
+        else:
+            y, row = self.moe(y, batch[COUNTED], axes)
+            behind[ROUTING] = moe.appended(carry[ROUTING], row)
+        x = x + y
         if not self.kept:
-            return {"x": x}
+            return {**behind, "x": x}
         depth = carry[DEPTH] + 1
-        return {"x": x, DEPTH: depth} | {_after(d): jnp.where(depth == d, x, carry[_after(d)]) for d in self.kept}
+        states = {_after(d): jnp.where(depth == d, x, carry[_after(d)]) for d in self.kept}
+        return {**behind, "x": x, DEPTH: depth, **states}
 
 
 class _Last(nnx.Module):
     def __init__(self, config: ViT, *, rngs: nnx.Rngs) -> None:
-        self.drop = int(config.select == "default")
+        self.drop, self.experts = int(config.select == "default"), config.experts
         key = lambda depth: "x" if depth == config.num_built else _after(depth)
         self.read, self.deep = [key(depth) for depth in config.depths], [key(depth) for depth in config.deep]
         project = lambda states: Projector(
@@ -243,4 +293,5 @@ class _Last(nnx.Module):
     def __call__(self, carry: Carry, batch: Batch, axes: Axes) -> Carry:
         x = jnp.concatenate([carry[name] for name in self.read], axis=-1)
         deep = {f"deep{i}": getattr(self, f"deep{i}")(carry[k][:, self.drop :], axes) for i, k in enumerate(self.deep)}
-        return {"x": self.projector(x[:, self.drop :], axes), **deep}
+        found = {"x": self.projector(x[:, self.drop :], axes), **deep}
+        return found if self.experts is None else found | moe.outcome(carry[ROUTING], self.experts)

@@ -19,6 +19,7 @@ from hetjax.core import stacks
 from hetjax.core.graph import Graph, Module, vlm
 from hetjax.core.layout import Layout
 from hetjax.hf import keys
+from hetjax.hf.families import registry
 from hetjax.hf.parts import Parts
 from hetjax.judge.reference import apply_module, mean_loss
 from hetjax.run.names import nested
@@ -155,7 +156,9 @@ def stored(found: Mapping[str, np.ndarray], source: Any) -> dict[str, np.ndarray
         for head in [key for key in named if key.endswith("lm_head.weight")]:
             embed = head.replace("lm_head", "model.embed_tokens")
             named[embed] = named[embed] + named.pop(head)
-    for place in keys.places(parts).values():
+    for name, place in keys.places(parts).items():
+        if name.endswith("moe/bias"):  # a buffer there, and without a gradient here
+            named[place.keys[0]] = np.zeros(place.torch_shape, np.float32)
         if place.by_row:  # 4.57 leaves an expert that no token chose without a gradient
             named = {key: np.zeros(place.torch_shape, np.float32) for key in place.keys} | named
     return named
@@ -167,7 +170,7 @@ def _stored(name: str, value: np.ndarray, parts: Parts) -> Iterator[tuple[str, n
     if parts.llm is None or parts.llm.experts is None or ".mlp." not in key or "vision" in key:
         yield key, value
         return
-    mixtral = not parts.llm.qk_norm
+    mixtral = registry.family_of(parts.llm).kind == "mixtral"
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     stem = (key.replace(".mlp.", ".block_sparse_moe.") if mixtral else key).rpartition(".")[0]
     if key.endswith("experts.gate_up_proj"):

@@ -24,9 +24,22 @@ from models.contract import ModuleDef
 
 SHAPE = tiny.Shape(microbatches=2)
 EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5, z_loss=0.1)
+BIASED = dataclasses.replace(
+    tiny.EXPERTS,
+    count=8,
+    scores="sigmoid",
+    selection_bias=True,
+    bias_rate=0.05,
+    groups=4,
+    chosen_groups=2,
+    shared_width=8,
+)
+SEEING = dataclasses.replace(EXPERTS, dense_layers=(0,), selection_bias=True, bias_rate=0.05)
 MODELS: list[dict[str, Any]] = [
     dict(),
     dict(experts=EXPERTS),
+    dict(experts=BIASED),
+    dict(seeing=SEEING),
     dict(tied=True, kv_heads=2, vocab=61),
     dict(tied=True, kv_heads=1),
     dict(deepstack=(1, 0, -1)),
@@ -58,7 +71,9 @@ def draw(rng: random.Random) -> Case | None:
 def definition(name: str, number: int) -> ModuleDef:
     """A module of the run with MODELS[number]."""
     if name != "llm":
-        return (tiny.whisper() if name == "audio" else tiny.vit()).module(jnp.float64)
+        return (tiny.whisper() if name == "audio" else tiny.vit(experts=MODELS[number].get("seeing"))).module(
+            jnp.float64
+        )
     return tiny.graph(Layout(), {"vision": Layout()}, jnp.float64, **MODELS[number]).sink.definition
 
 
@@ -89,7 +104,9 @@ def place(rng: random.Random, layouts: dict[str, Layout]) -> dict[str, Layout]:
 def kinds(case: Case) -> set[str]:
     """What comes together in a run."""
     found = {case.remat.value and f"remat {case.remat.value}", case.schedule}
-    found.add("experts" if case.experts else "repeated heads" if case.kv_heads < case.llm.tp else "dense")
+    found.add("repeated heads" if case.kv_heads < case.llm.tp else "heads of their own")
+    routers = {EXPERTS: "experts", BIASED: "experts with a bias", None: "dense"}
+    found |= {routers[case.experts]} | ({"seeing experts"} if case.seeing else set())
     found.add(
         {FROZEN_LLM: "frozen llm", FROZEN_VISION: "frozen vision", PROJECTOR: "projector alone"}.get(
             case.changes, "all trained"

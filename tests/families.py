@@ -28,12 +28,20 @@ DECODERS = {
     "mixtral, one kv head, a window, tied": text("mixtral", num_key_value_heads=1, sliding_window=3, **TIED),
     "qwen3_moe": text("qwen3_moe", norm_topk_prob=True, head_dim=10),
     "qwen3_moe, dense layers": text("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1, 2], **TIED),
+    "qwen2_moe": text("qwen2_moe", norm_topk_prob=True),
+    "qwen2_moe, dense layers, tied": text("qwen2_moe", num_hidden_layers=3, mlp_only_layers=[1], **TIED),
+    "dots1": text("dots1"),
+    "dots1, one group, not renormalised, tied": text(
+        "dots1", n_group=1, topk_group=1, norm_topk_prob=False, first_k_dense_replace=0, **TIED
+    ),
 }
 SEEING = {
     "clip + mixtral": llava(text("mixtral"), vision("clip")),
     "siglip + qwen3_moe, every other layer": llava(
         text("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), vision("siglip")
     ),
+    "siglip + dots1": llava(text("dots1"), vision("siglip")),
+    "clip + qwen2_moe": llava(text("qwen2_moe"), vision("clip")),
     "clip + llama": llava(text("llama"), vision("clip")),
     "clip + qwen3, last layer, class token": llava(
         text("qwen3"),

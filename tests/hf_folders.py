@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 Shapes = dict[str, tuple[int, ...]]
 VOCAB, IMAGE_TOKEN, AUDIO_TOKEN = 48, 47, 46
 TEXT_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-TEXT_CLASSES |= {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
+TEXT_CLASSES |= {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "qwen2_moe": "Qwen2Moe", "dots1": "Dots1"}
 VISION_CLASSES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 
 
@@ -44,6 +44,13 @@ def text(kind: str, **changes: Any) -> dict[str, Any]:
         sizes |= dict(num_local_experts=5, num_experts_per_tok=2)
     if kind == "qwen3_moe":
         sizes |= dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, norm_topk_prob=False)
+    if kind == "qwen2_moe":
+        sizes |= dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12)
+        sizes |= dict(shared_expert_intermediate_size=20, norm_topk_prob=False)
+    if kind == "dots1":
+        sizes |= dict(n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, moe_intermediate_size=12)
+        sizes |= dict(n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, sliding_window=None)
+        sizes |= dict(first_k_dense_replace=1)
     return sizes | changes
 
 
@@ -135,9 +142,9 @@ def text_shapes(config: Mapping[str, Any], prefix: str = "") -> Shapes:
     layer: Shapes = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
     layer |= {"self_attn.q_proj.weight": (q, d), "self_attn.o_proj.weight": (d, q)}
     layer |= {f"self_attn.{x}_proj.weight": (kv, d) for x in "kv"}
-    if config["model_type"] == "qwen2":
+    if config["model_type"] in ("qwen2", "qwen2_moe"):
         layer |= {f"self_attn.{x}_proj.bias": (q if x == "q" else kv,) for x in "qkv"}
-    if config["model_type"] in ("qwen3", "qwen3_moe"):
+    if config["model_type"] in ("qwen3", "qwen3_moe", "dots1"):
         layer |= {f"self_attn.{x}_norm.weight": (n,) for x in "qk"}
     for i in range(config["num_hidden_layers"]):
         found |= {f"model.layers.{i}.{key}": shape for key, shape in (layer | _behind_attention(config, i)).items()}
@@ -157,12 +164,19 @@ def _behind_attention(config: Mapping[str, Any], layer: int) -> Shapes:
             found |= three(f"block_sparse_moe.experts.{e}", f, "w1", "w3", "w2")
         return found
     dense = layer in config.get("mlp_only_layers", ()) or (layer + 1) % config.get("decoder_sparse_step", 1)
-    names = ("gate_proj", "up_proj", "down_proj")
-    if config["model_type"] != "qwen3_moe" or dense:
+    names, kind = ("gate_proj", "up_proj", "down_proj"), config["model_type"]
+    if kind not in ("qwen2_moe", "qwen3_moe", "dots1") or dense or layer < config.get("first_k_dense_replace", 0):
         return three("mlp", f, *names)
-    found = {"mlp.gate.weight": (config["num_experts"], d)}
-    for e in range(config["num_experts"]):
-        found |= three(f"mlp.experts.{e}", config["moe_intermediate_size"], *names)
+    count, width = config.get("num_experts") or config["n_routed_experts"], config["moe_intermediate_size"]
+    found = {"mlp.gate.weight": (count, d)}
+    if kind == "qwen2_moe":
+        found |= three("mlp.shared_expert", config["shared_expert_intermediate_size"], *names)
+        found |= {"mlp.shared_expert_gate.weight": (1, d)}
+    if kind == "dots1":
+        found |= three("mlp.shared_experts", config["n_shared_experts"] * width, *names)
+        found |= {"mlp.gate.e_score_correction_bias": (count,)}
+    for e in range(count):
+        found |= three(f"mlp.experts.{e}", width, *names)
     return found
 
 

@@ -32,13 +32,21 @@ def gated(y: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> 
 
 
 def mixture(config: Experts, w: Tree, y: np.ndarray) -> np.ndarray:
-    """Token by token: the experts of the largest probabilities, one after the other."""
-    out = np.zeros_like(y)
-    for i, p in enumerate(softmax(y @ w["router"])):
-        best = sorted(range(config.count), key=lambda e, p=p: -p[e])[: config.per_token]
+    """Token by token: the experts of the largest choices among the best groups, one after the other."""
+    out, size = np.zeros_like(y), config.count // config.groups
+    for i, logits in enumerate(y @ w["router"]):
+        p = softmax(logits) if config.scores == "softmax" else 1 / (1 + np.exp(-logits))
+        choice = p + w.get("bias", 0)
+        of_group = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(config.groups)]
+        groups = np.argsort(of_group)[::-1][: config.chosen_groups]
+        among = [e for e in range(config.count) if e // size in groups]
+        best = sorted(among, key=lambda e, choice=choice: -choice[e])[: config.per_token]
         total = sum(p[e] for e in best) if config.renormalise else 1.0
         for e in best:
-            out[i] += p[e] / total * gated(y[i], w["gate"][e], w["up"][e], w["down"][e])
+            out[i] += config.scale * p[e] / total * gated(y[i], w["gate"][e], w["up"][e], w["down"][e])
+        if "shared" in w:
+            share = 1 / (1 + np.exp(-(y[i] @ w["shared_gate"]))) if config.shared_gate else 1.0
+            out[i] += share * gated(y[i], **w["shared"])
     return out
 
 

@@ -43,6 +43,8 @@ FAMILIES = {
     "qwen2": (text("qwen2"), BF16),
     "qwen3": (text("qwen3"), np.float32),
     "mixtral": (text("mixtral", sliding_window=5), BF16),
+    "qwen2_moe": (text("qwen2_moe"), BF16),
+    "dots1": (text("dots1"), np.float32),
     "qwen3_moe, dense layers, tied": (
         text("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=True, **TIED),
         np.float32,

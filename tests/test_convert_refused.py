@@ -67,7 +67,7 @@ REFUSED_VLM: list[tuple[dict[str, Any], str]] = [
     ({"vision_feature_layer": [-2, -5]}, "feature_layer=[-2, -5]; it must be a number from -4 to 3"),
     ({"vision_feature_layer": "last"}, "feature_layer='last'; it must be a number from -4 to 3"),
     ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu': only the exact 'gelu'"),
-    ({"text_config": {"model_type": "qwen2_moe"}}, "text_config.model_type='qwen2_moe': not supported"),
+    ({"text_config": {"model_type": "olmoe"}}, "text_config.model_type='olmoe': not supported"),
     (
         {"vision_config": {"model_type": "siglip2_vision_model"}},
         "vision_config.model_type='siglip2_vision_model': SigLIP 2",

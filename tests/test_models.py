@@ -32,6 +32,7 @@ WHISPER = Whisper(num_mels=5, width=16, num_layers=2, num_heads=4, mlp_width=24,
 LLAMA3 = RopeScaling("llama3", 8.0, original_length=128)  # head_dim 8: keeps one frequency, blends one, divides two
 RICH = dataclasses.replace(DECODER, qk_norm=True, attention_bias=True, rope_scaling=LLAMA3, sliding_window=5)
 SEQ = 16
+BIAS_AND_GATE = dict(selection_bias=True, shared_width=6, shared_gate=True)
 
 
 def init(definition: ModuleDef) -> Tree:
@@ -119,6 +120,8 @@ def close(a: Tree, b: Tree) -> None:
         {"rope_scaling": RopeScaling("linear", 4.0)},
         {"experts": Experts(5, 2, 12)},
         {"experts": Experts(6, 3, 10, renormalise=False, dense_layers=(1, 2)), "num_layers": 4},
+        {"experts": Experts(6, 2, 10, scores="sigmoid", selection_bias=True, scale=2.5, shared_width=6)},
+        {"experts": Experts(8, 3, 10, renormalise=False, scores="sigmoid", groups=4, chosen_groups=2, **BIAS_AND_GATE)},
     ],
     ids=str,
 )
@@ -203,7 +206,7 @@ def test_experts_have_the_gradients_of_all_experts_weighted_by_one_hot_choices(x
         hidden = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, w["gate"])) * jnp.einsum("bsd,edf->bsef", x, w["up"])
         return jnp.einsum("bsef,efd,bse->bsd", hidden, w["down"], weights)
 
-    chosen = route(x.reshape(-1, 16), w["router"], config).chosen
+    chosen = route(x.reshape(-1, 16), w["router"], None, config).chosen
     assert (chosen == 1).any(1).all() and not (chosen == 3).any()
     (y, pull), (expected, pull_expected) = (jax.vjp(f, x, w) for f in (mine, dense))
     close(y, expected)

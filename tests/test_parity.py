@@ -44,6 +44,7 @@ class Case:
     cross: tuple[int, ...] = ()  # layers that attend to an encoder, that of clips beside `deepstack`
     blocks: tuple[int, int] = attention.BLOCKS["cpu"]  # of the trainer's attention
     experts: Experts | None = None
+    seeing: Experts | None = None  # of the vision encoder
     remat: Remat = Remat.FULL
     unroll: bool = False
     changes: tuple[tuple[str, Any], ...] = ()  # of the optimizer's settings
@@ -260,6 +261,7 @@ def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[com
     model |= {"kv_heads": case.kv_heads} if case.kv_heads != 4 else {}
     model |= {name: getattr(case, name) for name in ("deepstack", "cross") if getattr(case, name)}
     model |= {"vocab": case.vocab} if case.vocab != tiny.VOCAB else {}
+    model |= {"seeing": case.seeing} if case.seeing else {}
     graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, unroll=case.unroll, **model)
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
     # the reference is traced later, and knows neither blocks nor chunks

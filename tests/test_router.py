@@ -30,7 +30,7 @@ def loads(experts: Experts, steps: int = STEPS) -> list[dict[str, float]]:
     found = []
     for step in range(steps):
         state, outcome = trainer.step(state, tiny.microbatches(shape, (), seed=step % 4))
-        found.append(routing(decoder.kinds, outcome))
+        found.append(routing({"llm": graph.sink.definition}, outcome))
     return found
 
 
@@ -47,7 +47,7 @@ def liking(params: Any) -> Any:
 def test_a_run_with_the_loss_balances_and_one_without_does_not() -> None:
     plain = Experts(count=8, per_token=2, width=12, dense_layers=(0,))  # several layers may balance each other
     with_loss, without = loads(dataclasses.replace(plain, balance_loss=0.5)), loads(plain)
-    layer = "expert_load/1"
+    layer = "expert_load/llm/1"
     assert all(record.keys() == {"auxiliary_loss", layer} for record in with_loss)
     assert all(record.keys() == {layer} for record in without)
     assert min(with_loss[0][layer], without[0][layer]) > 2
@@ -58,13 +58,15 @@ def test_a_run_with_the_loss_balances_and_one_without_does_not() -> None:
 def test_metrics_tell_the_largest_load_over_the_mean_of_layers_with_experts() -> None:
     scalar = jnp.zeros(())
     host = HostTimes(0, 0.0, 0.0, 0.0)
-    outcome = Outcome(scalar, scalar, {}, scalar, host, jnp.float32(0.25), jnp.array([[6.0, 1, 1], [2, 2, 4]]))
-    assert routing(("moe", "mlp", "moe"), outcome) == {
+    loads = {"llm": jnp.array([[6.0, 1, 1], [2, 2, 4]])}
+    outcome = Outcome(scalar, scalar, {}, scalar, host, loads, jnp.float32(0.25))
+    mixed = tiny.decoder(num_layers=3, experts=Experts(3, 1, 8, dense_layers=(1,))).module(jnp.float32)
+    assert routing({"llm": mixed}, outcome) == {
         "auxiliary_loss": 0.25,
-        "expert_load/0": pytest.approx(18 / 8),
-        "expert_load/2": pytest.approx(12 / 8),
+        "expert_load/llm/0": pytest.approx(18 / 8),
+        "expert_load/llm/2": pytest.approx(12 / 8),
     }
-    assert routing(("mlp",), Outcome(scalar, scalar, {}, scalar, host)) == {}
+    assert routing({"llm": tiny.decoder().module(jnp.float32)}, Outcome(scalar, scalar, {}, scalar, host, {})) == {}
 
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])

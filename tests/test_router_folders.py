@@ -20,7 +20,7 @@ ADDED = dict(output_router_logits=True, router_aux_loss_coef=0.02)
 FAMILIES = ("mixtral", "qwen3_moe")
 
 
-def with_losses(model: Decoder, **losses: float) -> Decoder:
+def with_losses(model: Decoder, **losses: Any) -> Decoder:
     assert model.experts is not None
     return dataclasses.replace(model, experts=dataclasses.replace(model.experts, **losses))
 
@@ -76,6 +76,47 @@ def test_a_run_starts_from_a_folder_with_other_losses_but_with_no_other_experts(
     other = dataclasses.replace(model, experts=dataclasses.replace(model.experts, per_token=1))
     with pytest.raises(ConvertError, match=r"Decoder\.experts"):
         start(other, folder)
+
+
+def test_a_bias_moves_in_a_run_that_says_so_and_no_folder_tells_its_rate(tmp_path: Path) -> None:
+    folder = hf_folders.write(tmp_path / "hf", text("dots1", bos_token_id=5))
+    still, moving = pretrained.decoder(str(folder)), pretrained.decoder(str(folder), bias_rate=0.001)
+    assert still.experts is not None and moving == with_losses(still, bias_rate=0.001)
+    assert (still.experts.selection_bias, still.experts.bias_rate, still.experts.shared_width) == (True, 0.0, 24)
+    start(moving, folder)
+    config = text("dots1", bos_token_id=5)
+    assert exported(config, bias_rate=0.001) == config | dict(dtype="float32", torch_dtype="float32")
+    written = write_config.write(Parts(llm=moving), dtype="float32")
+    assert read_config.read(written, "config.json") == Parts(llm=still)
+    with pytest.raises(ValueError, match=r"Experts\.bias_rate=0\.1 moves no bias"):
+        pretrained.decoder(str(hf_folders.write(tmp_path / "plain", text("mixtral"))), bias_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_moe", dict(selection_bias=True), "Experts.selection_bias=True: Qwen3-MoE, .* computes False alone"),
+        ("qwen3_moe", dict(shared_width=8), "Experts.shared_width=8: Qwen3-MoE"),
+        ("mixtral", dict(scale=2.0), "Experts.scale=2.0: Mixtral"),
+        ("qwen2_moe", dict(shared_gate=False), "Experts.shared_gate=False: Qwen2-MoE"),
+        ("dots1", dict(selection_bias=False), "Experts.selection_bias=False: dots1"),
+        ("dots1", dict(dense_layers=(1,)), r"Experts.dense_layers=\(1,\): dots1"),
+        ("dots1", dict(shared_width=8), "Experts.shared_width=8: of dots1 it is a multiple of width=12"),
+    ],
+)
+def test_a_mixture_that_no_class_computes_is_refused_by_name(
+    family: str, changes: dict[str, Any], message: str
+) -> None:
+    model = read_config.read(text(family), "config.json").llm
+    assert model is not None
+    with pytest.raises(ConvertError, match=message):
+        write_config.write(Parts(llm=with_losses(model, **changes)), dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["n_routed_experts", "n_shared_experts", "num_experts_per_tok"])
+def test_a_dots1_without_a_size_is_refused(name: str) -> None:
+    with pytest.raises(ConvertError, match=f"{name}=None: a dots1 needs at least 1"):
+        read_config.read(text("dots1", **{name: None}), "config.json")
 
 
 def start(model: Decoder, folder: Path) -> None:

@@ -71,4 +71,24 @@ def padded(microbatch: families.Arrays) -> families.Arrays:
 def routed(source: Any, microbatch: families.Arrays) -> np.ndarray:
     """Tokens of each expert, by layer."""
     params = jax.tree.map(lambda a: a.astype("float32"), beside_torch.whole(source))
-    return np.asarray(reference.loss_and_loads(beside_torch.graph(source.models, {}), 1, params, microbatch)[1])
+    return np.asarray(reference.loss_and_loads(beside_torch.graph(source.models, {}), 1, params, microbatch)[1]["llm"])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_group=1, topk_group=1)], ids=["best groups", "one group"])
+def test_loads_of_a_router_with_a_bias_are_those_of_transformers(changes: dict[str, int], tmp_path: Path) -> None:
+    folder = hf_folders.write(tmp_path / "folder", hf_folders.text("dots1", num_hidden_layers=3, **changes))
+    source, model = open_source(folder), in_transformers.load(folder)
+    microbatch = families.microbatch(source.models)
+    chosen: list[Any] = []
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    for router in routers:
+        router.register_forward_hook(lambda module, args, out: chosen.append(out[2]))
+    model(**{k: torch.tensor(v) for k, v in families.for_transformers(microbatch).items()})
+    loads = [np.bincount(c.reshape(-1), minlength=8) for c in chosen]
+    np.testing.assert_array_equal(routed(source, microbatch), loads)
+    for router in routers:
+        assert router.e_score_correction_bias.abs().min() > 0
+        router.e_score_correction_bias.zero_()
+    chosen.clear()
+    model(**{k: torch.tensor(v) for k, v in families.for_transformers(microbatch).items()})
+    assert [np.bincount(c.reshape(-1), minlength=8).tolist() for c in chosen] != [load.tolist() for load in loads]

@@ -73,11 +73,12 @@ def graph(
     unroll: bool = False,
     kv_heads: int = 4,
     vocab: int = VOCAB,
+    seeing: Experts | None = None,
     deepstack: tuple[int, ...] = (),
     cross: tuple[int, ...] = (),
 ) -> Graph:
-    """The tiny model under these layouts. An encoder called audio hears, all others see."""
-    pictures = vit(feature_layer=feature_layer, deepstack=deepstack)
+    """The tiny model under these layouts. An encoder called audio hears, all others see, with the experts `seeing`."""
+    pictures = vit(feature_layer=feature_layer, deepstack=deepstack, experts=seeing)
     models = {name: whisper() if name == "audio" else pictures for name in encoders}
     how = dict(remat=remat, unroll=unroll)
     towers = tuple(Module(n, models[n].module(dtype, name=n), layout, **how) for n, layout in encoders.items())
@@ -138,7 +139,11 @@ def _microbatch(
             batch |= _clips(rng, index, used)
             continue
         pixels = rng.normal(size=(shape.slots, 8, 8, 3)) * used[:, None, None, None]
-        batch |= {f"{name}.index": index, f"{name}.pixels": pixels.astype(np.float32)}
+        batch |= {
+            f"{name}.index": index,
+            f"{name}.pixels": pixels.astype(np.float32),
+            f"{name}.used": used.astype(np.int32),
+        }
     return batch
 
 

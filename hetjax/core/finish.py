@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import optimizer
+from hetjax.core import optimizer, processes
 from hetjax.core.alive import Alive
 from hetjax.core.decision import Decision, Spreading
 from hetjax.core.stage import Stage
@@ -25,7 +25,8 @@ from hetjax.core.wiring import Tie, Wiring
 from models.contract import AUXILIARY, ROUTED
 
 Tree = Any
-Scores = dict[str, jax.Array]  # of a microbatch: "loss", the sum over its targets, and what its model tells beside
+# of a microbatch, by module: "loss", the sum over its targets, of the language model, and what a model tells beside
+Scores = dict[str, dict[str, jax.Array]]
 
 
 class Outcome(NamedTuple):
@@ -36,8 +37,8 @@ class Outcome(NamedTuple):
     module_squares: dict[str, list[jax.Array]]  # sums of squares of gradients, an array of leaves per stage and tie
     ok: jax.Array  # False: the step was skipped
     host: HostTimes  # of the pass over the schedule
+    routed: dict[str, jax.Array]  # of modules with experts [their layers, experts]: how many of its tokens went to each
     auxiliary: jax.Array | None = None  # what of the loss is auxiliary
-    routed: jax.Array | None = None  # [layers with experts, experts]: how many of the step's tokens went to each
 
 
 class Reduced(NamedTuple):
@@ -56,13 +57,38 @@ class Finish:
         self.wiring, self.ties = wiring, wiring.ties
         self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
+        self.moved = {k: s for k, s in wiring.stages.items() if s.parameters.moves}
+        self.balanced = [key for key, stage in self.moved.items() if stage.parameters.loads]
+        self.telling = {name: stage for (name, _), stage in wiring.stages.items() if stage.scores}
         self.home = _first_device(wiring.stages[wiring.last])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
-        here = {key: stage for key, stage in self.stages.items() if key in wiring.mine}
-        self.spread = Spreading({key: NamedSharding(stage.plan.mesh, P()) for key, stage in here.items()})
+        here = {k: NamedSharding(s.plan.mesh, P()) for k, s in self.moved.items() if k in wiring.mine}
+        self.spread = Spreading(here)
+        self.spread_loads = {
+            name: Spreading({key: where for key, where in here.items() if key in self.balanced and key[0] == name})
+            for name in dict.fromkeys(key[0] for key in self.balanced if key in here)
+        }
         self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
-        self.decide = self._decision()  # (squares, scores, [count, rate]) -> (fields of the outcome, decision)
+        self.decide = self._decision()  # (parts, [count, rate]) -> (fields of the outcome, decision)
+
+    def seeds(self, count: float) -> dict[StageKey, dict[str, jax.Array]]:
+        """What the step's loss is, with `count` target tokens, of each of the scores of a microbatch: the cotangents
+        with which its backwards begin, by stage."""
+        shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / self.wiring.spec.num_microbatches, ROUTED: 0.0}
+        made = lambda key, a: processes.replicated(np.full(a.shape, shares[key], a.dtype), a.sharding)
+        return {
+            key: {k: made(k, a) for k, a in stage.ends.items() if k in stage.scores}
+            for key, stage in self.wiring.stages_here.items()
+            if stage.has_backward and stage.scores
+        }
+
+    def by_module(self, squares: list[jax.Array]) -> dict[str, list[jax.Array]]:
+        """Arrays of `Reduced.squares`."""
+        found: dict[str, list[jax.Array]] = {}
+        for (name, _), of_stage in zip(self.paths, squares, strict=True):
+            found.setdefault(name, []).append(of_stage)
+        return found
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
@@ -94,14 +120,21 @@ class Finish:
         self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
     def _decision(self) -> Decision:
-        spec, scores = self.wiring.spec, self.wiring.stages[self.wiring.last].scores
+        spec, sink = self.wiring.spec, self.wiring.last[0]
+        structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), [self._scores] * spec.num_microbatches)
+        of_scores = jax.tree.structure(structs)
 
-        def decide(squares: list, scores: list[Scores], scalars: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        def decide(parts: list[jax.Array], scalars: jax.Array) -> tuple[dict[str, Any], jax.Array]:
+            squares, scores = parts[: len(self.paths)], jax.tree.unflatten(of_scores, parts[len(self.paths) :])
             total = jax.tree.map(lambda *parts: jnp.stack(parts).sum(0), *scores)
-            count, rate = scalars[0].astype(total["loss"].dtype), scalars[1].astype(self.dtype)
-            loss, told = total["loss"] / count, {k: total[k] for k in (ROUTED,) if k in total}
-            if AUXILIARY in total:
-                told[AUXILIARY] = total[AUXILIARY] / len(scores)
+            loss = total[sink]["loss"]
+            count, rate = scalars[0].astype(loss.dtype), scalars[1].astype(self.dtype)
+            loss = loss / count
+            told: dict[str, Any] = {
+                ROUTED: {n: of[ROUTED].astype(self.dtype) for n, of in total.items() if ROUTED in of}
+            }
+            if losses := [of[AUXILIARY].astype(loss.dtype) for of in total.values() if AUXILIARY in of]:
+                told[AUXILIARY] = sum(losses) / len(scores)
                 loss += told[AUXILIARY]
             norm = jnp.sqrt(jnp.concatenate(squares).sum())
             ok = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -109,21 +142,35 @@ class Finish:
             told |= {"loss": loss, "norm": norm, "ok": ok, "squares": squares}
             return told, jnp.stack([scale, ok.astype(self.dtype), rate])
 
-        at_home = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(self.home))
         squares = [jax.ShapeDtypeStruct((len(paths),), self.dtype) for _, paths in self.paths]
         measured = [*self.stages.values(), *(self.stages[tie.owner] for tie in self.trained_ties)]
-        of_one = {k: at_home(a.shape, a.dtype) for k, a in scores.items()}
-        rest = [of_one] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype)
+        told_by = [{name: dict.fromkeys(of, self.telling[name]) for name, of in self._scores.items()}]
+        sources = [*measured, *jax.tree.leaves(told_by * spec.num_microbatches)]
+        home = SingleDeviceSharding(self.home)
+        rest = (jax.ShapeDtypeStruct((2,), self.scalars(0, 0).dtype, sharding=home),)
         return Decision(
-            decide, squares, list(map(_first_device, measured)), rest, home=self.home, everywhere=spec.devices
+            decide,
+            [*squares, *jax.tree.leaves(structs)],
+            list(map(_first_device, sources)),
+            rest,
+            home=self.home,
+            everywhere=spec.devices,
         )
+
+    @property
+    def _scores(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        return {name: stage.scores for name, stage in self.telling.items()}
+
+    def parts(self, squares: list[jax.Array | None], scores: list[Scores]) -> list[jax.Array | None]:
+        """What `decide` takes: arrays of this process as they lie on their stages' first devices, None for others."""
+        none = {name: dict.fromkeys(of) for name, of in self._scores.items()}
+        told = jax.tree.leaves([{**none, **of_one} for of_one in scores], is_leaf=lambda x: x is None)
+        return [None if a is None else a.addressable_data(0) for a in (*squares, *told)]
 
     def outcome(self, told: Tree, host: HostTimes) -> Outcome:
         """What a decision tells of the step."""
-        module_squares: dict[str, list[jax.Array]] = {}
-        for (name, _), squares in zip(self.paths, told["squares"], strict=True):
-            module_squares.setdefault(name, []).append(squares)
-        return Outcome(**{k: v for k, v in told.items() if k != "squares"}, module_squares=module_squares, host=host)
+        rest = {k: v for k, v in told.items() if k != "squares"}
+        return Outcome(**rest, module_squares=self.by_module(told["squares"]), host=host)
 
     def scalars(self, count: float, rate: float) -> np.ndarray:
         """The step's target tokens and its learning rate, as `decide` takes them."""

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from models.decoder import Decoder
+from models.moe import Experts
 from models.vit import ViT
 from models.whisper import Whisper
 
@@ -85,10 +86,11 @@ def decoder_parts(config: Decoder, seq_len: int, *, attended: float = 0) -> Part
     kv_heads = config.num_kv_heads * config.head_features
     attention_products = d * heads + 2 * d * kv_heads + heads * d
     mlp = 3 * d * config.mlp_width
-    of_kind = {"mlp": attention_products + mlp, "cross": 2 * d * heads + 2 * d * kv_heads * attended + mlp}
-    if config.experts is not None:  # the router, and those experts that a token goes to
-        behind = d * config.experts.count + config.experts.per_token * 3 * d * config.experts.width
-        of_kind["moe"] = attention_products + behind
+    of_kind = {
+        "mlp": attention_products + mlp,
+        "cross": 2 * d * heads + 2 * d * kv_heads * attended + mlp,
+        "moe": attention_products + _mixture(config.experts, d),
+    }
     layers, crossed = sum(of_kind[kind] for kind in config.kinds), config.kinds.count("cross")
     keys = min(seq_len, config.sliding_window or seq_len)
     own = 4 * heads * keys * (config.num_layers - crossed)
@@ -100,17 +102,26 @@ def decoder_parts(config: Decoder, seq_len: int, *, attended: float = 0) -> Part
     }
 
 
+def _mixture(experts: Experts | None, width: int) -> int:
+    """Multiply-adds of a token: the router, those experts that it goes to, and the shared one with its gate."""
+    if experts is None:
+        return 0
+    hidden = experts.per_token * experts.width + experts.shared_width
+    return width * (experts.count + 3 * hidden + experts.shared_gate)
+
+
 def vit_parts(config: ViT) -> Parts:
     """The forward of one picture through the layers that are built and the projector."""
     d, tokens = config.width, config.num_tokens
-    layers, features = config.num_built, d * len(config.depths)
+    behind = {"mlp": 2 * d * config.mlp_width, "moe": _mixture(config.experts, d)}
+    layers, features = sum(4 * d * d + behind[kind] for kind in config.kinds), d * len(config.depths)
     patches = config.num_patches * 3 * config.patch_size**2 * d
     deep = len(config.deep) * (d + config.output_width) * config.hidden
     projector = config.rows * ((features + config.output_width) * config.hidden + deep)
-    attention = 4 * tokens * tokens * d * layers
+    attention = 4 * tokens * tokens * d * config.num_built
     return {
         "first": Flops(matmul=2 * patches),
-        "layers": Flops(2 * tokens * (4 * d * d + 2 * d * config.mlp_width) * layers, attention, attention),
+        "layers": Flops(2 * tokens * layers, attention, attention),
         "last": Flops(matmul=2 * projector),
     }
 

@@ -193,6 +193,12 @@ def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items:
             f"{name}: ep={layout.ep} cuts the tokens of experts over {ways} devices of cp and tp, which do not divide "
             f"seq_len={seq}; make seq_len a multiple of {ways}, or ep smaller"
         )
+    share = layout.expert_shares["tp"]
+    if not is_sink and layout.ep > 1 and not layout.sp and items // layout.dp % share:
+        raise ValueError(
+            f"{name}: ep={layout.ep} cuts the items of each data replica over {share} devices of tp, which do not "
+            f"divide the {items // layout.dp} that it has; make slots_per_group a multiple of {share}, or set sp=True"
+        )
     if is_sink and layout.sp and seq % (layout.cp * layout.tp):
         raise ValueError(
             f"{name}: sp=True cuts the sequence over cp x tp = {layout.cp * layout.tp} devices, which do not divide "

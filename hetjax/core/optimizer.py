@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,8 +101,9 @@ def path_of(module: str, path: Sequence[Any]) -> str:
     return "/".join([module, *(str(key.key) for key in path)])
 
 
-def check(config: OptimizerConfig, paths: Sequence[str]) -> None:
-    """Raises ValueError for a pattern that matches no parameter, when nothing trains, or for a chain that mixes."""
+def check(config: OptimizerConfig, paths: Sequence[str], *, apart: Collection[str] = ()) -> None:
+    """Raises ValueError for a pattern that matches no parameter, when nothing trains (of those that gradients move, as
+    they do not move those `apart`), or for a chain that mixes."""
     if config.chain:
         _check_elementwise(optax.chain(*config.chain))
     settings = {
@@ -116,18 +117,22 @@ def check(config: OptimizerConfig, paths: Sequence[str]) -> None:
                 near = difflib.get_close_matches(pattern, paths, 1, 0.3)
                 hint = f"; the nearest is {near[0]!r}" if near else ""
                 raise ValueError(f"OptimizerConfig.{setting}: {pattern!r} matches no parameter{hint}")
-    if not any(config.trains(path) for path in paths):
+    if not any(config.trains(path) for path in paths if path not in apart):
         raise ValueError(
             f"OptimizerConfig.frozen={list(config.frozen)} freezes every parameter; name what trains in `trainable`"
         )
 
 
-def split(config: OptimizerConfig, module: str, params: Tree) -> tuple[Tree, Tree]:
-    """(trainable, frozen) leaves of nested dicts, each without empty dicts."""
+def split(
+    config: OptimizerConfig, module: str, params: Tree, *, apart: Collection[tuple[str, ...]] = ()
+) -> tuple[Tree, Tree]:
+    """(trainable, frozen) leaves of nested dicts, each without empty dicts; those at the paths `apart`, which no
+    gradient moves, are among the frozen ones."""
     trainable: Tree = {}
     frozen: Tree = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        side = trainable if config.trains(path_of(module, path)) else frozen
+        moves = config.trains(path_of(module, path)) and tuple(key.key for key in path) not in apart
+        side = trainable if moves else frozen
         for key in path[:-1]:
             side = side.setdefault(key.key, {})
         side[path[-1].key] = leaf

@@ -8,6 +8,8 @@
     grads    their sum, cut over the data replicas too, like the optimizer's state; `acc` itself where it has no leading
              dim
 
+A leaf that loads move (`balance.py`) is a parameter and a weight, and has none of the others.
+
 Which replicas a leaf has, and over which of them it is cut, is its own (`Spread` in `mesh.py`). Where tp does not
 divide a vocabulary, all of these are padded: zeros are behind the values, which are drawn at the true size, and stay
 there, since their gradients are zero.
@@ -25,7 +27,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import optimizer, stacks
+from hetjax.core import balance, optimizer, stacks
+from hetjax.core.balance import Balance
 from hetjax.core.graph import Module
 from hetjax.core.mesh import Spread
 from hetjax.core.optimizer import OptimizerConfig
@@ -33,7 +36,8 @@ from hetjax.core.plan import StagePlan
 from hetjax.core.stacks import LAYERS
 from hetjax.core.working import Working
 from models.contract import Dims, ModuleDef, Params
-from models.paths import Path, flat, nested
+from models.layers import wide
+from models.paths import Path, at, flat, nested
 
 Tree = Any
 KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
@@ -55,6 +59,7 @@ class Parameters:
             for leaf in self.tied:
                 del self._dims["last", leaf]
         self.specs = nested({path: plan.grid.spec(dims) for path, dims in self._dims.items()})
+        self.balanced = balance.paths(module.definition, plan.lo, plan.hi)
         self._true = _by_tail(jax.eval_shape(self._draw, jax.random.key(0)))
         self.leaves = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
         self.trainable, self.frozen = self.split(self.leaves)
@@ -69,6 +74,9 @@ class Parameters:
         kept = {path: leaf for path, leaf in flat(self.params).items() if not self.working.is_copied(path)}
         self._used_as_they_are = nested(kept)
         self.trains = bool(self.trainable)
+        self.balance = Balance.of(module.definition, plan, lambda path: config.trains("/".join((module.name, *path))))
+        self.loads = self._abstract_loads()
+        self.moves = self.trains or bool(self.loads)
         self.spreads = nested({path: self.working.spreads[path] for path in flat(self.trainable)})
         self._several = nested({path: spread for path, spread in flat(self.spreads).items() if spread.count > 1})
         self.are_repeated = bool(self._several)
@@ -79,7 +87,7 @@ class Parameters:
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(trainable, frozen) leaves; a borrowed leaf, if it is there, trains where its owner does."""
-        trainable, frozen = optimizer.split(self.config, self._module.name, self.owned(params))
+        trainable, frozen = optimizer.split(self.config, self._module.name, self.owned(params), apart=self.balanced)
         for part, leaf in self.borrowed:
             if leaf not in params.get(part, {}):
                 continue
@@ -155,7 +163,8 @@ class Parameters:
             for leaf in self.tied:
                 del last[leaf]
             params["last"] = last | {leaf: first[self.tied[leaf]] for _, leaf in self.borrowed}
-        return jax.tree.map(lambda a: a.astype(self.dtype), params)
+        of = lambda path: wide(self.dtype) if path in self.balanced else self.dtype
+        return nested({path: a.astype(of(path)) for path, a in flat(params).items()})
 
     def init(self) -> Params:
         """Fresh values: functions of seed, module name, part and global layer index alone."""
@@ -177,6 +186,11 @@ class Parameters:
         """Gradient accumulators, in the parameters' precision; nobody reads what is in them."""
         make = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.acc)
         return jax.jit(make, out_shardings=shardings(self.acc))()
+
+    def _abstract_loads(self) -> list[jax.ShapeDtypeStruct]:
+        """All loads of the module's experts, [layers with experts, experts], where they move something; or none."""
+        shapes = {(self.balance.layers, at(self.leaves, path).shape[-1]) for path in self.balance.rows}
+        return [self._at(jax.ShapeDtypeStruct(shape, wide(self.dtype)), P()) for shape in shapes]
 
     def _abstract_state(self) -> Tree:
         """Moments lie as their gradients do: the tail of a moment's path is its parameter's; scalars are repeated."""

@@ -82,7 +82,7 @@ class Pipeline(Wiring):
             alive.begin(Thing(What.WEIGHTS, key), tree)
         step = Gradients(self, alive, microbatches, dict(acc), count)
         host = self._walk(self.schedule.gradients, step.doing)
-        return step.reduced(), [step.scores[i] for i in sorted(step.scores)], host
+        return step.reduced(), [step.scores[i] for i in range(len(microbatches))], host
 
     def update(
         self,
@@ -99,7 +99,7 @@ class Pipeline(Wiring):
 
         `scores` are the microbatches', `count` the step's target tokens.
         """
-        here = {key: stage for key, stage in self.finish.stages.items() if key in self.mine}
+        here = {key: stage for key, stage in self.finish.moved.items() if key in self.mine}
         alive, trains = reduced.alive, {key: stage.parameters for key, stage in here.items()}
         for key, mine in trains.items():
             alive.begin(Thing(What.MASTERS, key), mine.masters(params[key]))

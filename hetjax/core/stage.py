@@ -5,7 +5,7 @@
     evaluate  (weights, x, packed)                       -> y                    nothing kept; the sink: scores, ids
     reduce    (acc)                                      -> (grads, squares)     once a step, where leaves have replicas
     measure   (acc)                                      -> squares              once a step, where none has
-    update    (params, state, copies, grads, decision)   -> (params, state, copies)    the first three are donated
+    update    (params, state, copies, grads, decision, loads) -> (params, state, copies)   the first three are donated
     cast      (params)                                   -> copies               before the first step
 
 All but the last two are per-device programs, ONE `jax.shard_map` over all axes, of the model in `local.py`. Each data
@@ -13,7 +13,7 @@ replica accumulates its own gradient in `acc` until `reduce` scatters their sum 
 and 3 `acc` lies in shards. `squares` are the sums of squares of the gradients that are complete, by leaf. `packed` is
 what the stage reads of the microbatch (`packing.py`); `done` a number that is there when the program is through, or all
 scores where it makes the loss (`Local.backward`); `copies` are the working weights that are no parameters
-(`working.py`); `decision` is [scale, 1 if the step counts, rate].
+(`working.py`); `decision` is [scale, 1 if the step counts, rate]; `loads` those that move a parameter (`balance.py`).
 """
 
 import functools
@@ -36,6 +36,7 @@ from hetjax.core.residuals import Crossing
 from models.contract import AUXILIARY, ROUTED, Params
 from models.layers import wide
 
+SCORES = ("loss", AUXILIARY, ROUTED)
 Tree = Any
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -69,7 +70,7 @@ class Stage:
         zigzags = {k: reads[k].index("seq") for k in self.batch if plan.axes.cp.size > 1 and "seq" in reads[k]}
         self.packings = packing.packings(self.batch, zigzags)
         self.packed = [p.struct for p in self.packings]
-        self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # of a stage that ends in the loss
+        self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # what a module's last stage says of a microbatch to the step
         self.y, self.ends = self._find_outputs()
         self.consumers: list[tuple[str, ...]] = []  # keys of `y` that each stage takes which takes some, in their order
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
@@ -138,9 +139,10 @@ class Stage:
 
             self._trace(probe, P(), self.batch)
         found = {k: _at(v, NamedSharding(self.plan.mesh, self.evaluated[k])) for k, v in found.items()}
+        self.scores = {k: v for k, v in found.items() if self.plan.last and k in SCORES}
+        self.crosses = {k: v for k, v in found.items() if k not in self.scores}  # to other stages
         if not self.ends_in_loss:
             return found, found
-        self.scores = {k: v for k, v in found.items() if k != "likeliest"}
         return {}, {k: v for k, v in self.scores.items() if k != ROUTED}
 
     def _trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
@@ -192,11 +194,14 @@ class Stage:
         return accumulators.squares(self.parameters.complete(grads), wide(self.parameters.dtype))
 
     def _update(
-        self, params: Params, state: Tree, old: Params, grads: Tree, decision: jax.Array
+        self, params: Params, state: Tree, old: Params, grads: Tree, decision: jax.Array, loads: list[jax.Array]
     ) -> tuple[Params, Tree, Params]:
         """`old` are the copies, whose memory the new ones take."""
         scale, ok, rate = decision[0], decision[1] > 0, decision[2]
         mine = self.parameters
+        params = mine.balance.moved(params, *loads, ok=ok)
+        if not mine.trains:
+            return params, state, old
         moving = mine.split(params)[0]
         shards = jax.tree.map(lax.with_sharding_constraint, moving, shardings(mine.owned(mine.grads)))
         shards, state = optimizer.apply_update(
@@ -227,7 +232,8 @@ class Stage:
         if self.has_backward:
             kept = jax.eval_shape(forward, *inputs)[1]
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
-            returned = [{k: self.ends[k] for k in keys} for keys in self.consumers] or [self.ends]
+            returned = [{k: self.ends[k] for k in keys} for keys in self.consumers]
+            returned += [told] if (told := {k: v for k, v in self.ends.items() if k in self.scores}) else []
             args = (*inputs, self.kept, returned, mine.acc, self._whole((), jnp.bool_))
             backward = self._whole_backward((*specs, kept_specs, spec_tree(returned)))
             found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
@@ -239,7 +245,8 @@ class Stage:
             else:
                 measure = self._on_devices(self._measure, (acc_specs,), P())
                 found["measure"] = functools.partial(self._compile, "measure", measure, (mine.acc,))
-            args = (mine.params, mine.state, mine.moving, mine.grads, self._whole((3,), wide(mine.dtype)))
+        if mine.moves:
+            args = (mine.params, mine.state, mine.moving, mine.grads, self._whole((3,), wide(mine.dtype)), mine.loads)
             out = shardings(args[:3])
             found["update"] = functools.partial(self._compile, "update", self._update, args, donate=(0, 1, 2), out=out)
         if mine.copies:

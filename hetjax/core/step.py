@@ -1,18 +1,18 @@
 """What is alive between the tasks of a step, and what each task does with it."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
-from hetjax.core import optimizer, processes
+from hetjax.core import optimizer
 from hetjax.core.alive import Alive
 from hetjax.core.finish import Finish, Reduced, Scores
 from hetjax.core.packing import Prepared
 from hetjax.core.tasks import Kind, StageKey, Task, Thing, What
 from hetjax.core.wiring import Tie
-from models.contract import AUXILIARY
+from models.contract import ROUTED
 
 if TYPE_CHECKING:
     from hetjax.core.pipeline import Pipeline
@@ -29,11 +29,9 @@ class Gradients:
         self, pipeline: "Pipeline", alive: Alive, microbatches: Sequence[Prepared], acc: Trees, count: float
     ) -> None:
         self.pipeline, self.alive, self.microbatches, self.acc = pipeline, alive, microbatches, acc
-        shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / len(microbatches)}
-        ends = pipeline.stages[pipeline.last].ends if pipeline.last in pipeline.mine else {}
-        self.seeds = {k: processes.replicated(np.asarray(shares[k], a.dtype), a.sharding) for k, a in ends.items()}
+        self.seeds = pipeline.finish.seeds(count)
         self.leaving: dict[Task, dict[str, jax.Array]] = {}
-        self.scores: dict[int, Scores] = {}
+        self.scores: dict[int, Scores] = collections.defaultdict(dict)
         self.grads = dict(acc)
         self.squares: dict[StageKey, jax.Array] = {}
         self.tied: dict[int, jax.Array] = {}  # squares by number of the tie
@@ -71,28 +69,30 @@ class Gradients:
             self.alive[Thing(What.RESIDUALS, key, i)] = packed, kept
         else:
             self._drop(inputs)
+        if stage.scores and not stage.ends_in_loss:
+            self.scores[i][key[0]] = {k: y[k] for k in stage.scores}
         for link in self.pipeline.links[key]:
             self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = y
         return done
 
     def _backward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
-        inputs, is_last = self._inputs(key, i), key == self.pipeline.last
+        inputs = self._inputs(key, i)
         # in the order of the stages, not of their arrival
         returned = [self.alive.pop(Thing(What.COTANGENTS, key, i, link.target)) for link in self.pipeline.links[key]]
         g_x, acc, done = self.pipeline.stages[key].programs["backward"](
             self.alive[Thing(What.WEIGHTS, key)],
             _joined(inputs),
             *self.alive.pop(Thing(What.RESIDUALS, key, i)),
-            [self.seeds] if is_last else returned,
+            [*returned, *([self.seeds[key]] if key in self.seeds else [])],
             self.acc.get(key, {}),
             self.pipeline.flags[key][i == 0],
         )
         self._drop(inputs)
         if key in self.acc:
             self.acc[key] = acc
-        if is_last:
-            self.scores[i], done = done, done["loss"]
+        if key == self.pipeline.last:
+            self.scores[i][key[0]], done = done, done["loss"]
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
@@ -153,6 +153,7 @@ class Update:
         self.finish, self.alive, self.reduced, self.scores = finish, alive, reduced, scores
         self.scalars = finish.scalars(count, learning_rate)
         self.decisions: dict[StageKey, jax.Array] = {}
+        self.loads: dict[StageKey, jax.Array] = {}
         self.told: Tree = {}  # by the decision
         self.doing: Doing = {
             Kind.DECIDE: self._decide,
@@ -164,17 +165,19 @@ class Update:
     def _decide(self, task: Task) -> None:
         """From squares and scores, which every device of a stage has, on one device; the decision to all."""
         finish = self.finish
-        squares, scores = jax.tree.map(lambda x: x.addressable_data(0), (self.reduced.squares, self.scores))
-        self.told, decision = finish.decide(squares, scores, self.scalars)
+        self.told, decision = finish.decide(finish.parts(self.reduced.squares, self.scores), self.scalars)
         self.decisions = finish.spread(decision)
+        for name, spread in finish.spread_loads.items():
+            self.loads |= spread(self.told[ROUTED][name])
 
     def _update(self, task: Task) -> None:
-        key, mine = task.stage, self.finish.stages[task.stage].parameters
+        key, mine = task.stage, self.finish.moved[task.stage].parameters
         weights, masters, state = (Thing(what, key) for what in (What.WEIGHTS, What.MASTERS, What.STATE))
         old = self.alive[weights]
         given = mine.all_of(self.alive[masters], old), self.alive[state], mine.moving_of(old)
-        program = self.finish.stages[key].programs["update"]
-        params, self.alive[state], moved = program(*given, self.reduced.grads[key], self.decisions[key])
+        program, loads = self.finish.moved[key].programs["update"], [self.loads[key]] if key in self.loads else []
+        decided = self.decisions[key], loads
+        params, self.alive[state], moved = program(*given, self.reduced.grads.get(key, {}), *decided)
         self.alive[masters] = mine.masters(params)
         self.alive[weights] = mine.working.assemble(params, optimizer.merge(moved, old))
 

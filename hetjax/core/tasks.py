@@ -85,7 +85,7 @@ class StageNode:
     """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks.
 
     `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `offload`: what of
-    it leaves its devices between two uses.
+    it leaves its devices between two uses. `moves`: the step's end moves some of its parameters without gradients.
     """
 
     module: str
@@ -95,6 +95,7 @@ class StageNode:
     upstream: tuple[StageKey, ...]
     end: Kind | None = None
     offload: frozenset[What] = frozenset()
+    moves: bool = False
 
     @property
     def key(self) -> StageKey:
@@ -142,7 +143,7 @@ class Needs:
 
     def behind_gradients(self) -> list[Task]:
         """Ties' gradients, the decision, updates, ties' values: what follows when every stage is finished."""
-        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.end is not None]
+        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.end is not None or node.moves]
         there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
         back = [Task(Kind.TIE, owner, to=copy) for copy, owner in self._ties]
         return [*there, self.decide, *updates, *back]

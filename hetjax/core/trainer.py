@@ -64,7 +64,7 @@ class Trainer:
             is_sink = module is spec.graph.sink
             check_batch(module.name, module.layout, is_sink=is_sink, items=items, seq=seq, groups=spec.groups)
         self.pipeline = Pipeline(spec)
-        optimizer.check(spec.optimizer, self._paths())
+        optimizer.check(spec.optimizer, self._paths(), apart=self._balanced())
         self.finish = self.pipeline.finish
 
     def _paths(self) -> list[str]:
@@ -74,6 +74,10 @@ class Trainer:
             optimizer.path_of(n, path) for n, tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)
         ]
         return list(dict.fromkeys(found))
+
+    def _balanced(self) -> set[str]:
+        stages = self.pipeline.stages.items()
+        return {"/".join((name, *path)) for (name, _), stage in stages for path in stage.parameters.balanced}
 
     def picture(self) -> str:
         """Which device holds which part of which module."""

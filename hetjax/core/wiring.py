@@ -86,13 +86,13 @@ class Wiring:
         target, links = (module.name, plan.index), []
         if plan.index > 0:
             source, dims = (module.name, plan.index - 1), module.definition.carry
-            y = self.stages[source].y
+            y = self.stages[source].crosses
             where = {k: plan.grid.sharding(dims[k]) for k in y}
             links.append(Link(source, target, {k: k for k in y}, Boundary(y, where)))
         taken = module.definition.takes(plan.lo, plan.hi)
         for edge in [edge for edge in self.graph.edges if edge.consumer == module.name]:
             source = (edge.producer, len(self.plans[edge.producer]) - 1)
-            y = {k: a for k, a in self.stages[source].y.items() if edge.name(k) in taken}
+            y = {k: a for k, a in self.stages[source].crosses.items() if edge.name(k) in taken}
             if y:
                 where = {k: plan.grid.sharding(("items", *(None,) * (a.ndim - 1))) for k, a in y.items()}
                 links.append(Link(source, target, {k: edge.name(k) for k in y}, Boundary(y, where)))
@@ -151,7 +151,8 @@ class Wiring:
         if stage.parameters.trains:
             end = Kind.REDUCE if stage.parameters.are_repeated else Kind.MEASURE
         offload = frozenset().union(*(OFFLOADS[kind] for kind in stage.module.layout.offload))
-        return StageNode(*key, frozenset(stage.plan.device_ids), stage.has_backward, upstream, end, offload)
+        devices, moves = frozenset(stage.plan.device_ids), bool(stage.parameters.loads)
+        return StageNode(*key, devices, stage.has_backward, upstream, end, offload, moves)
 
     @property
     def boundaries(self) -> dict[str, Boundary]:

@@ -5,7 +5,7 @@ group:
 
     groups=2, samples_per_group=2, slots_per_group=3
     rows   0 1 | 2 3        index[row, position] = slot * rows + row of the item, or -1
-    slots  0 1 2 | 3 4 5    so a group never needs what another holds
+    slots  0 1 2 | 3 4 5    so a group never needs what another holds; used[slot] = 1 where an item is
 
 What stands where is decided before any picture or clip is decoded, by texts and headers. A sample with one that then
 turns out to be broken is masked where it stands: so whoever reads none but its own pictures makes the same microbatch.
@@ -68,6 +68,7 @@ def abstract(config: DataConfig, items: Sequence[ItemSpec]) -> dict[str, Abstrac
     for item in items:
         shapes[f"{item.name}.index"] = text, np.dtype(np.int32)
         slots = config.groups * item.slots_per_group
+        shapes[f"{item.name}.used"] = (slots,), np.dtype(np.int32)
         for array, (shape, dtype) in item.reader.arrays.items():
             shapes[f"{item.name}.{array}"] = (slots, *shape), dtype
     return shapes
@@ -114,6 +115,7 @@ class Filling:
         self.owner[placed.row, placed.places] = -1
         for slot in placed.slots:
             self.arrays[f"{slot.item.name}.index"][placed.row, slot.places] = -1
+            self.arrays[f"{slot.item.name}.used"][slot.number] = 0
 
     def _fits(self, sample: Planned, row: int) -> bool:
         if self._used[row] and not self._config.pack:
@@ -147,4 +149,5 @@ class Filling:
         first = start + sample.text.starts[item.name][number]
         places = slice(first, first + file.rows)
         self.arrays[f"{item.name}.index"][row, places] = slot * item.rows + np.arange(file.rows)
+        self.arrays[f"{item.name}.used"][slot] = 1
         return Slot(item, file, slot, places)

@@ -31,7 +31,7 @@ from hetjax.generate.cached import Memory
 from hetjax.generate.defaults import Penalties
 from hetjax.generate.sample import Draw, Rules, Sampling, penalised, pick, remembered
 from models.axes import Axis, vary_like
-from models.contract import Dims, ModuleDef, Params
+from models.contract import AUXILIARY, ROUTED, Dims, ModuleDef, Params
 
 Tree = Any
 Arrays = Mapping[str, np.ndarray]
@@ -132,10 +132,12 @@ class Engine:
 
     def _encoder(self, placed: Placed) -> Any:
         def run(params: Params, batch: Tree) -> Tree:
-            return cached.encode(placed.definition, placed.whole(params), batch, placed.axes)
+            y = cached.encode(placed.definition, placed.whole(params), batch, placed.axes)
+            return {k: y[k] for k in out}
 
         reads = {name: placed.uncut(dims) for name, dims in placed.definition.reads.items()}
-        out = {name: placed.uncut(dims) for name, dims in placed.definition.output.items()}
+        told = (AUXILIARY, ROUTED)  # to a training alone
+        out = {k: placed.uncut(dims) for k, dims in placed.definition.output.items() if k not in told}
         return jax.jit(
             jax.shard_map(run, mesh=placed.plan.mesh, in_specs=(placed.parameters.specs, reads), out_specs=out)
         )

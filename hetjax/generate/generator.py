@@ -143,7 +143,7 @@ class Generator:
         for row, read in zip(where, part, strict=True):
             used[row // per_replica] += len(read.items[item.name])
         slots = bucket(-(-max(used) // layout.tp), 1) * layout.tp  # the encoder cuts them over tp too
-        index = np.full(shape, -1, np.int32)
+        index, taken = np.full(shape, -1, np.int32), np.zeros(slots * layout.dp, np.int32)
         arrays = {
             f"{item.name}.{array}": np.zeros((slots * layout.dp, *sizes), dtype)
             for array, (sizes, dtype) in item.reader.arrays.items()
@@ -153,10 +153,11 @@ class Generator:
             for start, found in zip(read.ids.starts[item.name], read.items[item.name], strict=True):
                 slot = free[row // per_replica]
                 free[row // per_replica] += 1
+                taken[slot] = 1
                 index[row, start : start + found.rows] = slot * item.rows + np.arange(found.rows)
                 for array, values in found.values.items():
                     arrays[f"{item.name}.{array}"][slot] = values
-        return arrays | {f"{item.name}.index": index}
+        return arrays | {f"{item.name}.index": index, f"{item.name}.used": taken}
 
 
 def bucket(count: int, least: int = LEAST) -> int:

@@ -177,6 +177,8 @@ def find_tensors(source: Source, dtype: str | None, parts: Parts, named: Mapping
             what = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(place.shape)}"
             raise ConvertError(f"{source.path}: {theirs} {what}; the checkpoint and its configuration do not agree")
         kind = DTYPES[dtype] if dtype else stored.dtype
+        if name.endswith("/moe/bias"):  # by which routers choose: transformers keeps it in float32
+            kind = np.promote_types(kind, np.float32) if dtype else kind
         fetch = fetch_rows if len(place.keys) > 1 else fetch_once
         for row, key in enumerate(place.keys):
             read = functools.partial(_values, fetch, theirs, place, row, kind, key)

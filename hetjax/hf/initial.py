@@ -106,7 +106,7 @@ def _check_same(name: str, model: Any, start: Start) -> None:
 
 def _value(model: Any, field: str) -> Any:
     if field == "experts" and model.experts is not None:
-        return model.experts.without_losses
+        return model.experts.untrained
     if field == "feature_layer":  # -1 and the number of layers name the same
         return model.depths
     return model.hidden if field == "projector_width" else getattr(model, field)

@@ -43,20 +43,24 @@ PLAIN = (
 )
 
 
-def decoder(path: str, balance_loss: float | None = None, z_loss: float | None = None) -> Decoder:
-    """The settings of the decoder at `path`; losses of its experts' routers that are None are its own too.
+def decoder(
+    path: str, balance_loss: float | None = None, z_loss: float | None = None, bias_rate: float | None = None
+) -> Decoder:
+    """The settings of the decoder at `path`; what balances its experts' routers is its own too where it is None: a
+    selection bias stays as it is.
 
-    Raises ConvertError if there is no decoder, or none with experts where losses are set."""
+    Raises ConvertError if there is no decoder, or none with experts where one of these is set."""
     found = [model for model in open_source(path).models.values() if isinstance(model, Decoder)]
     if len(found) != 1:
         raise ConvertError(f"pretrained.decoder.path={path!r} holds {len(found)} decoders; name a source with one")
     (model,) = found
-    losses: dict[str, Any] = {k: v for k, v in (("balance_loss", balance_loss), ("z_loss", z_loss)) if v is not None}
-    if not losses:
+    given = dict(balance_loss=balance_loss, z_loss=z_loss, bias_rate=bias_rate)
+    training: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if not training:
         return model
     if model.experts is None:
-        raise ConvertError(f"pretrained.decoder.{min(losses)} is set, and {path} has no experts; leave it out")
-    return dataclasses.replace(model, experts=dataclasses.replace(model.experts, **losses))
+        raise ConvertError(f"pretrained.decoder.{min(training)} is set, and {path} has no experts; leave it out")
+    return dataclasses.replace(model, experts=dataclasses.replace(model.experts, **training))
 
 
 def encoder(path: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Any:

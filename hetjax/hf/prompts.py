@@ -95,7 +95,8 @@ def _class(name: str, kind: str) -> str:
         return ""
     if kind == "qwen2":
         return "Qwen2Tokenizer"
-    return name.removesuffix("Fast") or ("Qwen2Tokenizer" if kind in ("qwen3", "qwen3_moe", "qwen2_audio") else "")
+    qwen = kind in ("qwen2_moe", "qwen3", "qwen3_moe", "qwen2_audio")
+    return name.removesuffix("Fast") or ("Qwen2Tokenizer" if qwen else "")
 
 
 def _makes(name: str, normal: Any, cuts: Sequence[Mapping[str, Any]], spaced: bool) -> bool:

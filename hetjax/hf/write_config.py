@@ -25,7 +25,7 @@ def write(
     """config.json of the models. `item_token` stands for a picture's or clip's rows.
 
     `sources`: those that "llm", "vision" and "audio" came with, kept where they say the same."""
-    parts, sources = _without_z_loss(parts), {part: _told(source, parts) for part, source in (sources or {}).items()}
+    parts, sources = _without_training(parts), {part: _told(source, parts) for part, source in (sources or {}).items()}
     found = [sources.get(part) for part in parts.models]
     if found[0] is not None and all(source == found[0] for source in found) and _same(found[0], parts):
         return _modernised(copy.deepcopy(found[0]), dtype) | _dtype(dtype)
@@ -52,13 +52,13 @@ def write(
     } | _dtype(dtype)
 
 
-def _without_z_loss(parts: Parts) -> Parts:
-    """The models, without the one loss of routers that no config tells."""
+def _without_training(parts: Parts) -> Parts:
+    """The models, without what of their routers' training no config tells."""
     llm = parts.llm
     if llm is None or llm.experts is None:
         return parts
     return dataclasses.replace(
-        parts, llm=dataclasses.replace(llm, experts=dataclasses.replace(llm.experts, z_loss=0.0))
+        parts, llm=dataclasses.replace(llm, experts=dataclasses.replace(llm.experts, z_loss=0.0, bias_rate=0.0))
     )
 
 

@@ -37,7 +37,7 @@ class StepReport(NamedTuple):
     gradients: dict[str, Worst]
     state: dict[str, Worst]
     params: dict[str, Worst]
-    routed: float = 0.0  # share of the tokens' choices of experts that one side has made and the other has not
+    routed: float = 0.0  # share of the tokens' choices of experts, of a module, that one side alone has made
 
     @property
     def loss_error(self) -> float:
@@ -97,7 +97,7 @@ def compare(
         got = trainer.flat(done.grads)
         state, outcome = trainer.update(state, done)
         result = reference.step(params, reference_state, microbatches, n)
-        own = (_like(reference_state, states), outcome.loss, _like(result.grads, got))
+        own = (_like(reference_state, states), outcome.loss, _like(result.grads, got), outcome.routed)
         expected = reference.update(before, *own, n).params
         params, reference_state = result.params, result.state
         states, moved = trainer.flat(state.optimizer), trainer.flat(state.params)
@@ -113,12 +113,12 @@ def compare(
         before = _like(params, moved)
 
 
-def _routed_apart(got: jax.Array | None, reference: jax.Array | None) -> float:
-    """Of choices [layers, experts]."""
-    if got is None or reference is None:
-        return 0.0 if got is reference else float("inf")
-    mine, theirs = np.asarray(got, np.float64), np.asarray(reference, np.float64)
-    return float(np.abs(mine - theirs).sum() / 2 / max(theirs.sum(), 1))
+def _routed_apart(got: Mapping[str, jax.Array], reference: Mapping[str, jax.Array]) -> float:
+    """Of choices [layers, experts], in the module where the share is largest."""
+    if got.keys() != reference.keys():
+        return float("inf")
+    pairs = [(np.asarray(got[name], np.float64), np.asarray(reference[name], np.float64)) for name in got]
+    return max((float(np.abs(a - b).sum() / 2 / max(b.sum(), 1)) for a, b in pairs), default=0.0)
 
 
 def _like(reference: dict[str, Any], flat: Flat) -> dict[str, Any]:

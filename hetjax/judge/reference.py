@@ -16,23 +16,25 @@ import numpy as np
 import optax
 
 from hetjax.core import optimizer
-from hetjax.core.graph import Graph
+from hetjax.core.graph import Graph, Module
 from models.axes import ONE_DEVICE
 from models.contract import ModuleDef
 from models.moe import COUNTED, ROUTING, Experts
+from models.vit import ViT
 
 Tree = Any
+BIAS = ("layers", "moe", "bias")  # of routers, which loads move and no gradient
 
 
 class Result(NamedTuple):
-    """One reference step: its loss, gradients before clipping, and what the step left behind; `routed`: how many tokens
-    went to each expert, by layer (None without experts)."""
+    """One reference step: its loss, gradients before clipping, and what the step left behind; `routed`: of each module
+    with experts, how many tokens went to each, by layer."""
 
     loss: jax.Array
     grads: dict[str, Tree]
     params: dict[str, Tree]
     state: dict[str, Tree]
-    routed: jax.Array | None = None
+    routed: Mapping[str, jax.Array]
 
 
 def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -48,11 +50,11 @@ def whole_batch(graph: Graph, microbatches: Sequence[Mapping[str, np.ndarray]]) 
 
 def apply_module(definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array]) -> Tree:
     """A module from its first part to its last, layer by layer."""
-    return _end(definition, params, _behind_layers(definition, params, x, batch), batch)
+    return _end(definition, params, _behind_layers(definition, params, x, batch, 1), batch)
 
 
 def _behind_layers(
-    definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array], microbatches: int = 1
+    definition: ModuleDef, params: Tree, x: Tree, batch: Mapping[str, jax.Array], microbatches: int
 ) -> Tree:
     """The carry behind a module's layers; of so many microbatches each has its own sums of what routers say."""
     carry = dict(definition.first.apply(params["first"], x, batch, ONE_DEVICE))
@@ -120,25 +122,33 @@ def mean_loss(graph: Graph, params: dict[str, Tree], batch: Mapping[str, jax.Arr
 
 def loss_and_loads(
     graph: Graph, microbatches: int, params: dict[str, Tree], batch: Mapping[str, jax.Array]
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(cross-entropy from full logits, summed over target tokens and divided by their number, and the mean of the
-    microbatches' router losses; how many tokens went to each expert, by layer)."""
+    microbatches' router losses; of each module with experts how many tokens went to each, by layer)."""
     edges: dict[str, jax.Array] = {}
-    for encoder in graph.encoders:
-        y = apply_module(encoder.definition, params[encoder.name], {}, batch)
-        edges |= {encoder.name if k == "x" else f"{encoder.name}.{k}": v for k, v in y.items()}
-    sink, mine = graph.sink.definition, params[graph.sink.name]
-    carry = _behind_layers(sink, mine, edges, batch, microbatches)
-    y = _end(sink, mine, carry, batch)
+    loss: Any = 0.0
+    loads: dict[str, jax.Array] = {}
+    for module in (*graph.encoders, graph.sink):
+        definition, mine = module.definition, params[module.name]
+        carry = _behind_layers(definition, mine, edges if module is graph.sink else {}, batch, microbatches)
+        y = _end(definition, mine, carry, batch)
+        edges |= {module.name if k == "x" else f"{module.name}.{k}": v for k, v in y.items()}
+        if ROUTING in carry:
+            experts, tokens = definition.config.experts, _tokens(module, batch, microbatches)
+            routed, scores, squares = jnp.split(carry[ROUTING], (experts.count, 2 * experts.count), -1)
+            loss += jnp.mean(_router_losses(experts, tokens, routed, scores, squares))
+            loads[module.name] = routed.sum(0)
     logits = (y["x"] @ y["head"].astype(y["x"].dtype)).astype(jnp.promote_types(y["x"].dtype, jnp.float32))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), batch["targets"][..., None], -1)[..., 0]
     weights = batch["weights"].astype(logits.dtype)
-    loss = -(chosen * weights).sum() / jnp.maximum(weights.sum(), 1)
-    if ROUTING not in carry:
-        return loss, None
-    experts, tokens = sink.config.experts, (batch["segment_ids"] > 0).reshape(microbatches, -1).sum(1)
-    routed, probabilities, squares = jnp.split(carry[ROUTING], (experts.count, 2 * experts.count), -1)
-    return loss + jnp.mean(_router_losses(experts, tokens, routed, probabilities, squares)), routed.sum(0)
+    return loss - (chosen * weights).sum() / jnp.maximum(weights.sum(), 1), loads
+
+
+def _tokens(module: Module, batch: Mapping[str, jax.Array], microbatches: int) -> jax.Array:
+    """How many tokens of each microbatch a module's routers see that are no padding."""
+    if isinstance(module.definition.config, ViT):
+        return module.definition.config.num_tokens * batch[f"{module.name}.used"].reshape(microbatches, -1).sum(1)
+    return (batch["segment_ids"] > 0).reshape(microbatches, -1).sum(1)
 
 
 def _router_losses(
@@ -185,7 +195,7 @@ class Reference:
 
     def split(self, params: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """(trainable, frozen) parameters by module."""
-        both = {name: optimizer.split(self.config, name, tree) for name, tree in params.items()}
+        both = {name: optimizer.split(self.config, name, tree, apart=[BIAS]) for name, tree in params.items()}
         return {n: b[0] for n, b in both.items()}, {n: b[1] for n, b in both.items()}
 
     def init_state(self, params: dict[str, Tree]) -> dict[str, Tree]:
@@ -204,21 +214,39 @@ class Reference:
     ) -> Result:
         """One training step over all microbatches."""
         (loss, routed), grads = self._grad(len(microbatches), params, whole_batch(self.graph, microbatches))
-        return self.update(params, state, loss, self.split(grads)[0], step)._replace(routed=routed)
+        return self.update(params, state, loss, self.split(grads)[0], routed, step)
 
     def update(
-        self, params: dict[str, Tree], state: dict[str, Tree], loss: jax.Array, grads: dict[str, Tree], step: int
+        self,
+        params: dict[str, Tree],
+        state: dict[str, Tree],
+        loss: jax.Array,
+        grads: dict[str, Tree],
+        routed: Mapping[str, jax.Array],
+        step: int,
     ) -> Result:
-        """What a step makes of its loss and gradients (of trainable parameters); of NaN and infinity nothing."""
+        """What a step makes of its loss, gradients (of trainable parameters) and loads of experts; of NaN and infinity
+        nothing."""
         trainable, frozen = self.split(params)
         norm = _norm(grads)
         if not bool(jnp.isfinite(norm) & jnp.isfinite(loss)):
-            return Result(loss, grads, params, state)
+            return Result(loss, grads, params, state, routed)
         clip = self.config.clip_norm
         factor = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
         moved, new_state = self._move(trainable, state, grads, factor, learning_rate(self.config, step))
-        new_params = {name: optimizer.merge(moved[name], frozen[name]) for name in moved}
-        return Result(loss, grads, new_params, new_state)
+        new_params = {name: optimizer.merge(moved[name], self._balanced(name, frozen[name], routed)) for name in moved}
+        return Result(loss, grads, new_params, new_state, routed)
+
+    def _balanced(self, name: str, frozen: Tree, routed: Mapping[str, jax.Array]) -> Tree:
+        """A module's leaves that no gradient moves, with its selection biases as algorithm 1 of arXiv:2408.15664 leaves
+        them: by the sign of what an expert's load lacks of the mean."""
+        experts = getattr(self.graph.module(name).definition.config, "experts", None)
+        if experts is None or not experts.bias_rate or not self.config.trains("/".join((name, *BIAS))):
+            return frozen
+        layers, moe, leaf = BIAS
+        lacking = np.asarray(routed[name]).mean(1, keepdims=True) - np.asarray(routed[name])
+        bias = frozen[layers][moe][leaf] + experts.bias_rate * np.sign(lacking)
+        return optimizer.merge({layers: {moe: {leaf: bias.astype(frozen[layers][moe][leaf].dtype)}}}, frozen)
 
     def _moved(
         self, trainable: dict[str, Tree], state: dict[str, Tree], grads: dict[str, Tree], factor: float, rate: float

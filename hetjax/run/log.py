@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from hetjax.data import Loader
 from hetjax.data.items import count
 from hetjax.run import metrics
 from hetjax.run.experiment import Experiment
+from models.contract import ModuleDef
 
 Values = dict[str, Any]
 
@@ -72,7 +73,7 @@ class Log:
         }
         for name, squares in outcome.module_squares.items():
             values[f"gradient_norm/{name}"] = math.sqrt(sum(float(s.sum()) for s in squares))
-        values |= routing(getattr(self.trainer.graph.sink.definition.config, "kinds", ()), outcome)
+        values |= routing({m.name: m.definition for m in self.trainer.graph.modules}, outcome)
         seconds = time.perf_counter() - self.start
         values |= {
             "tokens_per_second": self.tokens / seconds,
@@ -102,16 +103,17 @@ class Log:
         return values
 
 
-def routing(kinds: Sequence[str], outcome: Outcome) -> Values:
-    """The part of the loss that is routers' own, if they have one; for each of the layers, of these kinds, that has
-    experts the tokens of the expert with most of them over the mean."""
+def routing(definitions: Mapping[str, ModuleDef], outcome: Outcome) -> Values:
+    """The part of the loss that is routers' own, if they have one; for each layer with experts of these modules the
+    tokens of the expert with most of them over the mean."""
     values: Values = {} if outcome.auxiliary is None else {"auxiliary_loss": float(outcome.auxiliary)}
-    if outcome.routed is None:
-        return values
-    layers = [i for i, kind in enumerate(kinds) if kind == "moe"]
-    routed = np.asarray(outcome.routed)
-    loads = routed.max(1) / np.maximum(routed.mean(1), 1e-9)
-    return values | {f"expert_load/{i}": float(load) for i, load in zip(layers, loads, strict=True)}
+    for name, loads in outcome.routed.items():
+        routed = np.asarray(loads)
+        kinds = getattr(definitions[name].config, "kinds", ("moe",) * len(routed))
+        layers = [i for i, kind in enumerate(kinds) if kind == "moe"]
+        largest = routed.max(1) / np.maximum(routed.mean(1), 1e-9)
+        values |= {f"expert_load/{name}/{i}": float(load) for i, load in zip(layers, largest, strict=True)}
+    return values
 
 
 def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:

@@ -53,11 +53,13 @@ def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
         "mlp_width": 4 * HEAD_DIM * layout.tp,
         "projector_width": 4 * HEAD_DIM * layout.tp,
     }
+    built = sizes["num_layers"]
     if isinstance(model, ViT):  # as many features, as far apart as the layers allow
-        behind = (model.num_built - depth for depth in model.depths)
-        sizes |= {"feature_layer": tuple(-1 - min(n, sizes["num_layers"]) for n in behind)}
-    if isinstance(model, Decoder) and model.experts is not None:
-        sizes["experts"] = _fewer(model.experts, sizes["num_layers"], 2 * HEAD_DIM * layout.tp)
+        behind = [min(model.num_built - depth, sizes["num_layers"]) for depth in model.depths]
+        sizes |= {"feature_layer": tuple(-1 - n for n in behind)}
+        built = max(1, built - min(behind))
+    if isinstance(model, Decoder | ViT) and model.experts is not None:
+        sizes["experts"] = _fewer(model.experts, built, 2 * HEAD_DIM * layout.tp)
     if isinstance(model, Whisper) and model.hidden is None:
         del sizes["projector_width"]
     return dataclasses.replace(model, **{name: size for name, size in sizes.items() if name in fields})
@@ -70,4 +72,14 @@ def _fewer(experts: Experts, num_layers: int, width: int) -> Experts:
     if experts.dense_layers and num_layers > 1:
         dense = dense or (0,)
     per_token = min(experts.per_token, count)
-    return dataclasses.replace(experts, count=count, per_token=per_token, width=width, dense_layers=dense)
+    groups = min(experts.groups, max(1, count // 2))
+    return dataclasses.replace(
+        experts,
+        count=count,
+        per_token=per_token,
+        width=width,
+        dense_layers=dense,
+        groups=groups,
+        chosen_groups=max(min(experts.chosen_groups, groups), -(-per_token * groups // count)),
+        shared_width=width if experts.shared_width else 0,
+    )

@@ -65,13 +65,18 @@ def family(
     fields: Callable[[Decoder], dict[str, Any]],
     keys: Table | None = None,
     renamed: Mapping[str, str] | None = None,
+    computes: Sequence[str] = (),
     unapplied: Callable[[Config], dict[str, Any]] = lambda config: nonzero(config, "attention_dropout"),
 ) -> Family:
-    """A family of decoders: `traits` of a config are settings of the model, `fields` of a model are in its config."""
+    """A family of decoders: `traits` of a config are settings of the model, `fields` of a model are in its config.
+
+    `computes`: those of `ONLY` that it honours."""
+    limits = {name: value for name, value in ONLY.items() if name not in computes}
 
     def read(config: Config, where: str) -> Decoder:
         c = DEFAULTS | dict(defaults) | present(config)
         c |= {name: None for name in NULLS if config.get(name, 0) is None}
+        only(c, limits, where)
         return _read(config, c, traits, where)
 
     def write(model: Decoder) -> dict[str, Any]:
@@ -95,7 +100,6 @@ def _read(config: Config, c: Config, traits: Traits, where: str) -> Decoder:
     """The decoder of a text config, `c` with the defaults of its family."""
     if c["hidden_act"] not in SILU:
         raise refused(where, "hidden_act", c["hidden_act"], "decoders are computed with 'silu' only")
-    only(c, ONLY, where)
     if c["num_hidden_layers"] > MOST_LAYERS:  # before anything goes through them one by one
         raise refused(where, "num_hidden_layers", c["num_hidden_layers"], f"there are at most {MOST_LAYERS} layers")
     theta, scaling = _rope(config, c["rope_theta"], where)

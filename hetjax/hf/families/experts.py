@@ -3,9 +3,10 @@
 transformers 4.x names the number of experts num_local_experts (mixtral) or num_experts (qwen3_moe); version 5 reads
 both for either and writes the first. The weight of the load-balancing loss is router_aux_loss_coef where
 output_router_logits is true, with which transformers adds that loss, and 0 elsewhere. It is part of no folder's model:
-a run may have another, which its export tells.
+a run may have another, which its export tells. Routers of sigmoids have no such loss there.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from hetjax.hf.errors import ConvertError
@@ -13,7 +14,10 @@ from hetjax.hf.fields import Config
 from models.moe import Experts
 
 COUNTS = ("num_local_experts", "num_experts")
-COEFFICIENT = 0.001  # router_aux_loss_coef of both families where it is missing
+COEFFICIENT = 0.001  # router_aux_loss_coef of all families where it is missing
+# Settings of the families whose routers are plain, and of those without a shared expert
+SOFTMAX: dict[str, Any] = dict(scores="softmax", selection_bias=False, groups=1, scale=1.0)
+NOT_SHARED: dict[str, Any] = dict(shared_width=0)
 
 
 def count(c: Config, where: str, *, default: int) -> int:
@@ -34,13 +38,31 @@ def balance_loss(config: Config) -> float:
 def told_loss(config: Config, experts: Experts) -> dict[str, Any]:
     """The fields in which the config of these experts must differ from `config`, for their load-balancing loss."""
     weight = experts.balance_loss
-    if balance_loss(config) == weight:
+    if experts.scores == "sigmoid" or balance_loss(config) == weight:
         return {}
     return {"output_router_logits": weight > 0} | ({"router_aux_loss_coef": weight} if weight else {})
 
 
+def check(experts: Experts, family: str, wanted: Mapping[str, Any]) -> None:
+    """Raises ConvertError for a setting with another value than the one that a family's class computes."""
+    for setting, value in wanted.items():
+        if getattr(experts, setting) != value:
+            raise ConvertError(
+                f"Experts.{setting}={getattr(experts, setting)!r}: {family}, the nearest class of transformers, "
+                f"computes {value!r} alone; train with that"
+            )
+
+
+def layers(c: Config, where: str) -> tuple[int, ...]:
+    """Those without experts, of the two families of Qwen. Raises ConvertError for a step that is none."""
+    step = c["decoder_sparse_step"]
+    if step < 1:
+        raise ConvertError(f"{where}: decoder_sparse_step={step}: it must be at least 1 (1: each layer has experts)")
+    return tuple(i for i in range(c["num_hidden_layers"]) if i in c["mlp_only_layers"] or (i + 1) % step)
+
+
 def write(experts: Experts) -> dict[str, Any]:
-    """The fields that both families have."""
+    """The fields that families with a softmax have."""
     return {
         "num_experts_per_tok": experts.per_token,
         "output_router_logits": experts.balance_loss > 0,

@@ -38,6 +38,7 @@ def fields(model: Decoder) -> dict[str, Any]:
                 f"{setting}={value!r} beside experts, without Decoder.qk_norm: no transformers model computes that; "
                 f"train with qk_norm=True (Qwen3-MoE), or with {setting}={wanted!r} (Mixtral)"
             )
+    experts.check(mixture, "Mixtral", experts.SOFTMAX)
     own = dict(
         num_local_experts=mixture.count,
         intermediate_size=mixture.width,

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from hetjax.hf.errors import ConvertError
 from hetjax.hf.families import decoder, experts, qwen2, qwen3
 from hetjax.hf.families.family import LINEAR
 from hetjax.hf.fields import Config
@@ -24,12 +23,8 @@ def traits(c: Config, where: str) -> dict[str, Any]:
 
 def _experts(c: Config, where: str) -> Experts | None:
     """None where each layer is dense."""
-    count = experts.count(c, where, default=128)
-    layers, step = range(c["num_hidden_layers"]), c["decoder_sparse_step"]
-    if step < 1:
-        raise ConvertError(f"{where}: decoder_sparse_step={step}: it must be at least 1 (1: each layer has experts)")
-    dense = tuple(i for i in layers if i in c["mlp_only_layers"] or (i + 1) % step)
-    if len(dense) == len(layers):
+    count, dense = experts.count(c, where, default=128), experts.layers(c, where)
+    if len(dense) == c["num_hidden_layers"]:
         return None
     sizes = count, c["num_experts_per_tok"], c["moe_intermediate_size"]
     return Experts(*sizes, c["norm_topk_prob"], dense, balance_loss=experts.balance_loss(c))
@@ -39,6 +34,7 @@ def fields(model: Decoder) -> dict[str, Any]:
     """The fields of experts, window and biases."""
     mixture = model.experts
     assert mixture is not None
+    experts.check(mixture, "Qwen3-MoE", experts.SOFTMAX | experts.NOT_SHARED)
     own = dict(
         num_experts=mixture.count,
         moe_intermediate_size=mixture.width,
@@ -52,7 +48,7 @@ def fields(model: Decoder) -> dict[str, Any]:
 FAMILY = decoder.family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
-    holds=lambda model: model.experts is not None and model.qk_norm,
+    holds=lambda model: model.experts is not None and model.qk_norm and model.experts.scores == "softmax",
     defaults=dict(
         vocab_size=151936,
         hidden_size=2048,

@@ -5,12 +5,14 @@ from typing import Any
 
 from hetjax.hf.families import (
     clip,
+    dots1,
     llama,
     llava,
     mistral,
     mixtral,
     qwen2,
     qwen2_audio,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     siglip,
@@ -22,7 +24,8 @@ from hetjax.hf.parts import PART_OF, Model, Parts
 from hetjax.hf.pictures import NAFLEX
 
 FAMILIES = (
-    *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mixtral.FAMILY, qwen3_moe.FAMILY),
+    *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen2_moe.FAMILY, mixtral.FAMILY, qwen3_moe.FAMILY),
+    dots1.FAMILY,
     *(clip.FAMILY, siglip.FAMILY, whisper.FAMILY, whisper.ENCODER),
 )
 WHOLES = (llava.FAMILY, qwen2_audio.FAMILY)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hetjax.hf.errors import ConvertError
 from hetjax.hf.families.family import HEAD_BIAS, HEADS, LINEAR, VECTOR, Family, Table
 from hetjax.hf.fields import Config, only, present, refused
 from models.vit import ViT
@@ -58,6 +59,10 @@ def family(
         return _read(c, where, {"variant": variant, **changes})
 
     def write(model: ViT) -> dict[str, Any]:
+        if model.experts is not None:
+            raise ConvertError(
+                "ViT.experts is set: no tower of transformers has experts; train without, or keep the run"
+            )
         return {"model_type": kind, **_write(model), **fixed, **fields}
 
     return Family(
