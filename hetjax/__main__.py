@@ -9,6 +9,7 @@ from hetjax import __version__
 USAGE = "usage: hetjax COMMAND ...; --help behind a command says more, --version which this is"
 COMMANDS = {
     "train": "trains a run, or goes on with one",
+    "launch": "starts several processes that are one run",
     "verify": "compares a run with training on one device",
     "data inspect": "shows the data of a run as its model gets them",
     "convert": "Hugging Face folders to checkpoints, and back",

@@ -10,23 +10,27 @@ status 0; a second Ctrl-C, or an error, saves the last complete step if it can, 
 import contextlib
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+import hetjax
 from hetjax.core import memory
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
 from hetjax.hf import export, initial
 from hetjax.run import (
     checkpoint,
+    cluster,
     command,
     config,
     ending,
     evaluate,
     experiment,
     metrics,
+    named,
     recompute,
     record,
     samples,
@@ -35,6 +39,8 @@ from hetjax.run import (
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
+
+PATIENCE = 3600.0  # seconds that a process waits for one that compiles, or reads its data
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,7 +57,12 @@ def main(argv: Sequence[str]) -> int:
         print(terminal.summary(workdir, records, num_steps=run.ends[-1], kept=kept, seconds=seconds))
     except (ValueError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return cluster.end(2)
+    except BaseException:
+        if cluster.is_one_of_several():
+            traceback.print_exc()
+        cluster.end(1)
+        raise
     return 0
 
 
@@ -59,11 +70,16 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
     """Trains `run` to its last step, or to a signal, with everything that is written in `workdir`.
 
     `asked`: file name -> text, what the run was asked for; written there once nothing speaks against the run."""
+    cluster.join_as_told()
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
+    _agree(asked or {}, trainers)
+    over = False
     with contextlib.ExitStack() as stack:
-        stopped = stack.enter_context(ending.signalled())
+        signalled = stack.enter_context(ending.signalled())
+        stopping = cluster.Stopping()
+        stopped = () if cluster.is_one_of_several() else signalled  # none ends an evaluation alone
         loader = stack.enter_context(experiment.train_loader(run, trainers[0].prepare))
         held_out = experiment.held_out_loader(run)
         if held_out is not None:
@@ -73,27 +89,37 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         refusal = export.refusal(run, workdir)
         if refusal:
             print(f"no export: python -m hetjax.convert to_hf will refuse it whole: {refusal}", flush=True)
-        stack.enter_context(record.made(workdir))
+        if cluster.is_primary():
+            stack.enter_context(record.made(workdir))
+        cluster.meet("workdir made", PATIENCE)
         checkpoints = stack.enter_context(_open_checkpoints(run, workdir))
         resumed = checkpoints.latest
         first = run.phase_of(resumed or 0)
         state = _ready(run, trainers, first, loader, checkpoints, starts)
-        record.write(workdir, asked or {}, resumed, trains=resumed is None or resumed < run.ends[-1])
+        if cluster.is_primary():
+            record.write(workdir, asked or {}, resumed, trains=resumed is None or resumed < run.ends[-1])
         evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
         writer = stack.enter_context(
-            metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
+            metrics.open_writers(
+                workdir,
+                num_steps=run.ends[-1],
+                resumed_step=resumed,
+                tensorboard=run.tensorboard,
+                writes=cluster.is_primary(),
+            )
         )
         last = stack.enter_context(ending.saved(checkpoints))
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
             state = state if trainer is trainers[first] else trainer.begin(state)
             log = Log(run, trainer, loader, writer)
-            while state.step < end and not stopped:
+            while state.step < end and not (over := stopping.at(state.step, bool(signalled))):
                 due = run.eval_every and state.step and state.step % run.eval_every == 0 and state.step != evaluated
                 if held_out is not None and due:
                     values = evaluate.values(trainer, state, held_out, run.eval_microbatches, stopped)
                     _write(run, trainer, state, held_out, writer, values, stopped)
                     log.restart()
                     if stopped:
+                        over = True
                         break
                 microbatches = loader.next_step(run.num_microbatches)
                 state, outcome = trainer.step(state, microbatches)
@@ -103,16 +129,27 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
                     checkpoints.save(trainer, state, loader.state())
             log.settle()
             checkpoints.save(trainer, state, loader.state())
-            if stopped:
+            if over:
                 break
-        if held_out is not None and not stopped and not _has(workdir, state.step, "eval/accuracy_prior"):
+        if held_out is not None and not over and not _has(workdir, state.step, "eval/accuracy_prior"):
             values = evaluate.last_values(trainer, state, loader, held_out, run.eval_microbatches, stopped)
             _write(run, trainer, state, held_out, writer, values, stopped)
-        if stopped:
+        if over or stopped:
             checkpoints.wait()
+            who = signalled[0].name if signalled else "a signal to another process"
             where = checkpoints.directory
-            print(f"{stopped[0].name}: saved step {state.step} in {where}; the same command continues", flush=True)
+            print(f"{who}: saved step {state.step} in {where}; the same command continues", flush=True)
         _report_data(loader)
+    cluster.leave()
+
+
+def _agree(asked: Mapping[str, str], trainers: Sequence[Trainer]) -> None:
+    """Raises ValueError unless all processes run the same: versions, settings, order of tasks."""
+    versions = f"hetjax {hetjax.__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}"
+    cluster.agree("software", versions, PATIENCE)
+    cluster.agree("configuration", asked.get(record.OPERATIVE, ""), PATIENCE)
+    order = [str(task) for trainer in trainers for task in trainer.pipeline.schedule.order]
+    cluster.agree("order of tasks", "\n".join(order), PATIENCE)
 
 
 def _draw(trainer: Trainer) -> None:
@@ -192,7 +229,8 @@ def _compile(trainer: Trainer, *, evaluates: bool) -> None:
         if live:
             print(f"\r\033[Kcompiled {done}/{total} programs: {name}", end="", flush=True)
 
-    trainer.compile(report, evaluate=evaluates, others=checkpoint.programs(trainer))
+    trainer.compile(report, evaluate=evaluates, others=named.programs(trainer))
+    cluster.meet(f"compiled from step {trainer.spec.first_step}", PATIENCE)
     clear = "\r\033[K" if live else ""
     print(f"{clear}compiled every program in {time.perf_counter() - start:.1f} s", flush=True)
     needed = memory.estimate(trainer)

@@ -11,7 +11,7 @@ from runs import COMPILES, PLAIN, SAVED, STEPS, settings
 
 from hetjax import train
 from hetjax.core.trainer import Trainer
-from hetjax.run import checkpoint, experiment
+from hetjax.run import experiment, named
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def gin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(gin: Path) -> Trainer:
     """That of every run here."""
     built = experiment.build(runs.load(gin, PLAIN))
-    built.compile(evaluate=True, others=checkpoint.programs(built))
+    built.compile(evaluate=True, others=named.programs(built))
     return built
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import boundary as boundary_module
-from hetjax.core import transfer
+from hetjax.core import route, sends
 from hetjax.core.boundary import Boundary
 
 AXES = ("dp", "copies", "cp", "tp")
@@ -165,7 +165,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
             counted.moved += sum(shard.data.nbytes for shard in moved)
         return out
 
-    assert boundary_module.jax is transfer.jax is jax
+    assert boundary_module.jax is sends.jax is jax
     monkeypatch.setattr(jax, "device_put", device_put)
     return counted
 
@@ -288,7 +288,7 @@ def test_equal_edges_share_their_programs_and_compile_them_once(compilations: Co
 
 
 def test_threads_that_compile_the_same_program_get_one_executable() -> None:
-    program = transfer.Program("double", lambda x: (x * 2,), (jax.ShapeDtypeStruct((3,), jnp.float32),), None)
+    program = route.Program("double", lambda x: (x * 2,), (jax.ShapeDtypeStruct((3,), jnp.float32),), None)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = list(pool.map(lambda _: program.compile(), range(8)))
     assert len({id(one) for one in compiled}) == 1

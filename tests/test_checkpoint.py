@@ -15,7 +15,8 @@ from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import State, Trainer
-from hetjax.run.checkpoint import CheckpointError, Checkpoints, programs, to_names
+from hetjax.run.checkpoint import CheckpointError, Checkpoints
+from hetjax.run.named import programs, to_names
 
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=2)
 ADAMW = OptimizerConfig(learning_rate=1e-2)

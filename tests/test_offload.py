@@ -24,14 +24,14 @@ from hetjax.core.pipeline import Pipeline
 from hetjax.core.step import Doing
 from hetjax.core.tasks import COMPUTING, OFFLOADS, HostTimes, Kind, Needs, Task, Thing, What
 from hetjax.core.trainer import State, Trainer
-from hetjax.run import checkpoint
+from hetjax.run import named
 from hetjax.run.checkpoint import Checkpoints
 
 ALL = tuple(OFFLOADS)
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=4)
 LOW, HIGH = "0-1", "2-3"
 DEFAULT = ("colocated, a window of 2",)
-SCALARS = 200  # bytes of squares and decisions
+SCALARS = 400  # bytes: losses, flags, sums of squares and what the step tells of them
 
 CASES = {
     "colocated, a window of 2": Case(Layout(dp=2, tp=2), Layout(dp=4), encoder_window=2, tied=True),
@@ -59,7 +59,7 @@ def built(case: Case, offload: tuple[str, ...], programs_of: Trainer | None = No
     with mock.patch.object(Trainer, "compile"):
         trainer = tiny.trainer(graph, SHAPE, config, **schedule)
     if programs_of is None:
-        trainer.compile(evaluate=True, others=checkpoint.programs(trainer))
+        trainer.compile(evaluate=True, others=named.programs(trainer))
         return trainer
     for key, stage in trainer.pipeline.stages.items():
         theirs = programs_of.pipeline.stages[key]

@@ -24,7 +24,8 @@ from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import State, Trainer
 from hetjax.generate import Sampling
 from hetjax.generate.defaults import Penalties
-from hetjax.run.checkpoint import Checkpoints, abstract_names, to_names
+from hetjax.run.checkpoint import Checkpoints
+from hetjax.run.named import abstract_names, to_names
 from models.axes import Axes, Axis
 from models.rows import lookup
 

@@ -21,10 +21,11 @@ from hetjax.core.trainer import State, Trainer
 from hetjax.judge import compare
 from hetjax.judge.reference import Reference as Judge
 from hetjax.run import config, experiment
-from hetjax.run.checkpoint import CheckpointError, Checkpoints, to_names
+from hetjax.run.checkpoint import CheckpointError, Checkpoints
 from hetjax.run.experiment import Experiment, Phase
 from hetjax.run.log import Log
 from hetjax.run.metrics import FILE
+from hetjax.run.named import to_names
 
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=2)
 LAYOUTS = (Layout(tp=2, pp=2, devices="0-3"), {"vision": Layout(dp=2, devices="4-5")})

@@ -21,10 +21,11 @@ from hetjax.data import ItemSpec, Pictures
 from hetjax.generate.prompt import read_items
 from hetjax.judge import reference
 from hetjax.run import config, evaluate, experiment
-from hetjax.run.checkpoint import CheckpointError, Checkpoints, to_names
+from hetjax.run.checkpoint import CheckpointError, Checkpoints
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
 from hetjax.run.metrics import FILE, SAMPLES, read_jsonl
+from hetjax.run.named import to_names
 
 STEPS, MODULES = 30, ("vision", "llm")
 OTHER = runs.layouts(vision=dict(dp=4, tp=2), llm=dict(dp=4, tp=2))  # both on all eight devices

@@ -21,7 +21,7 @@ from hetjax.core.stage import Stage
 from hetjax.core.tasks import OF_STAGES, Thing
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import Trainer
-from hetjax.run.checkpoint import abstract_names, from_names, to_names
+from hetjax.run.named import abstract_names, from_names, to_names
 from models.decoder import Decoder
 from models.paths import flat
 

@@ -14,10 +14,11 @@ An edge carries a dict of arrays. For a vision encoder on devices 0-2 (dp=3) and
 The outputs may share buffers with the inputs (what is in place already is not copied): donate neither.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from hetjax.core import wire
+from hetjax.core import processes, wire
 from hetjax.core.mesh import axis_names
-from hetjax.core.transfer import Leaf, Pieces, Program, Route, landing
+from hetjax.core.route import Leaf, Program, Route, landing
+from hetjax.core.transfer import Pieces
 
 Tree = dict[str, jax.Array]
 
@@ -36,13 +38,20 @@ class Boundary:
     """The transfer of one edge, from arrays like those in `source` to the shardings in `destination`.
 
     Floating-point arrays have gradients, which `backward` takes and returns; integer arrays only go forward.
+    `donated`: what it is given may be donated before it has arrived in another process, and is copied first there.
     The attributes `source` and `destination` are the abstract arrays of both sides, with their shardings.
     """
 
-    def __init__(self, source: Mapping[str, jax.ShapeDtypeStruct], destination: Mapping[str, NamedSharding]) -> None:
+    def __init__(
+        self,
+        source: Mapping[str, jax.ShapeDtypeStruct],
+        destination: Mapping[str, NamedSharding],
+        *,
+        donated: bool = False,
+    ) -> None:
         _check_edge(source, destination)
         leaves = {
-            name: Leaf(tuple(struct.shape), np.dtype(struct.dtype), struct.sharding, destination[name])
+            name: Leaf(tuple(struct.shape), np.dtype(struct.dtype), struct.sharding, destination[name], donated)
             for name, struct in sorted(source.items())
         }
         mirrors = {name: leaf.mirror for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
@@ -63,6 +72,20 @@ class Boundary:
         colocated edge are not counted. Overlapping edges may put more than the payload: replicas that hold a block
         already send each other the parts that each lands, before the destination gathers."""
         return self._forward.wire_bytes
+
+    @functools.cached_property
+    def absent_forward(self) -> Tree:
+        """What `forward` is given by a process that drives none of the source's devices."""
+        return jax.tree.map(processes.elsewhere, self.source)
+
+    @functools.cached_property
+    def absent_backward(self) -> Tree:
+        """What `backward` is given by a process that drives none of the destination's devices."""
+        return {name: processes.elsewhere(self.destination[name]) for name in self.gradients}
+
+    def crosses(self, *, backward: bool = False) -> bool:
+        """Whether something goes from one process to another, in which all take part."""
+        return (self._backward if backward else self._forward).crosses
 
     def programs(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, thunk) of every program; a thunk compiles one ahead of time, and may run in any thread."""
@@ -95,13 +118,17 @@ def make_route(leaves: tuple[Leaf, ...]) -> Route:
 
     - Arrays whose blocks are where they are wanted are wrapped in their new sharding. All others together take one of:
     - colocated (same devices in the same order, grids that nest): one jitted reshard;
-    - equal grids on disjoint devices (position by position the same block, no replicas): one plain `jax.device_put`,
-      which is direct for these; between other shardings it goes through the host;
+    - equal grids on disjoint devices of this process (position by position the same block, no replicas): one plain
+      `jax.device_put`, which is direct for these; between other shardings it goes through the host;
     - anything else: in pieces.
+
+    A process that drives no device of either side does nothing, but for what it takes to let others send.
     """
     moves = [leaf.held != leaf.wanted for leaf in leaves]
     moving = tuple(itertools.compress(leaves, moves))
     route = _route_of_moving(moving)
+    if not route.crosses and not processes.owns_some(_devices(leaves)):
+        return Route(lambda arrays: [processes.elsewhere(leaf.landed) for leaf in leaves], (), route.wire_bytes)
 
     def run(arrays: list[jax.Array]) -> list[jax.Array]:
         moved = iter(route.run(list(itertools.compress(arrays, moves))))
@@ -110,7 +137,7 @@ def make_route(leaves: tuple[Leaf, ...]) -> Route:
             for array, leaf, moves_ in zip(arrays, leaves, moves, strict=True)
         ]
 
-    return Route(run, route.programs, route.wire_bytes) if not all(moves) else route
+    return dataclasses.replace(route, run=run) if not all(moves) else route
 
 
 def _route_of_moving(leaves: tuple[Leaf, ...]) -> Route:
@@ -119,17 +146,28 @@ def _route_of_moving(leaves: tuple[Leaf, ...]) -> Route:
     source, destination = list(leaves[0].held), list(leaves[0].wanted)
     if source == destination and all(map(_grids_nest, leaves)):
         return _colocated(leaves)
-    if set(source).isdisjoint(destination) and all(map(_equal_grids, leaves)):
+    if (
+        all(map(processes.is_mine, _devices(leaves)))
+        and set(source).isdisjoint(destination)
+        and all(map(_equal_grids, leaves))
+    ):
         shardings = [leaf.destination for leaf in leaves]
         size = sum(wire.payload(leaf.held, leaf.wanted) * leaf.dtype.itemsize for leaf in leaves)
         return Route(lambda arrays: jax.device_put(arrays, shardings), (), size)
     return Pieces(leaves).route()
 
 
+def _devices(leaves: Sequence[Leaf]) -> list[jax.Device]:
+    """Those of both sides."""
+    return [
+        device for leaf in leaves[:1] for side in (leaf.source, leaf.destination) for device in side.mesh.devices.flat
+    ]
+
+
 def _wrap(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`array`, in place, under another name for how it is laid out."""
     shards = [shard.data for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=array.dtype)
 
 
 def _equal_grids(leaf: Leaf) -> bool:

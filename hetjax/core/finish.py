@@ -16,8 +16,10 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import optimizer
+from hetjax.core import optimizer, processes
 from hetjax.core.alive import Alive
+from hetjax.core.decision import Decision, Spreading
+from hetjax.core.stage import Stage
 from hetjax.core.tasks import HostTimes, StageKey
 from hetjax.core.wiring import Tie, Wiring
 from models.contract import AUXILIARY, ROUTED
@@ -44,7 +46,7 @@ class Reduced(NamedTuple):
 
     grads: dict[StageKey, Tree]
     acc: dict[StageKey, Tree]  # accumulators of the next step; of a leaf without replicas, the gradient itself
-    squares: list[jax.Array]  # of each stage's complete leaves, then of each tie's
+    squares: list[jax.Array | None]  # of each stage's complete leaves, then of each tie's; None: another process's
     alive: Alive  # the stages' working weights
 
 
@@ -56,41 +58,38 @@ class Finish:
         self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
         self.moved = {k: s for k, s in wiring.stages.items() if s.parameters.moves}
-        self.balanced = [key for key, stage in self.moved.items() if stage.parameters.loads]
-        self.scores = {name: stage.scores for (name, _), stage in wiring.stages.items() if stage.scores}
-        self.home = SingleDeviceSharding(wiring.stages[wiring.last].plan.mesh.devices.flat[0])  # where it is decided
+        lasts = ((name, stage) for (name, _), stage in wiring.stages.items() if not stage.ends_in_loss)
+        self.told = [(name, stage, score) for name, stage in lasts for score in stage.scores]  # by encoders
+        self.home = _first_device(wiring.stages[wiring.last])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
-        self.everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.moved.items()}
+        here = {key: NamedSharding(s.plan.mesh, P()) for key, s in self.moved.items() if key in wiring.mine}
+        self.spread = Spreading(here)
+        balanced = [key for key in here if self.moved[key].parameters.loads]
+        self.balance = {n: Spreading({k: here[k] for k in balanced if k[0] == n}) for n in dict(balanced)}
         self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
-        self.decide: Any = None  # (squares, scores, [count, rate]) -> (fields of the outcome, decision)
+        self.decide = self._decision()  # (squares, scores, [count, rate]) -> (fields of the outcome, decision)
 
     def seeds(self, count: float) -> dict[StageKey, dict[str, jax.Array]]:
         """What the step's loss is, with `count` target tokens, of each of the scores of a microbatch: the cotangents
         with which its backwards begin, by stage."""
         shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / self.wiring.spec.num_microbatches, ROUTED: 0.0}
-        made = lambda key, a: jax.device_put(np.full(a.shape, shares[key], a.dtype), a.sharding)
+        made = lambda key, a: processes.replicated(np.full(a.shape, shares[key], a.dtype), a.sharding)
         return {
             key: {k: made(k, a) for k, a in stage.ends.items() if k in stage.scores}
             for key, stage in self.wiring.stages.items()
-            if stage.has_backward and stage.scores
+            if key in self.wiring.mine and stage.has_backward and stage.scores
         }
-
-    def by_module(self, squares: list[jax.Array]) -> dict[str, list[jax.Array]]:
-        """Arrays of `Reduced.squares`."""
-        found: dict[str, list[jax.Array]] = {}
-        for (name, _), of_stage in zip(self.paths, squares, strict=True):
-            found.setdefault(name, []).append(of_stage)
-        return found
 
     def thunks(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program."""
-        found: list[tuple[str, Callable[[], object]]] = [("decide", self._compile_decide)]
+        found: list[tuple[str, Callable[[], object]]] = [("decide", self.decide.compile)]
         for tie in self.ties:
             for direction in (tie.gradient, tie.value):
                 found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()] if direction else []
         for tie in self.trained_ties:
-            found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
+            if tie.owner in self.wiring.mine:
+                found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
         return found
 
     def _paths(self) -> list[tuple[str, list[str]]]:
@@ -111,11 +110,13 @@ class Finish:
         out = leaf.sharding, NamedSharding(self.stages[tie.owner].plan.mesh, P())
         self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
 
-    def _compile_decide(self) -> None:
-        spec, sink = self.wiring.spec, self.wiring.last[0]
+    def _decision(self) -> Decision:
+        spec, sink, measured = self.wiring.spec, self.wiring.last[0], len(self.paths)
 
-        def decide(squares: list, scores: list[Scores], scalars: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-            total = jax.tree.map(lambda *parts: jnp.stack(parts).sum(0), *scores)
+        def decide(parts: list, scores: list, scalars: jax.Array) -> tuple[dict[str, Any], jax.Array]:
+            squares, total = parts[:measured], {sink: jax.tree.map(lambda *each: jnp.stack(each).sum(0), *scores)}
+            for n, (name, _, score) in enumerate(self.told):
+                total.setdefault(name, {})[score] = jnp.stack(parts[measured + n :: len(self.told)]).sum(0)
             loss = total[sink]["loss"]
             count, rate = scalars[0].astype(loss.dtype), scalars[1].astype(self.dtype)
             loss = loss / count
@@ -128,13 +129,30 @@ class Finish:
             norm = jnp.sqrt(jnp.concatenate(squares).sum())
             ok = jnp.isfinite(norm) & jnp.isfinite(loss)
             scale = optimizer.clip_scale(norm, spec.optimizer.clip_norm)
-            return {"loss": loss, "norm": norm, "ok": ok, **told}, jnp.stack([scale, ok.astype(self.dtype), rate])
+            told |= {"loss": loss, "norm": norm, "ok": ok, "squares": squares}
+            return told, jnp.stack([scale, ok.astype(self.dtype), rate])
 
-        at_home = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=self.home)
-        squares = [at_home((len(paths),), self.dtype) for _, paths in self.paths]
-        of_one = jax.tree.map(lambda a: at_home(a.shape, a.dtype), self.scores)
-        args = (squares, [of_one] * spec.num_microbatches, at_home((2,), self.scalars(0, 0).dtype))
-        self.decide = jax.jit(decide).lower(*args).compile()
+        at_home = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(self.home))
+        parts = [jax.ShapeDtypeStruct((len(paths),), self.dtype) for _, paths in self.paths]
+        devices = [*self.stages.values(), *(self.stages[tie.owner] for tie in self.trained_ties)]
+        for _, stage, score in self.told * spec.num_microbatches:
+            parts.append(jax.ShapeDtypeStruct(stage.scores[score].shape, stage.scores[score].dtype))
+            devices.append(stage)
+        of_one = jax.tree.map(at_home, self.wiring.stages[self.wiring.last].scores)
+        rest = [of_one] * spec.num_microbatches, at_home(self.scalars(0, 0))
+        return Decision(decide, parts, list(map(_first_device, devices)), rest, home=self.home, everywhere=spec.devices)
+
+    def parts(self, squares: list[Any], scores: list[Scores]) -> tuple[list[Any], list[dict[str, Any]]]:
+        """What `decide` takes: of all stages, and of the language model. None: another process's."""
+        told = [of.get(name, {}).get(score) for of in scores for name, _, score in self.told]
+        return [*squares, *told], [of.get(self.wiring.last[0], {}) for of in scores]
+
+    def outcome(self, told: Tree, host: HostTimes) -> Outcome:
+        """What a decision tells of the step."""
+        module_squares: dict[str, list[jax.Array]] = {}
+        for (name, _), squares in zip(self.paths, told["squares"], strict=True):
+            module_squares.setdefault(name, []).append(squares)
+        return Outcome(**{k: v for k, v in told.items() if k != "squares"}, module_squares=module_squares, host=host)
 
     def scalars(self, count: float, rate: float) -> np.ndarray:
         """The step's target tokens and its learning rate, as `decide` takes them."""
@@ -149,3 +167,7 @@ class Finish:
             finite = np.isfinite(next(squares[name]))
             found += [path for path, good in zip(paths, finite, strict=True) if not good]
         return found
+
+
+def _first_device(stage: Stage) -> jax.Device:
+    return stage.plan.mesh.devices.flat[0]

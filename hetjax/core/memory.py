@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hetjax.core import processes
 from hetjax.core.pipeline import Pipeline
 from hetjax.core.stage import Stage
 from hetjax.core.tasks import OF_STAGES, StageKey, Thing, What
@@ -50,10 +51,11 @@ BETWEEN = {  # programs that run between steps, and what of their stage they are
 
 
 def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
-    """Memory by device position. Needs compiled programs."""
+    """Memory by position of this process's devices. Needs compiled programs."""
     stages = trainer.pipeline.stages
     workspace = {(key, name): _workspace(stage, name) for key, stage in stages.items() for name in stage.memory}
-    return of_step(trainer.pipeline, {key: local_bytes(stage.kept) for key, stage in stages.items()}, workspace)
+    found = of_step(trainer.pipeline, {key: local_bytes(stage.kept) for key, stage in stages.items()}, workspace)
+    return {n: memory for n, memory in found.items() if processes.is_mine(trainer.spec.devices[n])}
 
 
 def _workspace(stage: Stage, name: str) -> int:
@@ -147,10 +149,11 @@ def check(devices: dict[int, DeviceMemory], available: dict[int, int]) -> None:
 
 
 def available(devices: list[jax.Device]) -> dict[int, int]:
-    """Bytes of each device; emulated CPU devices share the machine's memory in equal parts."""
+    """Bytes of each device; emulated CPU devices share the machine's memory in equal parts. Those of other processes
+    are taken to be like this one's first."""
     found = {}
     for position, device in enumerate(devices):
-        stats = device.memory_stats() or {}
+        stats = (device if processes.is_mine(device) else jax.local_devices()[0]).memory_stats() or {}
         if "bytes_limit" in stats:
             found[position] = stats["bytes_limit"]
         elif device.platform == "cpu":

@@ -168,8 +168,8 @@ class Parameters:
 
     def init(self) -> Params:
         """Fresh values: functions of seed, module name, part and global layer index alone."""
-        make = lambda key: self.owned(self._make(key))
-        return jax.jit(make, out_shardings=shardings(self.params))(jax.random.key(self._seed))
+        make = lambda: self.owned(self._make(jax.random.key(self._seed)))
+        return jax.jit(make, out_shardings=shardings(self.params))()
 
     def laid(self, params: Params) -> Params:
         """The parameters of another trainer of this stage, which may have cut others into ZeRO shards: other ones

@@ -1,7 +1,8 @@
 """The host loop: walks a schedule's tasks over the stages of all modules; `step.py` does what each of them is.
 
 One Python thread hands each task to its devices and goes on; arrays are futures. The order is the schedule's and
-nothing else's: it asks no device what is ready, so every process that runs it issues the same tasks in the same order.
+nothing else's: it asks no device what is ready, so every process that runs it issues the same tasks in the same order,
+and takes part in those of its own devices.
 Before a stage's task goes out, the one `IN_FLIGHT` before it is waited for: beyond about 32 the runtime blocks the host
 thread, and every idle mesh would starve behind one busy mesh.
 """
@@ -16,7 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax.core import processes
 from hetjax.core.alive import Alive, on_device, on_host
+from hetjax.core.evaluated import Evaluated
 from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
 from hetjax.core.packing import Prepared, prepare
@@ -51,14 +54,20 @@ class Pipeline(Wiring):
         return Finish(self)
 
     @functools.cached_property
+    def evaluated(self) -> Evaluated:
+        """Brings what the last stage's evaluation gives to the host."""
+        return Evaluated(self.stages[self.last], self.spec.devices)
+
+    @functools.cached_property
     def flags(self) -> dict[StageKey, tuple[jax.Array, jax.Array]]:
         """False and True on each stage's devices: whether a microbatch is the step's first."""
-        everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages.items()}
-        return {key: tuple(jax.device_put([np.False_, np.True_], where)) for key, where in everywhere.items()}
+        everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages_here.items()}
+        put = processes.replicated
+        return {key: (put(np.False_, where), put(np.True_, where)) for key, where in everywhere.items()}
 
     def zeros(self) -> Trees:
         """Gradient accumulators of every stage that trains."""
-        return {key: stage.parameters.zeros() for key, stage in self.stages.items() if stage.parameters.trains}
+        return {key: stage.parameters.zeros() for key, stage in self.stages_here.items() if stage.parameters.trains}
 
     def gradients(
         self, weights: Trees, microbatches: Sequence[Prepared], acc: Trees, count: float
@@ -90,16 +99,17 @@ class Pipeline(Wiring):
 
         `scores` are the microbatches', `count` the step's target tokens.
         """
-        alive, trains = reduced.alive, {key: stage.parameters for key, stage in self.finish.moved.items()}
+        here = {key: stage for key, stage in self.finish.moved.items() if key in self.mine}
+        alive, trains = reduced.alive, {key: stage.parameters for key, stage in here.items()}
         for key, mine in trains.items():
             alive.begin(Thing(What.MASTERS, key), mine.masters(params[key]))
             alive.begin(Thing(What.STATE, key), states[key])
         step = Update(self.finish, alive, reduced, scores, count, learning_rate)
         self._walk(self.schedule.update, step.doing)
-        weights = {key: alive.left(Thing(What.WEIGHTS, key)) for key in self.stages}
+        weights = {key: alive.left(Thing(What.WEIGHTS, key)) for key in self.stages_here}
         made = {key: mine.all_of(alive.left(Thing(What.MASTERS, key)), weights[key]) for key, mine in trains.items()}
         states = states | {key: alive.left(Thing(What.STATE, key)) for key in trains}
-        return params | made, weights, states, Outcome(**step.decided, host=host)
+        return params | made, weights, states, self.finish.outcome(step.told, host)
 
     def at_home(self, what: What, key: StageKey, tree: Tree) -> Tree:
         """What a stage holds from step to step, in the memory where it lies between steps."""
@@ -108,11 +118,13 @@ class Pipeline(Wiring):
     def weights(self, params: Trees) -> Trees:
         """The working weights of these parameters, where they lie between steps."""
         found = {
-            key: self.at_home(What.WEIGHTS, key, s.weights(on_device(params[key]))) for key, s in self.stages.items()
+            key: self.at_home(What.WEIGHTS, key, s.weights(on_device(params[key])))
+            for key, s in self.stages_here.items()
         }
         for tie in self.ties:
-            copy = lent(tie, on_device(found[tie.owner]), on_device(found[tie.copy]))
-            found[tie.copy] = self.at_home(What.WEIGHTS, tie.copy, copy)
+            owner, copy = (on_device(found[key]) if key in found else None for key in (tie.owner, tie.copy))
+            if (weights := lent(tie, owner, copy)) is not None:
+                found[tie.copy] = self.at_home(What.WEIGHTS, tie.copy, weights)
         return found
 
     def evaluate(self, weights: Mapping[StageKey, Tree], microbatch: Microbatch) -> tuple[jax.Array, np.ndarray]:
@@ -120,11 +132,14 @@ class Pipeline(Wiring):
         prepared = prepare(microbatch, self.packings)
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
         for key, stage in self.stages.items():  # producers come before their consumers
-            y = stage.programs["evaluate"](on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared))
+            y: Tree = {}
+            if key in self.mine:
+                y = stage.programs["evaluate"](on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
                 inputs[link.target] |= link.forward(y)
-        likeliest, cp = np.asarray(y["likeliest"]), self.graph.sink.layout.cp
-        return y["loss"], likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
+        loss, likeliest = self.evaluated(y)
+        cp = self.graph.sink.layout.cp
+        return loss, likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
 
     def place(self, key: StageKey, microbatch: Prepared) -> list[jax.Array]:
         """What a stage reads, on its devices."""
@@ -134,7 +149,8 @@ class Pipeline(Wiring):
     def _walk(self, tasks: Sequence[Task], doing: Doing) -> HostTimes:
         """Dispatches `tasks` in their order."""
         working = crossing = waiting = 0.0
-        for task in tasks:
+        mine = [task for task in tasks if self.is_mine(task)]
+        for task in mine:
             start = time.perf_counter()
             queue = self._waiting[task.stage]
             if len(queue) == IN_FLIGHT:
@@ -147,4 +163,4 @@ class Pipeline(Wiring):
             waits = task.kind is Kind.GONE
             waiting, working = waiting + begun - start + seconds * waits, working + seconds * (not waits)
             crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
-        return HostTimes(len(tasks), working, crossing, waiting)
+        return HostTimes(len(mine), working, crossing, waiting)

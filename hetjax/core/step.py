@@ -11,7 +11,7 @@ from hetjax.core.alive import Alive
 from hetjax.core.finish import Finish, Reduced, Scores
 from hetjax.core.packing import Prepared
 from hetjax.core.tasks import Kind, StageKey, Task, Thing, What
-from hetjax.core.wiring import Link, Tie
+from hetjax.core.wiring import Tie
 from models.contract import ROUTED
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class Gradients:
     ) -> None:
         self.pipeline, self.alive, self.microbatches, self.acc = pipeline, alive, microbatches, acc
         self.seeds = pipeline.finish.seeds(count)
-        self.leaving: dict[Task, tuple[Link, dict[str, jax.Array]]] = {}
+        self.leaving: dict[Task, dict[str, jax.Array]] = {}
         self.scores: dict[int, Scores] = collections.defaultdict(dict)
         self.grads = dict(acc)
         self.squares: dict[StageKey, jax.Array] = {}
-        self.tied: list[jax.Array] = []  # squares of each tie, in their order
+        self.tied: dict[int, jax.Array] = {}  # squares by number of the tie
         self.doing: Doing = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -47,12 +47,13 @@ class Gradients:
 
     def reduced(self) -> Reduced:
         """The outcome."""
-        stages = self.pipeline.finish.stages
+        stages, ties = self.pipeline.finish.stages, range(len(self.pipeline.finish.trained_ties))
         acc = {
-            key: optimizer.merge(stage.parameters.repeated(self.acc[key]), self.grads[key])
-            for key, stage in stages.items()
+            key: optimizer.merge(stages[key].parameters.repeated(mine), self.grads[key])
+            for key, mine in self.acc.items()
         }
-        return Reduced(self.grads, acc, [*(self.squares[key] for key in stages), *self.tied], self.alive)
+        squares = [*map(self.squares.get, stages), *map(self.tied.get, ties)]
+        return Reduced(self.grads, acc, squares, self.alive)
 
     def _inputs(self, key: StageKey, i: int) -> dict[Thing, dict[str, jax.Array]]:
         """What has come to a stage for a microbatch, by where from."""
@@ -71,7 +72,7 @@ class Gradients:
         if stage.scores and not stage.ends_in_loss:
             self.scores[i][key[0]] = {k: y[k] for k in stage.scores}
         for link in self.pipeline.links[key]:
-            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = link, y
+            self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = y
         return done
 
     def _backward(self, task: Task) -> jax.Array:
@@ -95,7 +96,7 @@ class Gradients:
         for link in self.pipeline.sources[key]:
             if self.pipeline.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
-                self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = link, g_y
+                self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = g_y
         return done
 
     def _drop(self, things: Mapping[Thing, Tree]) -> None:
@@ -103,12 +104,16 @@ class Gradients:
             self.alive.pop(thing)
 
     def _boundary(self, task: Task) -> None:
-        link, arrays = self.leaving.pop(task)
-        if task.to == link.target:
-            self.alive[Thing(What.INPUTS, link.target, task.microbatch, link.source)] = link.forward(arrays)
+        assert task.to is not None
+        between, (key, i, to) = self.pipeline.between, (task.stage, task.microbatch, task.to)
+        arrays = self.leaving.pop(task, None)  # None: those of another process
+        if link := between.get((key, to)):
+            thing, moved = Thing(What.INPUTS, to, i, key), link.forward(arrays or {})
         else:
-            g_y = link.boundary.backward(arrays)
-            self.alive[Thing(What.COTANGENTS, link.source, task.microbatch, link.target)] = g_y
+            back = between[to, key].boundary
+            thing, moved = Thing(What.COTANGENTS, to, i, key), back.backward(arrays or back.absent_backward)
+        if to in self.pipeline.mine:
+            self.alive[thing] = moved
 
     def _reduce(self, task: Task) -> None:
         key = task.stage
@@ -122,13 +127,15 @@ class Gradients:
 
     def _tie(self, task: Task) -> None:
         """The gradients of a copy's tied leaves, added to the owner's."""
-        finish = self.pipeline.finish
-        for tie in finish.ties:
+        finish, mine = self.pipeline.finish, self.pipeline.mine
+        for number, tie in enumerate(finish.trained_ties):
             if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
-                leaf = tie.gradient.forward({"x": _get(self.grads[tie.copy], tie.copy_path)})["x"]
-                total, squares = finish.add[tie.owner](_get(self.grads[tie.owner], tie.owner_path), leaf)
-                self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
-                self.tied.append(squares)
+                given = {"x": _get(self.grads[tie.copy], tie.copy_path)} if tie.copy in mine else None
+                leaf = tie.gradient.forward(given or tie.gradient.absent_forward)["x"]
+                if tie.owner in mine:
+                    owners = _get(self.grads[tie.owner], tie.owner_path)
+                    total, self.tied[number] = finish.add[tie.owner](owners, leaf)
+                    self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
 
 
 class Update:
@@ -147,7 +154,7 @@ class Update:
         self.scalars = finish.scalars(count, learning_rate)
         self.decisions: dict[StageKey, jax.Array] = {}
         self.loads: dict[StageKey, jax.Array] = {}
-        self.decided: dict[str, Any] = {}  # fields of the outcome
+        self.told: Tree = {}  # by the decision
         self.doing: Doing = {
             Kind.DECIDE: self._decide,
             Kind.UPDATE: self._update,
@@ -158,14 +165,11 @@ class Update:
     def _decide(self, task: Task) -> None:
         """From squares and scores, which every device of a stage has, on one device; the decision to all."""
         finish = self.finish
-        local = [x.addressable_data(0) for x in self.reduced.squares]
-        scores = jax.tree.map(lambda x: x.addressable_data(0), self.scores)
-        *squares, scalars, scores = jax.device_put([*local, self.scalars, scores], finish.home)
-        found, decision = finish.decide(squares, scores, scalars)
-        self.decided = {**found, "module_squares": finish.by_module(squares)}
-        self.decisions = jax.device_put(dict.fromkeys(finish.moved, decision), finish.everywhere)
-        loads = {key: found[ROUTED][key[0]] for key in finish.balanced}
-        self.loads = jax.device_put(loads, {key: finish.everywhere[key] for key in loads})
+        squares, scores = jax.tree.map(lambda x: x.addressable_data(0), (self.reduced.squares, self.scores))
+        self.told, decision = finish.decide(*finish.parts(squares, scores), self.scalars)
+        self.decisions = finish.spread(decision)
+        for name, spread in finish.balance.items():
+            self.loads |= spread(self.told[ROUTED][name])
 
     def _update(self, task: Task) -> None:
         key, mine = task.stage, self.finish.moved[task.stage].parameters
@@ -182,14 +186,19 @@ class Update:
         """The new values of an owner's tied leaves, to the copy."""
         for tie in self.finish.ties:
             if (tie.owner, tie.copy) == (task.stage, task.to):
-                owner, copy = Thing(What.WEIGHTS, tie.owner), Thing(What.WEIGHTS, tie.copy)
-                self.alive[copy] = lent(tie, self.alive[owner], self.alive[copy])
+                owner, copy = (Thing(What.WEIGHTS, key) for key in (tie.owner, tie.copy))
+                here = [
+                    self.alive[thing] if thing.stage in self.finish.wiring.mine else None for thing in (owner, copy)
+                ]
+                if (weights := lent(tie, *here)) is not None:
+                    self.alive[copy] = weights
 
 
-def lent(tie: Tie, owner: Tree, copy: Tree) -> Tree:
-    """The copy's working weights, with that of the owner's."""
-    value = tie.value.forward({"x": _get(owner, tie.owner_path)})["x"]
-    return _set(copy, tie.copy_path, value)
+def lent(tie: Tie, owner: Tree | None, copy: Tree | None) -> Tree | None:
+    """The copy's working weights, with that of the owner's. None: they are another process's."""
+    given = tie.value.absent_forward if owner is None else {"x": _get(owner, tie.owner_path)}
+    value = tie.value.forward(given)["x"]
+    return None if copy is None else _set(copy, tie.copy_path, value)
 
 
 def _joined(inputs: Mapping[Thing, dict[str, jax.Array]]) -> dict[str, jax.Array]:

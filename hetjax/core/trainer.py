@@ -109,7 +109,7 @@ class Trainer:
 
     def _of_stages(self, what: What, make: Callable[[StageKey], Tree]) -> dict[StageKey, Tree]:
         """What `make` gives for each stage, which compiles its own, where it lies between steps."""
-        stages = self.pipeline.stages
+        stages = self.pipeline.stages_here
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             found = pool.map(lambda key: self.pipeline.at_home(what, key, make(key)), stages)
             return dict(zip(stages, found, strict=True))
@@ -123,7 +123,7 @@ class Trainer:
     def state(self, params: dict[StageKey, Tree], states: dict[StageKey, Tree], step: int) -> State:
         """The state behind `step` with these parameters and optimizer states, which it takes."""
         weights = self.pipeline.weights(params)
-        for key, stage in self.pipeline.stages.items():
+        for key, stage in self.pipeline.stages_here.items():
             mine = stage.parameters
             masters = self.pipeline.at_home(What.MASTERS, key, mine.masters(params[key]))
             params = params | {key: mine.all_of(masters, weights[key])}

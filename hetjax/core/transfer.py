@@ -5,12 +5,12 @@ all pieces, a join on each destination device, and one all-gather inside the des
 
 `jax.device_put` is direct and asynchronous for single-device pieces; between most shardings it pulls the array through
 numpy and blocks the host until the producer is done. Programs are per device, since the pieces of two devices differ.
+
+With several processes each cuts, joins and gathers on its own devices, and puts the pieces that leave or reach these.
 """
 
 import dataclasses
 import functools
-import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,100 +18,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
-from hetjax.core import wire
-from hetjax.core.mesh import axis_names
-
-
-def blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[int, wire.Box]:
-    """The block of each device of `sharding`, by device id, in the mesh's order."""
-    indices = sharding.devices_indices_map(shape)
-    return {
-        device.id: tuple(part.indices(size)[:2] for part, size in zip(indices[device], shape, strict=True))
-        for device in sharding.mesh.devices.flat
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array of an edge: its type and both of its shardings. All leaves of an edge share their two meshes."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    source: NamedSharding
-    destination: NamedSharding
-
-    @property
-    def mirror(self) -> "Leaf":
-        """The leaf of the way back."""
-        return dataclasses.replace(self, source=self.destination, destination=self.source)
-
-    @functools.cached_property
-    def held(self) -> dict[int, wire.Box]:
-        """Device id -> block, on the source."""
-        return blocks(self.source, self.shape)
-
-    @functools.cached_property
-    def wanted(self) -> dict[int, wire.Box]:
-        """Device id -> block, on the destination."""
-        return blocks(self.destination, self.shape)
-
-
-@dataclasses.dataclass
-class Program:
-    """A function compiled ahead of time for inputs of fixed type and place."""
-
-    name: str
-    function: Callable[..., tuple[jax.Array, ...]]
-    inputs: tuple[jax.ShapeDtypeStruct, ...]
-    out_shardings: Any
-    compiled: jax.stages.Compiled | None = None
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-    def compile(self) -> jax.stages.Compiled:
-        """The executable; the first call compiles it, later calls from any thread return the same one."""
-        if self.compiled is None:
-            with self.lock:
-                if self.compiled is None:  # another thread may have been first
-                    lowered = jax.jit(self.function, out_shardings=self.out_shardings).lower(*self.inputs)
-                    self.compiled = lowered.compile()
-        return self.compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Route:
-    """One direction of an edge: `run` takes and returns its arrays in the order of the leaves."""
-
-    run: Callable[[list[jax.Array]], list[jax.Array]]
-    programs: tuple[Program, ...]
-    wire_bytes: int
-
-
-def landing(leaf: Leaf, crossing: wire.Wire) -> jax.ShapeDtypeStruct:
-    """What the pieces become on the destination: the array itself, or with `crossing.dim` shared by the replicas."""
-    dim, mesh = crossing.dim, leaf.destination.mesh
-    if dim is None:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.destination)
-    entries = [*leaf.destination.spec, *[None] * (len(leaf.shape) - len(leaf.destination.spec))]
-    entries[dim] = (*axis_names(entries[dim]), *_free_axes(leaf.destination))
-    rows = crossing.rows * math.prod(mesh.shape[name] for name in entries[dim])
-    shape = (*leaf.shape[:dim], rows, *leaf.shape[dim + 1 :])
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
-
-
-def _free_axes(sharding: NamedSharding) -> tuple[str, ...]:
-    """The mesh axes over which `sharding` replicates, in the mesh's order: the rank of a replica counts along them."""
-    used = {name for entry in sharding.spec for name in axis_names(entry)}
-    return tuple(name for name, size in sharding.mesh.shape.items() if name not in used and size > 1)
+from hetjax.core import processes, wire
+from hetjax.core.route import Leaf, Program, Route, free_axes, landing
+from hetjax.core.sends import Send, Sends
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One single-device program of the pieces route; inputs are places in the list of all values of a call."""
+    """One single-device program of the pieces route; inputs and outputs are places in the list of a call's values."""
 
     program: Program
     inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    device: jax.Device
+
+    def run(self, values: list[Any]) -> None:
+        """Fills the places of its outputs."""
+        for place, value in zip(self.outputs, self.program.compile()(*[values[n] for n in self.inputs]), strict=True):
+            values[place] = value
 
 
 class Pieces:
@@ -137,25 +63,36 @@ class Pieces:
 
     def route(self) -> Route:
         """The finished route."""
-        cuts, sends, joins = self._cuts(), self._sends(), self._joins()
-        origins, receivers = [place for place, _ in sends], [device for _, device in sends]
+        held = [place for device, place in self._held() if processes.is_mine(self.devices[device])]
+        cuts, sends, joins = self._mine(self._cuts()), Sends(self._sends()), self._mine(self._joins())
         wraps = [
-            (struct.shape, struct.sharding, [self.landed[index, device] for device in leaf.wanted])
+            (struct, [self.landed[index, device] for device in leaf.wanted if processes.is_mine(self.devices[device])])
             for index, (leaf, struct) in enumerate(zip(self.leaves, self.landings, strict=True))
         ]
+        arrives = processes.owns_some(self.leaves[0].destination.mesh.devices.flat)
         shared = {index: crossing.dim for index, crossing in enumerate(self.wires) if crossing.dim is not None}
-        gather = self._gather(shared) if shared else None
+        gather = self._gather(shared) if shared and arrives else None
+        empty, absent = (
+            [None] * self.size,
+            [] if arrives else [processes.elsewhere(leaf.landed) for leaf in self.leaves],
+        )
 
         def run(arrays: list[jax.Array]) -> list[jax.Array]:
-            values = [shard.data for array in arrays for shard in array.addressable_shards]
+            values: list[Any] = empty.copy()
+            for place, shard in zip(held, (s for array in arrays for s in array.addressable_shards), strict=True):
+                values[place] = shard.data
             for step in cuts:
-                values += step.program.compile()(*[values[place] for place in step.inputs])
-            values += jax.device_put([values[place] for place in origins], receivers)
+                step.run(values)
+            sends.run(values)
+            if not arrives:
+                return absent
             for step in joins:
-                values += step.program.compile()(*[values[place] for place in step.inputs])
+                step.run(values)
             out: list[jax.Array] = [
-                jax.make_array_from_single_device_arrays(shape, sharding, [values[place] for place in places])
-                for shape, sharding, places in wraps
+                jax.make_array_from_single_device_arrays(
+                    struct.shape, struct.sharding, [values[place] for place in places], dtype=struct.dtype
+                )
+                for struct, places in wraps
             ]
             if gather:
                 for index, array in zip(shared, gather.compile()(*[out[index] for index in shared]), strict=True):
@@ -164,7 +101,18 @@ class Pieces:
 
         programs = (*(step.program for step in (*cuts, *joins)), *([gather] if gather else []))
         moved = (crossing.moved * leaf.dtype.itemsize for crossing, leaf in zip(self.wires, self.leaves, strict=True))
-        return Route(run, programs, sum(moved))
+        return Route(run, programs, sum(moved), crosses=bool(sends.crossing))
+
+    def _mine(self, steps: Sequence[Step]) -> list[Step]:
+        return [step for step in steps if processes.is_mine(step.device)]
+
+    def _held(self) -> list[tuple[int, int]]:
+        """(device, place) of the source's shards, leaf by leaf."""
+        return [
+            (device, self.taken[index, device, self._whole(index, device)])
+            for index, leaf in enumerate(self.leaves)
+            for device in leaf.held
+        ]
 
     def _next(self) -> int:
         self.size += 1
@@ -178,19 +126,18 @@ class Pieces:
         self, name: str, function: Callable[..., Any], inputs: Sequence[tuple[int, wire.Box]], device: int
     ) -> Program:
         """`function` on one device, of inputs that have the size of a box of a leaf."""
-        place = SingleDeviceSharding(self.devices[device])
-        structs = tuple(
-            jax.ShapeDtypeStruct([stop - start for start, stop in box], self.leaves[index].dtype, sharding=place)
-            for index, box in inputs
-        )
-        return Program(f"{name} on {device}", function, structs, place)
+        structs = tuple(self._struct(index, box, self.devices[device]) for index, box in inputs)
+        return Program(f"{name} on {device}", function, structs, SingleDeviceSharding(self.devices[device]))
 
     def _cuts(self) -> list[Step]:
-        """One program per source device with all of its slices; a piece that is a whole shard needs none."""
+        """One program per source device with all of its slices; a piece that is a whole shard needs none, but a copy
+        where another process fetches it, for which this one's runtime keeps nothing alive that is donated."""
         slices: dict[int, dict[tuple[int, wire.Box], None]] = {}  # the inner dict is an ordered set
         for index, crossing in enumerate(self.wires):
             for piece in crossing.pieces:
-                if (index, piece.sender, piece.take) not in self.taken:
+                source, to = self._ends(piece)
+                fetched = self.leaves[index].donated and source.process_index != to.process_index
+                if fetched or (index, piece.sender, piece.take) not in self.taken:
                     slices.setdefault(piece.sender, {})[index, piece.take] = None
         steps = []
         for device, boxes in slices.items():
@@ -198,22 +145,31 @@ class Pieces:
             shards = [(index, self._whole(index, device)) for index in needed]
             function = functools.partial(_cut, boxes=tuple((needed.index(index), box) for index, box in boxes))
             places = tuple(self.taken[index, device, box] for index, box in shards)
-            steps.append(Step(self._program("cut", function, shards, device), places))
-            for index, box in boxes:
-                self.taken[index, device, box] = self._next()
+            outputs = tuple(self._next() for _ in boxes)
+            self.taken |= {(index, device, box): n for (index, box), n in zip(boxes, outputs, strict=True)}
+            program = self._program("cut", function, shards, device)
+            steps.append(Step(program, places, outputs, self.devices[device]))
         return steps
 
-    def _sends(self) -> list[tuple[int, jax.Device]]:
-        """Place and receiver of every piece that leaves its device."""
+    def _sends(self) -> list[Send]:
+        """Every piece that leaves its device."""
         sends = []
         for index, crossing in enumerate(self.wires):
             for piece in crossing.pieces:
                 place = self.taken[index, piece.sender, piece.take]
                 if piece.sender != piece.receiver:
-                    sends.append((place, self.devices[piece.receiver]))
-                    place = self._next()
+                    source, to, origin, place = *self._ends(piece), place, self._next()
+                    sends.append(Send(self._struct(index, piece.take, source), source, to, origin, place))
                 self.got.setdefault((index, piece.receiver), []).append((piece.place, place))
         return sends
+
+    def _ends(self, piece: wire.Piece) -> tuple[jax.Device, jax.Device]:
+        return self.devices[piece.sender], self.devices[piece.receiver]
+
+    def _struct(self, index: int, box: wire.Box, device: jax.Device) -> jax.ShapeDtypeStruct:
+        """An array on one device that has the size of a box of a leaf."""
+        shape = [stop - start for start, stop in box]
+        return jax.ShapeDtypeStruct(shape, self.leaves[index].dtype, sharding=SingleDeviceSharding(device))
 
     def _joins(self) -> list[Step]:
         """One program per destination device that makes its landings; a landing that is one piece needs none."""
@@ -222,8 +178,9 @@ class Pieces:
             parts: list[tuple[tuple[int, ...], np.dtype, tuple[wire.Box, ...]]] = []
             inputs: list[tuple[int, wire.Box]] = []
             places: list[int] = []
-            for index, (leaf, landing) in enumerate(zip(self.leaves, self.landings, strict=True)):
-                shape = landing.sharding.shard_shape(landing.shape)
+            outputs: list[int] = []
+            for index, (leaf, struct) in enumerate(zip(self.leaves, self.landings, strict=True)):
+                shape = struct.sharding.shard_shape(struct.shape)
                 got = self.got.get((index, device), [])
                 if [box for box, _ in got] == [tuple((0, size) for size in shape)]:
                     self.landed[index, device] = got[0][1]
@@ -231,10 +188,12 @@ class Pieces:
                 parts.append((shape, leaf.dtype, tuple(box for box, _ in got)))
                 inputs += [(index, box) for box, _ in got]
                 places += [place for _, place in got]
-                self.landed[index, device] = self._next()
+                outputs.append(self._next())
+                self.landed[index, device] = outputs[-1]
             if parts:
                 function = functools.partial(_join, parts=tuple(parts))
-                steps.append(Step(self._program("join", function, inputs, device), tuple(places)))
+                program = self._program("join", function, inputs, device)
+                steps.append(Step(program, tuple(places), tuple(outputs), self.devices[device]))
         return steps
 
     def _gather(self, shared: Mapping[int, int]) -> Program:
@@ -244,7 +203,7 @@ class Pieces:
         inputs = tuple(self.landings[index] for index in shared)
         out = tuple(self.leaves[index].destination for index in shared)
         sizes = [self.leaves[i].destination.shard_shape(self.leaves[i].shape)[dim] for i, dim in shared.items()]
-        axes = [_free_axes(sharding) for sharding in out]
+        axes = [free_axes(sharding) for sharding in out]
 
         def gather(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             whole = [
@@ -268,8 +227,8 @@ class Pieces:
 
 
 def _cut(*shards: jax.Array, boxes: tuple[tuple[int, wire.Box], ...]) -> tuple[jax.Array, ...]:
-    """The boxes (input, box) of one device's shards."""
-    return tuple(lax.slice(shards[index], *zip(*box, strict=True)) for index, box in boxes)
+    """The boxes (input, box) of one device's shards; copies, also of a whole one."""
+    return tuple(jnp.copy(lax.slice(shards[index], *zip(*box, strict=True))) for index, box in boxes)
 
 
 def _join(

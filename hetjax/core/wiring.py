@@ -1,17 +1,19 @@
 """The stages of a graph and the boundaries between them, built for one microbatch shape; nothing is compiled yet."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from hetjax.core import processes
 from hetjax.core.boundary import Boundary
-from hetjax.core.graph import Module
+from hetjax.core.graph import Graph, Module
 from hetjax.core.packing import Packing
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
-from hetjax.core.tasks import OFFLOADS, Kind, StageKey, StageNode
+from hetjax.core.tasks import OFFLOADS, Kind, StageKey, StageNode, Task
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -26,8 +28,8 @@ class Link(NamedTuple):
     boundary: Boundary
 
     def forward(self, y: Tree) -> dict[str, jax.Array]:
-        """What the target takes of the source's outputs, as its inputs."""
-        moved = self.boundary.forward({k: y[k] for k in self.names})
+        """What the target takes of the source's outputs, as its inputs; {}: these are another process's."""
+        moved = self.boundary.forward({k: y[k] for k in self.names} if y else self.boundary.absent_forward)
         return {name: moved[k] for k, name in self.names.items()}
 
 
@@ -48,6 +50,7 @@ class Wiring:
     def __init__(self, spec: TrainSpec) -> None:
         graph = spec.graph
         self.spec, self.graph = spec, graph
+        _check_processes(graph, spec.devices)
         self.plans = {m.name: plan_stages(m.name, m.definition, m.layout, spec.devices) for m in graph.modules}
         self.stages: dict[StageKey, Stage] = {}
         self.links: dict[StageKey, list[Link]] = {}  # by source
@@ -55,9 +58,10 @@ class Wiring:
         for module in (*graph.encoders, graph.sink):
             for plan in self.plans[module.name]:
                 self._add(module, plan)
+        self.mine = frozenset(k for k, s in self.stages.items() if processes.owns_some(s.plan.mesh.devices.flat))
         self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
         self.ties = [tie for key in self.stages for tie in self._ties_of(key)]
-        self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages.items()}
+        self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages_here.items()}
 
     def _add(self, module: Module, plan: StagePlan) -> None:
         key, spec = (module.name, plan.index), self.spec
@@ -102,10 +106,39 @@ class Wiring:
         for part, leaf in sorted(mine.borrowed):
             source, gradient = mine.tied[leaf], None
             if leaf in mine.trainable.get(part, {}):
-                gradient = Boundary({"x": mine.grads[part][leaf]}, {"x": owner.grads["first"][source].sharding})
-            value = Boundary({"x": owner.weights["first"][source]}, {"x": mine.weights[part][leaf].sharding})
+                gradient = Boundary(
+                    {"x": mine.grads[part][leaf]}, {"x": owner.grads["first"][source].sharding}, donated=True
+                )
+            value = Boundary(
+                {"x": owner.weights["first"][source]}, {"x": mine.weights[part][leaf].sharding}, donated=True
+            )
             found.append(Tie(owner_key, key, ("first", source), (part, leaf), gradient, value))
         return found
+
+    @property
+    def stages_here(self) -> dict[StageKey, Stage]:
+        """Those of which this process drives a device."""
+        return {key: stage for key, stage in self.stages.items() if key in self.mine}
+
+    @functools.cached_property
+    def between(self) -> dict[tuple[StageKey, StageKey], Link]:
+        """The edges, by source and target."""
+        return {(link.source, link.target): link for links in self.links.values() for link in links}
+
+    def is_mine(self, task: Task) -> bool:
+        """Whether this process takes part in a task."""
+        if task.kind is Kind.DECIDE or task.stage in self.mine or task.to in self.mine:
+            return True
+        if task.to is None:
+            return False
+        ends = task.stage, task.to
+        if link := self.between.get(ends):
+            return link.boundary.crosses()
+        if link := self.between.get((task.to, task.stage)):
+            return link.boundary.crosses(backward=True)
+        gradients = (tie.gradient for tie in self.ties if (tie.copy, tie.owner) == ends)
+        values = (tie.value for tie in self.ties if (tie.owner, tie.copy) == ends)
+        return any(boundary.crosses() for boundary in (*gradients, *values) if boundary)
 
     @property
     def nodes(self) -> list[StageNode]:
@@ -128,10 +161,19 @@ class Wiring:
         return {f"{a}/{i} -> {b}/{j}": boundary for (a, i), (b, j), _, boundary in links}
 
     def thunks(self, *, evaluate: bool) -> list[tuple[str, Callable[[], object]]]:
-        """(name, function that compiles it) of every program of the stages and the boundaries."""
+        """(name, function that compiles it) of every program of stages and boundaries that this process runs."""
         found: list[tuple[str, Callable[[], object]]] = []
-        for (module, index), stage in self.stages.items():
+        for (module, index), stage in self.stages_here.items():
             found += [(f"{module}/{index} {name}", thunk) for name, thunk in stage.thunks(evaluate=evaluate).items()]
         for name, boundary in self.boundaries.items():
             found += [(f"{name} {program}", thunk) for program, thunk in boundary.programs()]
         return found
+
+
+def _check_processes(graph: Graph, devices: Sequence[jax.Device]) -> None:
+    for module in graph.modules:
+        if module.layout.offload and len({device.process_index for device in devices}) > 1:
+            raise ValueError(
+                f"{module.name}: Layout.offload={list(module.layout.offload)} runs in one process alone; leave it out, "
+                "or start one process"
+            )

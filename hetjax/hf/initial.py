@@ -115,7 +115,7 @@ def _value(model: Any, field: str) -> Any:
 def state(trainer: Trainer, starts: Mapping[str, Start]) -> State:
     """The trainer's step 0, with the parameters of `starts` in place of fresh ones."""
     params = trainer.initial_params()
-    for (name, index), stage in trainer.pipeline.stages.items():
+    for (name, index), stage in trainer.pipeline.stages_here.items():
         if name in starts:
             params[name, index] = _filled(stage, params[name, index], starts[name])
     return trainer.start(params)

@@ -8,28 +8,17 @@ checkpoint and nothing else.
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from hetjax.core import stacks
-from hetjax.core.alive import HOST, on_device
-from hetjax.core.parameters import pad
-from hetjax.core.stage import Stage
-from hetjax.core.tasks import StageKey, Thing, What
-from hetjax.core.trainer import State, Thunks, Trainer, is_stacked, path_parts
+from hetjax.core.trainer import State, Trainer
+from hetjax.run.named import Names, abstract_names, from_names, to_names
 from hetjax.run.names import flat, nested
 
 Tree = Any
-Names = dict[str, Any]  # name -> array, abstract or not
 READING = "if it is damaged, remove this directory and the run resumes from the one before"
 WRITING = "make room if the disk is full, and start the same command again"  # it, or the one that was under way
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax writes, until it is complete
@@ -164,117 +153,3 @@ def steps_in(directory: Path) -> list[int]:
 def unfinished_in(directory: Path) -> list[Path]:
     """What calls that were killed, or met a full disk, left of checkpoints that they wrote."""
     return sorted(directory.glob(f"*{UNFINISHED}*"))
-
-
-def programs(trainer: Trainer) -> Thunks:
-    """What a save runs, to be compiled with the rest; without it the first save compiles."""
-    return [
-        (f"{module}/{index} copy", functools.partial(_compile_copy, (module, index), stage))
-        for (module, index), stage in trainer.pipeline.stages.items()
-    ]
-
-
-def _compile_copy(key: StageKey, stage: Stage) -> None:
-    leaves = tuple(jax.tree.leaves((stage.parameters.params, stage.parameters.state)))
-    compiled = _copies.lower(leaves, stored=_stored(key, stage)).compile()
-    stage.memory["copy"] = compiled.memory_analysis()
-    stage.programs["copy"] = compiled
-
-
-class Stored(NamedTuple):
-    """A leaf as a checkpoint has it: the arrays' names, one for each layer if it is stacked, and what each is like."""
-
-    names: tuple[str, ...]
-    array: jax.ShapeDtypeStruct  # without padding
-    stacked: bool
-    what: What
-
-
-def to_names(trainer: Trainer, state: State) -> Names:
-    """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
-    names: Names = {}
-    for key, stage in trainer.pipeline.stages.items():
-        stored = _stored(key, stage)
-        copy = stage.programs.get("copy") or functools.partial(_copies, stored=stored)
-        copies = copy(tuple(jax.tree.leaves(on_device((state.params[key], state.optimizer[key])))))
-        placed = jax.device_put(copies, _places(trainer, key, stored))
-        names |= dict(zip(_all_names(stored), placed, strict=True))
-    return names
-
-
-def abstract_names(trainer: Trainer) -> Names:
-    """The abstract arrays, with shardings, that `from_names` takes."""
-    names: Names = {}
-    for key, stage in trainer.pipeline.stages.items():
-        stored = _stored(key, stage)
-        arrays = [leaf.array for leaf in stored for _ in leaf.names]
-        for name, a, place in zip(_all_names(stored), arrays, _places(trainer, key, stored), strict=True):
-            names[name] = jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-    return names
-
-
-def _places(trainer: Trainer, key: StageKey, stored: Sequence[Stored]) -> list[NamedSharding]:
-    """Where the arrays of a stage's checkpoint are, name by name: on the host if that is where the state has them."""
-    home = {leaf.what: Thing(leaf.what, key) in trainer.pipeline.schedule.home for leaf in stored}
-    own = [leaf.array.sharding.with_memory_kind(HOST if home[leaf.what] else "device") for leaf in stored]
-    return [place for leaf, place in zip(stored, own, strict=True) for _ in leaf.names]
-
-
-def from_names(trainer: Trainer, names: Names, step: int) -> State:
-    """A state from arrays by name."""
-    params, states = {}, {}
-    for key, stage in trainer.pipeline.stages.items():
-        abstract = (stage.parameters.params, stage.parameters.state)
-        leaves, stored = tuple(jax.tree.leaves(abstract)), _stored(key, stage)
-        places = [leaf.array.sharding for leaf in stored for _ in leaf.names]
-        rows = jax.device_put([names[name] for name in _all_names(stored)], places)
-        where = [leaf.sharding for leaf in leaves]
-        joined = jax.jit(functools.partial(_join, stored, leaves), out_shardings=where)(rows)
-        mine, state = jax.tree.unflatten(jax.tree.structure(abstract), joined)
-        params[key] = trainer.pipeline.at_home(What.MASTERS, key, mine)
-        states[key] = trainer.pipeline.at_home(What.STATE, key, state)
-    return trainer.state(params, states, step)
-
-
-def _stored(key: StageKey, stage: Stage) -> tuple[Stored, ...]:
-    """All that a stage stores, in the order of the leaves of (parameters, state)."""
-    mine, found = stage.parameters, []
-    for kind, what, tree in (("params", What.MASTERS, mine.params), ("optimizer", What.STATE, mine.state)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            parts, stacked = path_parts(path), is_stacked(path)
-            names = stacks.names(parts, mine.layers_of) if stacked else ["/".join(parts)]
-            shape, spec = mine.true_shape(path, leaf), tuple(leaf.sharding.spec)
-            shape, where = (shape[1:], P(*spec[1:])) if stacked else (shape, P(*spec))
-            place = NamedSharding(leaf.sharding.mesh, stage.plan.grid.fitting(shape, where))
-            array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
-            found.append(Stored(tuple(f"{kind}/{key[0]}/{name}" for name in names), array, stacked, what))
-    return tuple(found)
-
-
-def _all_names(stored: tuple[Stored, ...]) -> list[str]:
-    return [name for leaf in stored for name in leaf.names]
-
-
-@functools.partial(jax.jit, static_argnames="stored")
-def _copies(leaves: tuple[jax.Array, ...], stored: tuple[Stored, ...]) -> list[jax.Array]:
-    found = []
-    for leaf, how in zip(leaves, stored, strict=True):
-        rows = [leaf[i] for i in range(len(how.names))] if how.stacked else [jnp.copy(leaf)]
-        found += [_without_padding(row, how.array) for row in rows]
-    return found
-
-
-def _without_padding(row: jax.Array, array: jax.ShapeDtypeStruct) -> jax.Array:
-    if row.shape == array.shape:
-        return row
-    uncut = lax.with_sharding_constraint(row, array.sharding)  # first: so that no device has the whole of it
-    return lax.with_sharding_constraint(uncut[tuple(map(slice, array.shape))], array.sharding)
-
-
-def _join(stored: tuple[Stored, ...], leaves: tuple[jax.ShapeDtypeStruct, ...], rows: list[jax.Array]) -> list:
-    """The leaves that `_copies` took apart."""
-    rest, found = iter(rows), []
-    for how, leaf in zip(stored, leaves, strict=True):
-        mine = [pad(next(rest), leaf.shape[how.stacked :]) for _ in how.names]
-        found.append(jnp.stack(mine) if how.stacked else mine[0])
-    return found

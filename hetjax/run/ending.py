@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from hetjax.core.trainer import State, Trainer
+from hetjax.run import cluster
 from hetjax.run.checkpoint import Checkpoints, steps_in
 
 
@@ -53,7 +54,7 @@ def saved(checkpoints: Checkpoints) -> Iterator[Last]:
     try:
         yield last
     except BaseException:  # a user's code may raise any
-        if last.complete is not None:
+        if last.complete is not None and not cluster.is_one_of_several():  # the others are not here to save with
             print(_save(checkpoints, last), flush=True)
         raise
 

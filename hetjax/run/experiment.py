@@ -29,7 +29,7 @@ from hetjax.core.trainer import Trainer
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
 from hetjax.data.items import Reader
 from hetjax.data.microbatch import Prepare, abstract
-from hetjax.run import command
+from hetjax.run import cluster, command
 from hetjax.run.checks import check_choice, check_model
 
 PRECISIONS = ("bfloat16", "float32", "float64")
@@ -249,7 +249,7 @@ def start(experiment: Experiment) -> None:
     dtypes = (experiment.param_dtype, experiment.llm.compute_dtype, *(e.compute_dtype for e in experiment.encoders))
     if "float64" in dtypes:
         jax.config.update("jax_enable_x64", True)
-    if experiment.emulated_devices:
+    if experiment.emulated_devices and not cluster.is_one_of_several():
         command.emulate_devices(experiment.emulated_devices)
     command.use_compilation_cache(experiment.compilation_cache)
 

@@ -41,14 +41,18 @@ def open_writers(
     resumed_step: int | None = None,
     tensorboard: bool = False,
     stream: TextIO | None = None,
+    writes: bool = True,
 ) -> Iterator[Writer]:
-    """One writer for all places. `stream` is the terminal; None is standard output.
+    """One writer for all places. `stream` is the terminal; None is standard output. `writes` False: it writes nothing.
 
     `resumed_step` is the step of the checkpoint that the run continues from: what was written for later steps is
     dropped. None starts anew.
     """
     with contextlib.ExitStack() as stack:
         writers: list[Writer] = []
+        if not writes:
+            yield _All(writers)
+            return
         if tensorboard:
             writers.append(stack.enter_context(contextlib.closing(TensorBoard(Path(directory), resumed_step))))
         writers.append(stack.enter_context(contextlib.closing(JsonLines(Path(directory), resumed_step))))

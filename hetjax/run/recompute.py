@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from hetjax.core import budget
 from hetjax.core.remat import Keep
 from hetjax.core.trainer import Trainer
+from hetjax.run import cluster
 
 FILE = "remat.json"
 CHANGED = {"devices": "devices", "stages": "layouts, models or settings of memory"}  # by part of the basis
@@ -37,7 +38,8 @@ def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, 
         changed = [CHANGED[what] for what in basis if told is not None and told.basis.get(what) != basis[what]]
         said = f"chosen anew, for other {' and '.join(changed)} than in {path}" if changed else "chosen"
         chosen = {f"{module}/{index}": keep for (module, index), keep in choice.choose(available).items()}
-        _write(path, before | {name: Told(basis, chosen)})
+        if cluster.is_primary():
+            _write(path, before | {name: Told(basis, chosen)})
     print(f"remat, {said}: {', '.join(f'{stage} {keep}' for stage, keep in chosen.items())}", flush=True)
     for (module, index), stage in trainer.pipeline.stages.items():
         stage.set_keep(chosen[f"{module}/{index}"])

@@ -1,0 +1,130 @@
+"""Starts several processes on this machine that train as one run, each with its own emulated or real devices.
+
+    hetjax launch -n 4 --devices-per-process 2 -- train --gin_file=run.gin --workdir=runs/four
+
+When one of them dies, all end. What they print is prefixed by their number; the first one prints the progress.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from hetjax.run import cluster
+
+GRACE = 10.0  # seconds between asking a process to end and ending it
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status: 0, or that of the first process that died."""
+    parser = argparse.ArgumentParser(prog="hetjax launch", description=(__doc__ or "").strip(), allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("-n", type=int, required=True, metavar="N", help="processes")
+    parser.add_argument(
+        "--devices-per-process", type=int, default=0, metavar="N", help="CPU devices to emulate in each; 0: real ones"
+    )
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="times that all start again")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and a command of hetjax")
+    flags = parser.parse_args(argv)
+    command = flags.command[1:] if flags.command[:1] == ["--"] else flags.command
+    for name, value, low in (("-n", flags.n, 1), ("--devices-per-process", flags.devices_per_process, 0)):
+        if value < low:
+            parser.error(f"{name}={value}; it must be at least {low}")
+    if not command:
+        parser.error("no command; write -- train ... behind the flags")
+    if command[0] != "train":
+        parser.error(f"{command[0]} runs in one process alone; train is what runs in several")
+    for restart in range(1 + max(flags.max_restarts, 0)):
+        if restart:
+            print(f"restart {restart} of {flags.max_restarts}", file=sys.stderr, flush=True)
+        status, stopped = run(command, flags.n, flags.devices_per_process)
+        if status in (0, 2) or stopped:  # 2: what only the user can mend
+            break
+    return status
+
+
+def run(command: Sequence[str], count: int, devices: int) -> tuple[int, bool]:
+    """(exit status, whether a signal asked for the end) of `count` processes of one run."""
+    port = free_ports(1 + count)
+    told = {cluster.COORDINATOR: f"127.0.0.1:{port}", cluster.PROCESSES: str(count), cluster.DEVICES: str(devices)}
+    running = []
+    for number in range(count):
+        env = os.environ | told | {cluster.PROCESS: str(number)}
+        start = [sys.executable, "-m", "hetjax", *command]
+        running.append(subprocess.Popen(start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    printers = [threading.Thread(target=_print, args=pair) for pair in enumerate(running)]
+    for printer in printers:
+        printer.start()
+    with _passing_on(running) as stopped:
+        status = _wait(running)
+    for printer in printers:
+        printer.join()
+    return status, bool(stopped)
+
+
+def _wait(running: Sequence[subprocess.Popen]) -> int:
+    """0, or the status of the first process that died, behind which all are ended."""
+    while True:
+        codes = [process.poll() for process in running]
+        died = [(number, code) for number, code in enumerate(codes) if code]
+        if died:
+            number, code = died[0]
+            print(f"process {number} ended with status {code}: all end", file=sys.stderr, flush=True)
+            _end(running)
+            return code if code > 0 else 128 - code
+        if None not in codes:
+            return 0
+        time.sleep(0.1)
+
+
+def _end(running: Sequence[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + GRACE
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()) / 2)
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _passing_on(running: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C reach the first process, which tells the others; those that came are in the list."""
+    came: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        came.append(number)
+        running[0].send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print(number: int, process: subprocess.Popen) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"[{number}] {line}", end="", flush=True)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens at. Raises ValueError where there is none."""
+    for port in range(20000 + os.getpid() % 10000, 60000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for n in range(count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + n))
+            return port
+    raise ValueError(f"no {count} ports in a row are free on this machine; end other runs")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

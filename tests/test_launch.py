@@ -1,0 +1,112 @@
+"""`hetjax launch`: several processes train, save, end on a signal, die together, and resume as fewer."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from runs import ROOT, arguments, environment, records, settings
+
+from hetjax.run.checkpoint import steps_in
+
+APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2-3")) | settings(
+    emulated_devices=4, save_every=2
+)
+
+
+def start(gin: Path, workdir: Path, changes: runs.Changes, *, processes: int = 2) -> subprocess.Popen:
+    """A launch of so many processes that have four devices together."""
+    line = [sys.executable, "-m", "hetjax", "launch", "-n", str(processes), "--devices-per-process"]
+    line += [str(4 // processes), "--", "train", *arguments(gin, workdir, changes)]
+    never = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9", PYTHONUNBUFFERED="1")
+    return subprocess.Popen(
+        line, env=environment() | never, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(launch: subprocess.Popen, seconds: float) -> str:
+    """Its output, once it has ended; it fails if that takes longer."""
+    try:
+        return launch.communicate(timeout=seconds)[0]
+    finally:
+        launch.kill()
+
+
+def saved(workdir: Path, step: int, launch: subprocess.Popen, seconds: float = 200) -> None:
+    """Waits for a checkpoint of `step` or later."""
+    end = time.monotonic() + seconds
+    while max(steps_in(workdir / "checkpoints"), default=0) < step:
+        assert launch.poll() is None and time.monotonic() < end, launch.communicate()[0]
+        time.sleep(0.1)
+
+
+def children(launch: subprocess.Popen) -> list[int]:
+    """The processes of a launch, in their order."""
+    return sorted(map(int, Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()))
+
+
+def test_two_processes_are_killed_resumed_and_stopped(tmp_path: Path) -> None:
+    gin, many = runs.write(tmp_path), APART | settings(steps=1000)
+    launch = start(gin, tmp_path / "run", many)
+    saved(tmp_path / "run", 4, launch)
+    os.kill(children(launch)[1], signal.SIGKILL)
+    said = ended(launch, 30)
+    assert launch.returncode == 128 + signal.SIGKILL, said
+    assert "process 1 ended with status -9: all end" in said
+    killed = max(steps_in(tmp_path / "run" / "checkpoints"))
+
+    launch = start(gin, tmp_path / "run", many)
+    saved(tmp_path / "run", killed + 2, launch)
+    os.kill(children(launch)[1], signal.SIGTERM)  # a process that is no primary
+    said = ended(launch, 60)
+    assert launch.returncode == 0, said
+    stopped = int(re.search(r"a signal to another process: saved step (\d+)", said)[1])
+    assert stopped in steps_in(tmp_path / "run" / "checkpoints")
+
+    runs.train(gin, tmp_path / "alone", APART | settings(steps=stopped))
+    both = records(tmp_path / "run"), records(tmp_path / "alone")
+    assert sorted(both[0]) == sorted(both[1])
+    np.testing.assert_array_equal(list(both[0].values()), list(both[1].values()))
+
+
+def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.CaptureFixture[str]) -> None:
+    for line, says in {
+        "-n 0 -- train": "-n=0; it must be at least 1",
+        "-n 2": "no command; write -- train",
+        "-n 2 -- verify": "verify runs in one process alone",
+        "-n 2 --devices-per-process=-1 -- train": "--devices-per-process=-1; it must be at least 0",
+    }.items():
+        ran = subprocess.run([sys.executable, "-m", "hetjax", "launch", *line.split()], cwd=ROOT, capture_output=True)
+        assert ran.returncode == 2 and says in ran.stderr.decode(), ran
+
+
+def test_processes_of_other_settings_do_not_start(tmp_path: Path) -> None:
+    gin = runs.write(tmp_path)
+    from hetjax.launch import free_ports
+
+    port = free_ports(3)
+    told = {"HETJAX_COORDINATOR": f"127.0.0.1:{port}", "HETJAX_NUM_PROCESSES": "2", "HETJAX_DEVICES_PER_PROCESS": "2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "hetjax.train", *arguments(gin, tmp_path / "run", APART | settings(steps=3 + n))],
+            env=environment() | told | {"HETJAX_PROCESS": str(n)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    try:
+        said = running[1].communicate(timeout=120)[1]
+        assert running[1].returncode == 2
+        assert "process 1 has another configuration than process 0: 'experiment.Experiment.steps = 4'" in said
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()

@@ -1,0 +1,134 @@
+"""Several processes train as one does: bit for bit where no collective crosses between them, else to rounding."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import in_processes
+import numpy as np
+import pytest
+from in_processes import CASES, Found, run
+
+DEVICES = 8
+SAME_BITS = [  # no stage spans two of four processes, or sums over more than two devices, which Gloo takes in turns
+    "encoder on its own process",
+    "pp 2 across, tied",
+    "pp 4 across, tied; encoder on its own",
+    "unequal counts",
+    "two encoders on two processes",
+]
+
+
+def launch(
+    names: list[str],
+    processes: int,
+    folder: Path,
+    *,
+    seconds: float,
+    devices: int = DEVICES,
+    checkpoints: str = "",
+) -> list[dict[str, Found]]:
+    """What each of so many processes, with their part of the devices, finds of these cases; `folder` is made."""
+    folder.mkdir()
+    port = free_ports(1 + processes)
+    script, outs = Path(in_processes.__file__), [folder / f"{n}.pickle" for n in range(processes)]
+    with contextlib.ExitStack() as stack:
+        running = []
+        for n, out in enumerate(outs):
+            log = stack.enter_context((folder / f"{n}.log").open("w"))
+            sizes = [str(size) for size in (processes, n, devices // processes)]
+            command = [sys.executable, str(script), f"127.0.0.1:{port}", *sizes, str(out), checkpoints, *names]
+            where = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
+            env = os.environ | {"PYTHONPATH": where}
+            running.append(stack.enter_context(ended(subprocess.Popen(command, stdout=log, stderr=log, env=env))))
+        for process in running:
+            process.wait(seconds)
+    logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
+    assert [process.returncode for process in running] == [0] * processes, logs
+    return [pickle.loads(out.read_bytes()) for out in outs]
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """The process, which is over behind it, however it comes to that."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens at."""
+    for port in range(20000 + os.getpid() % 10000, 60000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for n in range(count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + n))
+            return port
+    raise OSError("no port is free")
+
+
+def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None:
+    """Every process's part of a case against one process that has all devices."""
+    numbers, held = ("loss", "norm"), set()
+    sizes: dict[str, float] = {}  # of parameters, and of momenta, by stage
+    for key in filter(is_leaf, one):
+        largest = max(np.abs(a).max() for a in one[key].values())
+        sizes[owner(key)] = max(sizes.get(owner(key), 0.0), float(largest))
+    for part in parts:
+        for key in numbers:
+            np.testing.assert_allclose(part[key], one[key], rtol=0 if same_bits else 1e-6, err_msg=name)
+        for key in filter(is_leaf, part):
+            held.add(key)
+            close = 0.0 if same_bits else (1e-6 if key.startswith("params") else 1e-5) * sizes[owner(key)]
+            for block, values in part[key].items():
+                np.testing.assert_allclose(values, one[key][block], rtol=0, atol=close, err_msg=f"{name}: {key}")
+        assert {owner(key).partition("/")[2] for key in filter(is_leaf, part)} == set(part["compiled"]), name
+    assert held == set(filter(is_leaf, one)), name
+
+
+def is_leaf(key: str) -> bool:
+    return "[" in key
+
+
+def owner(key: str) -> str:
+    """KIND/module/number of the stage whose leaf it is."""
+    return key.partition("[")[0]
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    apart, spanning = "pp 2 across, tied", "pp 2 over two processes each, tied"
+    parts = launch([apart, spanning], 2, tmp_path / "two", seconds=240)
+    for name in (apart, spanning):
+        one = run(CASES[name])
+        check(name, [part[name] for part in parts], one, same_bits=name == apart)
+    assert [part[apart]["compiled"] for part in parts] == [["vision/0", "llm/0"], ["llm/1"]]
+    assert [part[spanning]["compiled"] for part in parts] == [["vision/0", "llm/0"], ["vision/0", "llm/1"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_train_as_one_under_all_placements(processes: int, tmp_path: Path) -> None:
+    parts = launch(list(CASES), processes, tmp_path / "all", seconds=3000)
+    for name, case in CASES.items():
+        check(name, [part[name] for part in parts], run(case), same_bits=processes == 4 and name in SAME_BITS)
+
+
+@pytest.mark.slow
+def test_checkpoints_know_no_processes(tmp_path: Path) -> None:
+    saved = str(tmp_path / "checkpoints")
+    whole = [run(CASES["colocated over all"], str(tmp_path / "alone")) for _ in range(2)]
+    (first, *_) = launch(["colocated over all"], 4, tmp_path / "four", seconds=600, checkpoints=saved)
+    np.testing.assert_allclose(first["colocated over all"]["loss"], whole[0]["loss"], rtol=1e-6)
+    shutil.copytree(saved, tmp_path / "one")
+    one = run(CASES["encoder on its own process"], str(tmp_path / "one"))
+    np.testing.assert_allclose(one["loss"], whole[1]["loss"], rtol=1e-6)
+    parts = launch(["overlapping"], 3, tmp_path / "three", seconds=600, devices=6, checkpoints=saved)
+    for part in parts:
+        np.testing.assert_allclose(part["overlapping"]["loss"], whole[1]["loss"], rtol=1e-6)
