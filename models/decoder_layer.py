@@ -2,7 +2,7 @@
 encoder's rows. Behind any of them an encoder's features may be added."""
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -20,9 +20,6 @@ from models.moe import COUNTED, ROUTING, Mixture
 from models.recompute import keeps_arguments
 from models.rows import add_rows
 from models.weight import Use
-
-if TYPE_CHECKING:
-    from models.decoder import Decoder
 
 Carry = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -47,9 +44,9 @@ class Feature(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """One layer of one of the `kinds` of a decoder."""
+    """One layer of one of the `kinds` of a decoder; `config`: a `models.decoder.Decoder`."""
 
-    def __init__(self, config: "Decoder", kind: str, features: tuple[Feature, ...], *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, kind: str, features: tuple[Feature, ...], *, rngs: nnx.Rngs) -> None:
         self.eps, self.kind, self.features = config.norm_eps, kind, features
         if kind == "cross":
             assert config.cross_attention is not None
@@ -94,7 +91,7 @@ class Layer(nnx.Module):
 class Attention(nnx.Module):
     """Of tokens to those before them; heads are cut over tp, tokens over cp."""
 
-    def __init__(self, config: "Decoder", *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, *, rngs: nnx.Rngs) -> None:
         self.config = config
         d, h, kv, k = config.width, config.num_heads, config.num_kv_heads, config.head_features
         self.q = normal(rngs, (d, h, k), (None, "heads", None), d**-0.5, Use("x"))

@@ -80,7 +80,7 @@ class Pipeline(Wiring):
         alive = Alive(self.schedule.home, self._leaving)
         for key, tree in weights.items():
             alive.begin(Thing(What.WEIGHTS, key), tree)
-        step = Gradients(self, alive, microbatches, dict(acc), count)
+        step = Gradients(self.finish, self.flags, alive, microbatches, dict(acc), count)
         host = self._walk(self.schedule.gradients, step.doing)
         return step.reduced(), [step.scores[i] for i in range(len(microbatches))], host
 
@@ -140,11 +140,6 @@ class Pipeline(Wiring):
         loss, likeliest = self.evaluated(y)
         cp = self.graph.sink.layout.cp
         return loss, likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
-
-    def place(self, key: StageKey, microbatch: Prepared) -> list[jax.Array]:
-        """What a stage reads, on its devices."""
-        packed = zip(self.packings[key], microbatch.packed[key], strict=True)
-        return [packing.place(words) for packing, words in packed]
 
     def _walk(self, tasks: Sequence[Task], doing: Doing) -> HostTimes:
         """Dispatches `tasks` in their order."""

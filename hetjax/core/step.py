@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -14,11 +14,9 @@ from hetjax.core.tasks import Kind, StageKey, Task, Thing, What
 from hetjax.core.wiring import Tie
 from models.contract import ROUTED
 
-if TYPE_CHECKING:
-    from hetjax.core.pipeline import Pipeline
-
 Tree = Any
 Trees = dict[StageKey, Tree]
+Flags = Mapping[StageKey, tuple[jax.Array, jax.Array]]  # False and True on each stage's devices
 Doing = Mapping[Kind, Callable[[Task], jax.Array | None]]  # gives what is ready when the task is through, or None
 
 
@@ -26,10 +24,10 @@ class Gradients:
     """What is alive between the tasks that lead to a step's gradients."""
 
     def __init__(
-        self, pipeline: "Pipeline", alive: Alive, microbatches: Sequence[Prepared], acc: Trees, count: float
+        self, finish: Finish, flags: Flags, alive: Alive, microbatches: Sequence[Prepared], acc: Trees, count: float
     ) -> None:
-        self.pipeline, self.alive, self.microbatches, self.acc = pipeline, alive, microbatches, acc
-        self.seeds = pipeline.finish.seeds(count)
+        self.finish, self.flags, self.alive, self.microbatches, self.acc = finish, flags, alive, microbatches, acc
+        self.wiring, self.seeds = finish.wiring, finish.seeds(count)
         self.leaving: dict[Task, dict[str, jax.Array]] = {}
         self.scores: dict[int, Scores] = collections.defaultdict(dict)
         self.grads = dict(acc)
@@ -47,7 +45,7 @@ class Gradients:
 
     def reduced(self) -> Reduced:
         """The outcome."""
-        stages, ties = self.pipeline.finish.stages, range(len(self.pipeline.finish.trained_ties))
+        stages, ties = self.finish.stages, range(len(self.finish.trained_ties))
         acc = {
             key: optimizer.merge(stages[key].parameters.repeated(mine), self.grads[key])
             for key, mine in self.acc.items()
@@ -57,13 +55,13 @@ class Gradients:
 
     def _inputs(self, key: StageKey, i: int) -> dict[Thing, dict[str, jax.Array]]:
         """What has come to a stage for a microbatch, by where from."""
-        sources = dict.fromkeys(link.source for link in self.pipeline.sources[key])
+        sources = dict.fromkeys(link.source for link in self.wiring.sources[key])
         return {thing: self.alive[thing] for thing in (Thing(What.INPUTS, key, i, source) for source in sources)}
 
     def _forward(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
-        stage, inputs = self.pipeline.stages[key], self._inputs(key, i)
-        packed = self.pipeline.place(key, self.microbatches[i])
+        stage, inputs = self.wiring.stages[key], self._inputs(key, i)
+        packed = self.wiring.place(key, self.microbatches[i])
         y, kept, done = stage.programs["forward"](self.alive[Thing(What.WEIGHTS, key)], _joined(inputs), packed)
         if stage.has_backward:
             self.alive[Thing(What.RESIDUALS, key, i)] = packed, kept
@@ -71,7 +69,7 @@ class Gradients:
             self._drop(inputs)
         if stage.scores and not stage.ends_in_loss:
             self.scores[i][key[0]] = {k: y[k] for k in stage.scores}
-        for link in self.pipeline.links[key]:
+        for link in self.wiring.links[key]:
             self.leaving[Task(Kind.BOUNDARY, key, i, link.target)] = y
         return done
 
@@ -79,22 +77,22 @@ class Gradients:
         key, i = task.stage, task.microbatch
         inputs = self._inputs(key, i)
         # in the order of the stages, not of their arrival
-        returned = [self.alive.pop(Thing(What.COTANGENTS, key, i, link.target)) for link in self.pipeline.links[key]]
-        g_x, acc, done = self.pipeline.stages[key].programs["backward"](
+        returned = [self.alive.pop(Thing(What.COTANGENTS, key, i, link.target)) for link in self.wiring.links[key]]
+        g_x, acc, done = self.wiring.stages[key].programs["backward"](
             self.alive[Thing(What.WEIGHTS, key)],
             _joined(inputs),
             *self.alive.pop(Thing(What.RESIDUALS, key, i)),
             [*returned, *([self.seeds[key]] if key in self.seeds else [])],
             self.acc.get(key, {}),
-            self.pipeline.flags[key][i == 0],
+            self.flags[key][i == 0],
         )
         self._drop(inputs)
         if key in self.acc:
             self.acc[key] = acc
-        if key == self.pipeline.last:
+        if key == self.wiring.last:
             self.scores[i][key[0]], done = done, done["loss"]
-        for link in self.pipeline.sources[key]:
-            if self.pipeline.stages[link.source].has_backward:
+        for link in self.wiring.sources[key]:
+            if self.wiring.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
                 self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = g_y
         return done
@@ -105,29 +103,29 @@ class Gradients:
 
     def _boundary(self, task: Task) -> None:
         assert task.to is not None
-        between, (key, i, to) = self.pipeline.between, (task.stage, task.microbatch, task.to)
+        between, (key, i, to) = self.wiring.between, (task.stage, task.microbatch, task.to)
         arrays = self.leaving.pop(task, None)  # None: those of another process
         if link := between.get((key, to)):
             thing, moved = Thing(What.INPUTS, to, i, key), link.forward(arrays or {})
         else:
             back = between[to, key].boundary
             thing, moved = Thing(What.COTANGENTS, to, i, key), back.backward(arrays or back.absent_backward)
-        if to in self.pipeline.mine:
+        if to in self.wiring.mine:
             self.alive[thing] = moved
 
     def _reduce(self, task: Task) -> None:
         key = task.stage
-        reduced, self.squares[key] = self.pipeline.stages[key].programs["reduce"](self.acc[key])
+        reduced, self.squares[key] = self.wiring.stages[key].programs["reduce"](self.acc[key])
         self.grads[key] = optimizer.merge(reduced, self.acc[key])
 
     def _measure(self, task: Task) -> None:
         key = task.stage
         self.grads[key] = self.acc[key]
-        self.squares[key] = self.pipeline.stages[key].programs["measure"](self.acc[key])
+        self.squares[key] = self.wiring.stages[key].programs["measure"](self.acc[key])
 
     def _tie(self, task: Task) -> None:
         """The gradients of a copy's tied leaves, added to the owner's."""
-        finish, mine = self.pipeline.finish, self.pipeline.mine
+        finish, mine = self.finish, self.wiring.mine
         for number, tie in enumerate(finish.trained_ties):
             if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
                 given = {"x": _get(self.grads[tie.copy], tie.copy_path)} if tie.copy in mine else None

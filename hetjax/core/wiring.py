@@ -9,7 +9,7 @@ import jax
 from hetjax.core import processes
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Graph, Module
-from hetjax.core.packing import Packing
+from hetjax.core.packing import Packing, Prepared
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
@@ -124,6 +124,11 @@ class Wiring:
     def between(self) -> dict[tuple[StageKey, StageKey], Link]:
         """The edges, by source and target."""
         return {(link.source, link.target): link for links in self.links.values() for link in links}
+
+    def place(self, key: StageKey, microbatch: Prepared) -> list[jax.Array]:
+        """What a stage reads, on its devices."""
+        packed = zip(self.packings[key], microbatch.packed[key], strict=True)
+        return [packing.place(words) for packing, words in packed]
 
     def is_mine(self, task: Task) -> bool:
         """Whether this process takes part in a task."""
