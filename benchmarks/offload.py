@@ -52,7 +52,7 @@ def measure(trainer: Trainer, step: list, repeats: int) -> dict[str, Any]:
     """Seconds of a step, the loss of the next, and GiB."""
     run, taken = Timed(trainer, step), memory.estimate(trainer)[0]
     seconds = median_seconds({"step": run}, repeats=repeats)["step"]
-    loss = float(trainer.gradients(run.state, step).scores[0]["loss"])
+    loss = float(trainer.gradients(run.state, step).scores[0][trainer.graph.sink.name]["loss"])
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {
         "offload": " and ".join(trainer.graph.sink.layout.offload) or "nothing",

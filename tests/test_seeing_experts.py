@@ -41,7 +41,7 @@ CASES = {
         changes=(("frozen", ("vision/*",)), ("trainable", ("vision/layers/moe/bias",))),
     ),
 }
-DEFAULT = {"ep 4 of tp and dp", "biases, ep 2 of cp, pp 2, features of two layers, experts in both"}
+DEFAULT = {"biases, ep 2 of cp, pp 2, features of two layers, experts in both"}
 
 
 @pytest.mark.usefixtures("x64")
