@@ -39,7 +39,7 @@ EXPERTS = Experts(4, 2, 8)
         (VIT, {"select": "cls"}, "ViT.select='cls'; it must be one of full, default"),
         (VIT, {"feature_layer": 3}, "ViT.feature_layer=3; it must be a number from -3 to 2, .* of num_layers=2, 0: "),
         (VIT, {"feature_layer": [-1, -4]}, r"ViT.feature_layer=\[-1, -4\]; it must be a number from -3 to 2"),
-        (VIT, {"feature_layer": ()}, r"ViT.feature_layer=\(\) names no hidden state, and the projector reads at least one"),
+        (VIT, {"feature_layer": ()}, r"ViT.feature_layer=\(\) names no hidden state, and the projector reads at least"),
         (VIT, {"projector_width": 0}, "ViT.projector_width=0; it must be a whole number of at least 1"),
         (LLAMA3, {"kind": "yarn"}, "RopeScaling.kind='yarn'; it must be one of llama3, linear"),
         (LLAMA3, {"factor": 0.0}, "RopeScaling.factor=0.0; it must be positive"),
