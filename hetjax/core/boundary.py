@@ -73,16 +73,6 @@ class Boundary:
         already send each other the parts that each lands, before the destination gathers."""
         return self._forward.wire_bytes
 
-    @functools.cached_property
-    def absent_forward(self) -> Tree:
-        """What `forward` is given by a process that drives none of the source's devices."""
-        return jax.tree.map(processes.elsewhere, self.source)
-
-    @functools.cached_property
-    def absent_backward(self) -> Tree:
-        """What `backward` is given by a process that drives none of the destination's devices."""
-        return {name: processes.elsewhere(self.destination[name]) for name in self.gradients}
-
     def crosses(self, *, backward: bool = False) -> bool:
         """Whether something goes from one process to another, in which all take part."""
         return (self._backward if backward else self._forward).crosses
@@ -94,17 +84,28 @@ class Boundary:
             (f"{way} {program.name}", program.compile) for way, route in routes.items() for program in route.programs
         ]
 
-    def forward(self, tree: Mapping[str, jax.Array]) -> Tree:
-        """The same values on the destination's shardings; returns before they have arrived."""
-        return _run(self._forward, self.source, tree)
+    def forward(self, tree: Mapping[str, jax.Array] | None) -> Tree:
+        """The same values on the destination's shardings; returns before they have arrived. None: they are those of
+        other processes, since this one drives none of the source's devices."""
+        return _run(self._forward, self.source, self._absent_source if tree is None else tree)
 
-    def backward(self, tree: Mapping[str, jax.Array]) -> Tree:
-        """The gradients of `forward`'s floating-point inputs, on the source's shardings, from those of its outputs."""
-        return _run(self._backward, {name: self.destination[name] for name in self.gradients}, tree)
+    def backward(self, tree: Mapping[str, jax.Array] | None) -> Tree:
+        """The gradients of `forward`'s floating-point inputs, on the source's shardings, from those of its outputs;
+        None: they are those of other processes."""
+        inputs = {name: self.destination[name] for name in self.gradients}
+        return _run(self._backward, inputs, self._absent_gradients if tree is None else tree)
 
     def __call__(self, tree: Mapping[str, jax.Array]) -> Tree:
         """`forward`, whose VJP is `backward`. Call it outside of jit: a boundary is several programs."""
         return self._differentiable(dict(tree))
+
+    @functools.cached_property
+    def _absent_source(self) -> Tree:
+        return jax.tree.map(processes.elsewhere, self.source)
+
+    @functools.cached_property
+    def _absent_gradients(self) -> Tree:
+        return {name: processes.elsewhere(self.destination[name]) for name in self.gradients}
 
     def _pull(self, tree: Mapping[str, jax.Array]) -> dict[str, jax.Array | None]:
         """`backward` with None, which jax reads as no gradient, for the arrays that have none."""

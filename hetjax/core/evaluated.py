@@ -27,12 +27,13 @@ class Evaluated:
         self._gather = Boundary({"x": ids}, {"x": at_home})
         self._tell = Telling([ids, stage.scores["loss"]], home, everywhere)
 
-    def __call__(self, y: Mapping[str, jax.Array]) -> tuple[jax.Array, np.ndarray]:
-        """From the stage's output; empty where that is another process's."""
-        if self._together:
+    def __call__(self, y: Mapping[str, jax.Array] | None) -> tuple[jax.Array, np.ndarray]:
+        """From the stage's output; None: that is another process's."""
+        if y is not None and self._together:
             return y["loss"], np.asarray(y["likeliest"])
-        ids = self._gather.forward({"x": y["likeliest"]} if y else self._gather.absent_forward)["x"]
-        here = ids.is_fully_addressable  # on the one device
-        told = [ids.addressable_data(0), y["loss"].addressable_data(0)] if here else [None, None]
+        ids = self._gather.forward(None if y is None else {"x": y["likeliest"]})["x"]
+        told: list[jax.Array | None] = [None, None]
+        if y is not None and ids.is_fully_addressable:  # on the one device
+            told = [ids.addressable_data(0), y["loss"].addressable_data(0)]
         ids, loss = self._tell(told)
         return loss, np.asarray(ids)

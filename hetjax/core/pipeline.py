@@ -132,7 +132,7 @@ class Pipeline(Wiring):
         prepared = prepare(microbatch, self.packings)
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
         for key, stage in self.stages.items():  # producers come before their consumers
-            y: Tree = {}
+            y: Tree | None = None
             if key in self.mine:
                 y = stage.programs["evaluate"](on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:

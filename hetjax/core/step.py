@@ -106,10 +106,9 @@ class Gradients:
         between, (key, i, to) = self.wiring.between, (task.stage, task.microbatch, task.to)
         arrays = self.leaving.pop(task, None)  # None: those of another process
         if link := between.get((key, to)):
-            thing, moved = Thing(What.INPUTS, to, i, key), link.forward(arrays or {})
+            thing, moved = Thing(What.INPUTS, to, i, key), link.forward(arrays)
         else:
-            back = between[to, key].boundary
-            thing, moved = Thing(What.COTANGENTS, to, i, key), back.backward(arrays or back.absent_backward)
+            thing, moved = Thing(What.COTANGENTS, to, i, key), between[to, key].boundary.backward(arrays)
         if to in self.wiring.mine:
             self.alive[thing] = moved
 
@@ -129,7 +128,7 @@ class Gradients:
         for number, tie in enumerate(finish.trained_ties):
             if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
                 given = {"x": _get(self.grads[tie.copy], tie.copy_path)} if tie.copy in mine else None
-                leaf = tie.gradient.forward(given or tie.gradient.absent_forward)["x"]
+                leaf = tie.gradient.forward(given)["x"]
                 if tie.owner in mine:
                     owners = _get(self.grads[tie.owner], tie.owner_path)
                     total, self.tied[number] = finish.add[tie.owner](owners, leaf)
@@ -193,8 +192,7 @@ class Update:
 
 def lent(tie: Tie, owner: Tree | None, copy: Tree | None) -> Tree | None:
     """The copy's working weights, with that of the owner's. None: they are another process's."""
-    given = tie.value.absent_forward if owner is None else {"x": _get(owner, tie.owner_path)}
-    value = tie.value.forward(given)["x"]
+    value = tie.value.forward(None if owner is None else {"x": _get(owner, tie.owner_path)})["x"]
     return None if copy is None else _set(copy, tie.copy_path, value)
 
 

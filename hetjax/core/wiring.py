@@ -27,9 +27,9 @@ class Link(NamedTuple):
     names: dict[str, str]  # output key -> input key, of what the target takes
     boundary: Boundary
 
-    def forward(self, y: Tree) -> dict[str, jax.Array]:
-        """What the target takes of the source's outputs, as its inputs; {}: these are another process's."""
-        moved = self.boundary.forward({k: y[k] for k in self.names} if y else self.boundary.absent_forward)
+    def forward(self, y: Tree | None) -> dict[str, jax.Array]:
+        """What the target takes of the source's outputs, as its inputs; None: these are another process's."""
+        moved = self.boundary.forward(None if y is None else {k: y[k] for k in self.names})
         return {name: moved[k] for k, name in self.names.items()}
 
 

@@ -35,7 +35,7 @@ class Union:
 
     def to_all(self, arrays: Arrays | None) -> Arrays:
         """The arrays on all devices, from those of the stage; None: they are other processes'."""
-        return self._there.forward(self._there.absent_forward if arrays is None else arrays)
+        return self._there.forward(arrays)
 
     def to_stage(self, arrays: Arrays) -> Arrays:
         """The arrays on the stage's devices; without shards here where those are other processes'."""
