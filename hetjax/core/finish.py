@@ -58,16 +58,16 @@ class Finish:
         self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
         self.moved = {k: s for k, s in wiring.stages.items() if s.parameters.moves}
-        self.balanced = [key for key, stage in self.moved.items() if stage.parameters.loads]
         self.telling = {name: stage for (name, _), stage in wiring.stages.items() if stage.scores}
         self.home = _first_device(wiring.stages[wiring.last])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
         here = {k: NamedSharding(s.plan.mesh, P()) for k, s in self.moved.items() if k in wiring.mine}
         self.spread = Spreading(here)
+        balanced = {key: where for key, where in here.items() if self.moved[key].parameters.loads}
         self.spread_loads = {
-            name: Spreading({key: where for key, where in here.items() if key in self.balanced and key[0] == name})
-            for name in dict.fromkeys(key[0] for key in self.balanced if key in here)
+            name: Spreading({key: where for key, where in balanced.items() if key[0] == name})
+            for name in dict.fromkeys(name for name, _ in balanced)
         }
         self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
         self.decide = self._decision()  # (parts, [count, rate]) -> (fields of the outcome, decision)

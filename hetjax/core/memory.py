@@ -73,14 +73,17 @@ def of_step(
     """Memory by device position with residuals of so many bytes for a microbatch and programs of such a workspace."""
     sizes = {thing: n for key in pipeline.stages for thing, n in things(pipeline, key, kept[key]).items()}
     devices = {key: set(stage.plan.device_ids) for key, stage in pipeline.stages.items()}
+    gradients: collections.Counter[int] = collections.Counter()
+    for key, stage in pipeline.stages.items():
+        if stage.parameters.trains:
+            gradients.update(dict.fromkeys(devices[key], local_bytes(stage.parameters.acc)))
     found: dict[int, DeviceMemory] = {}
     host: collections.Counter[int] = collections.Counter()
     for key, program, there, away in _moments(pipeline):
         for device in devices[key]:
             columns = dict.fromkeys(DeviceMemory._fields, 0)
             columns["workspace"] = workspace.get((key, program), 0)
-            trained = [s.parameters for k, s in pipeline.stages.items() if device in devices[k] and s.parameters.trains]
-            columns["gradients"] = sum(local_bytes(mine.acc) for mine in trained)
+            columns["gradients"] = gradients[device]
             for thing, count in there:
                 columns[COLUMNS[thing.what]] += count * sizes[thing] * (device in devices[thing.stage])
             now = DeviceMemory(**columns)

@@ -54,6 +54,12 @@ class Pipeline(Wiring):
         return Finish(self)
 
     @functools.cached_property
+    def tasks(self) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+        """Those of a step in which this process takes part: up to the finished gradients, and behind them."""
+        schedule = self.schedule
+        return tuple(filter(self.is_mine, schedule.gradients)), tuple(filter(self.is_mine, schedule.update))
+
+    @functools.cached_property
     def evaluated(self) -> Evaluated:
         """Brings what the last stage's evaluation gives to the host."""
         return Evaluated(self.stages[self.last], self.spec.devices)
@@ -81,7 +87,7 @@ class Pipeline(Wiring):
         for key, tree in weights.items():
             alive.begin(Thing(What.WEIGHTS, key), tree)
         step = Gradients(self.finish, self.flags, alive, microbatches, dict(acc), count)
-        host = self._walk(self.schedule.gradients, step.doing)
+        host = self._walk(self.tasks[0], step.doing)
         return step.reduced(), [step.scores[i] for i in range(len(microbatches))], host
 
     def update(
@@ -105,7 +111,7 @@ class Pipeline(Wiring):
             alive.begin(Thing(What.MASTERS, key), mine.masters(params[key]))
             alive.begin(Thing(What.STATE, key), states[key])
         step = Update(self.finish, alive, reduced, scores, count, learning_rate)
-        self._walk(self.schedule.update, step.doing)
+        self._walk(self.tasks[1], step.doing)
         weights = {key: alive.left(Thing(What.WEIGHTS, key)) for key in self.stages_here}
         made = {key: mine.all_of(alive.left(Thing(What.MASTERS, key)), weights[key]) for key, mine in trains.items()}
         states = states | {key: alive.left(Thing(What.STATE, key)) for key in trains}
@@ -144,8 +150,7 @@ class Pipeline(Wiring):
     def _walk(self, tasks: Sequence[Task], doing: Doing) -> HostTimes:
         """Dispatches `tasks` in their order."""
         working = crossing = waiting = 0.0
-        mine = [task for task in tasks if self.is_mine(task)]
-        for task in mine:
+        for task in tasks:
             start = time.perf_counter()
             queue = self._waiting[task.stage]
             if len(queue) == IN_FLIGHT:
@@ -158,4 +163,4 @@ class Pipeline(Wiring):
             waits = task.kind is Kind.GONE
             waiting, working = waiting + begun - start + seconds * waits, working + seconds * (not waits)
             crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
-        return HostTimes(len(mine), working, crossing, waiting)
+        return HostTimes(len(tasks), working, crossing, waiting)
