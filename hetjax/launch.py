@@ -16,9 +16,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from hetjax.run import cluster
+from hetjax.run import cluster, signals
 
-GRACE = 10.0  # seconds between asking a process to end and ending it
+GRACE = 10.0  # seconds in which the others may end, and say why, by themselves
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,12 +102,8 @@ def _passing_on(running: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
         came.append(number)
         running[0].send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signals.heard(receive):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _print(number: int, process: subprocess.Popen) -> None:

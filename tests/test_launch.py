@@ -13,6 +13,7 @@ import pytest
 import runs
 from runs import ROOT, arguments, environment, records, settings
 
+from hetjax.launch import free_ports
 from hetjax.run.checkpoint import steps_in
 
 APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2-3")) | settings(
@@ -88,8 +89,6 @@ def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.Ca
 
 def test_processes_of_other_settings_do_not_start(tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
-    from hetjax.launch import free_ports
-
     port = free_ports(3)
     told = {"HETJAX_COORDINATOR": f"127.0.0.1:{port}", "HETJAX_NUM_PROCESSES": "2", "HETJAX_DEVICES_PER_PROCESS": "2"}
     running = [

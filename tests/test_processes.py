@@ -4,7 +4,6 @@ import contextlib
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ import in_processes
 import numpy as np
 import pytest
 from in_processes import CASES, Found, run
+
+from hetjax.launch import free_ports
 
 DEVICES = 8
 SAME_BITS = [  # no stage spans two of four processes, or sums over more than two devices, which Gloo takes in turns
@@ -61,16 +62,6 @@ def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens at."""
-    for port in range(20000 + os.getpid() % 10000, 60000, count):
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for n in range(count):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + n))
-            return port
-    raise OSError("no port is free")
 
 
 def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None:

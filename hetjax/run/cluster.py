@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax._src import distributed  # the one way to its barriers and keys
 
+from hetjax.run import command
+
 COORDINATOR, PROCESSES, PROCESS = "HETJAX_COORDINATOR", "HETJAX_NUM_PROCESSES", "HETJAX_PROCESS"
 DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
 SOON = 4  # steps: no process is so far ahead of another
@@ -46,9 +48,7 @@ def join(coordinator: str, num_processes: int, process: int, emulated: int) -> N
     `emulated` CPU devices of its own, or where that is 0 with its accelerators. Call it before jax is used."""
     if emulated:
         port = int(coordinator.rpartition(":")[2])
-        os.environ.setdefault("PJRT_NPROC", str(max(64, 8 * emulated)))
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", emulated)
+        command.ask_for_emulated(emulated)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cross_host_transfer_socket_address", f"127.0.0.1:{port + 1 + process}")
     jax.distributed.initialize(coordinator, num_processes, process)

@@ -1,6 +1,7 @@
 """What every command does first: read its arguments, choose emulated devices, keep compiled programs."""
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import os
@@ -78,18 +79,22 @@ def emulate_devices(count: int) -> None:
     Also sets PJRT_NPROC, the width of the CPU client's thread pool: in one as narrow as a small machine's, programs
     with collectives starve each other and the client aborts. Both are read when the backend starts.
     """
-    os.environ.setdefault("PJRT_NPROC", str(max(64, 8 * count)))
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the backend has started, in a notebook or a test: enough devices will do
-        pass
+    with contextlib.suppress(RuntimeError):  # the backend has started, in a notebook or a test: enough will do
+        ask_for_emulated(count)
     found = jax.devices()
     if found[0].platform != "cpu" or len(found) < count:
         raise ConfigError(
             f"{count} emulated CPU devices asked for, but jax already runs on {len(found)} {found[0].platform} "
             "device(s): start a fresh process, or set emulated devices before the first use of jax"
         )
+
+
+def ask_for_emulated(count: int) -> None:
+    """Sets what makes a backend that starts later one of `count` emulated CPU devices. Raises RuntimeError if it has
+    started."""
+    os.environ.setdefault("PJRT_NPROC", str(max(64, 8 * count)))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def use_compilation_cache(directory: str | None = None) -> None:

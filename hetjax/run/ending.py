@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from hetjax.core.trainer import State, Trainer
-from hetjax.run import cluster
+from hetjax.run import cluster, signals
 from hetjax.run.checkpoint import Checkpoints, steps_in
 
 
@@ -28,12 +28,8 @@ def signalled() -> Iterator[Sequence[signal.Signals]]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, before[signal.SIGINT])  # a second one does what it always did
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signals.heard(receive) as before:
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Last:
