@@ -78,7 +78,6 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
     over = False
     with contextlib.ExitStack() as stack:
         signalled = stack.enter_context(ending.signalled())
-        stopping = cluster.Stopping()
         stopped = () if cluster.is_one_of_several() else signalled  # none ends an evaluation alone
         loader = stack.enter_context(experiment.train_loader(run, trainers[0].prepare))
         held_out = experiment.held_out_loader(run)
@@ -112,7 +111,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
             state = state if trainer is trainers[first] else trainer.begin(state)
             log = Log(run, trainer, loader, writer)
-            while state.step < end and not (over := stopping.at(state.step, bool(signalled))):
+            while state.step < end and not (over := cluster.ends(state.step, signalled=bool(signalled))):
                 due = run.eval_every and state.step and state.step % run.eval_every == 0 and state.step != evaluated
                 if held_out is not None and due:
                     values = evaluate.values(trainer, state, held_out, run.eval_microbatches, stopped)

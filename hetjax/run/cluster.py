@@ -4,6 +4,7 @@ Who it is, a process is told by `hetjax launch` (in the environment), or jax fin
 knows (Slurm, Open MPI, Kubernetes' indexed jobs), if `HETJAX_CLUSTER=auto` asks for that.
 """
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -87,22 +88,17 @@ def agree(name: str, value: str, seconds: float) -> None:
         )
 
 
-class Stopping:
-    """When all processes end: a signal may reach one of them, and none may step alone."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def at(self, step: int, signalled: bool) -> bool:
-        """Whether the run ends before the step that follows `step`; a process that was `signalled` says so to all."""
-        if not is_one_of_several():
-            return signalled
-        if signalled and not self._asked:
-            self._asked = True
-            if not _told():
-                _client().key_value_set(f"{STOP}step", str(step + SOON), allow_overwrite=True)
+def ends(step: int, *, signalled: bool) -> bool:
+    """Whether the run ends before the step that follows `step`: none of several processes may step alone, so one that
+    was `signalled` names a step to all; the first word counts."""
+    if not is_one_of_several():
+        return signalled
+    told = _told()
+    if signalled and not told:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has named one meanwhile
+            _client().key_value_set(f"{STOP}step", str(step + SOON))
         told = _told()
-        return bool(told) and step >= int(told)
+    return bool(told) and step >= int(told)
 
 
 def _told() -> str:
