@@ -8,6 +8,7 @@ status 0; a second Ctrl-C, or an error, saves the last complete step if it can, 
 """
 
 import contextlib
+import signal
 import sys
 import time
 import traceback
@@ -39,8 +40,6 @@ from hetjax.run import (
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
-
-PATIENCE = 3600.0  # seconds that a process waits for one that compiles, or reads its data
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,27 +84,16 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
             evaluate.check(loader, stack.enter_context(held_out))
         directory = workdir / "checkpoints"
         starts = {} if checkpoint.steps_in(directory) else _starts(run, trainers[0])
-        refusal = export.refusal(run, workdir)
-        if refusal:
-            print(f"no export: python -m hetjax.convert to_hf will refuse it whole: {refusal}", flush=True)
-        if cluster.is_primary():
-            stack.enter_context(record.made(workdir))
-        cluster.meet("workdir made", PATIENCE)
+        _say_unless_exported(run, workdir)
+        stack.enter_context(record.made(workdir))
         checkpoints = stack.enter_context(_open_checkpoints(run, workdir))
         resumed = checkpoints.latest
         first = run.phase_of(resumed or 0)
         state = _ready(run, trainers, first, loader, checkpoints, starts)
-        if cluster.is_primary():
-            record.write(workdir, asked or {}, resumed, trains=resumed is None or resumed < run.ends[-1])
+        record.write(workdir, asked or {}, resumed, trains=resumed is None or resumed < run.ends[-1])
         evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
         writer = stack.enter_context(
-            metrics.open_writers(
-                workdir,
-                num_steps=run.ends[-1],
-                resumed_step=resumed,
-                tensorboard=run.tensorboard,
-                writes=cluster.is_primary(),
-            )
+            metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
         )
         last = stack.enter_context(ending.saved(checkpoints))
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
@@ -118,8 +106,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
                     _write(run, trainer, state, held_out, writer, values, stopped)
                     log.restart()
                     if stopped:
-                        over = True
-                        break
+                        continue  # to the loop's own end
                 microbatches = loader.next_step(run.num_microbatches)
                 state, outcome = trainer.step(state, microbatches)
                 last.keep(trainer, state, loader.state())
@@ -135,20 +122,29 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
             _write(run, trainer, state, held_out, writer, values, stopped)
         if over or stopped:
             checkpoints.wait()
-            who = signalled[0].name if signalled else "a signal to another process"
-            where = checkpoints.directory
-            print(f"{who}: saved step {state.step} in {where}; the same command continues", flush=True)
+            _say_stopped(signalled, state.step, checkpoints.directory)
         _report_data(loader)
     cluster.leave()
+
+
+def _say_unless_exported(run: Experiment, workdir: Path) -> None:
+    refusal = export.refusal(run, workdir)
+    if refusal:
+        print(f"no export: python -m hetjax.convert to_hf will refuse it whole: {refusal}", flush=True)
+
+
+def _say_stopped(signalled: Sequence[signal.Signals], step: int, where: Path) -> None:
+    who = signalled[0].name if signalled else "a signal to another process"
+    print(f"{who}: saved step {step} in {where}; the same command continues", flush=True)
 
 
 def _agree(asked: Mapping[str, str], trainers: Sequence[Trainer]) -> None:
     """Raises ValueError unless all processes run the same: versions, settings, order of tasks."""
     versions = f"hetjax {hetjax.__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}"
-    cluster.agree("software", versions, PATIENCE)
-    cluster.agree("configuration", asked.get(record.OPERATIVE, ""), PATIENCE)
+    cluster.agree("software", versions)
+    cluster.agree("configuration", asked.get(record.OPERATIVE, ""))
     order = [str(task) for trainer in trainers for task in trainer.pipeline.schedule.order]
-    cluster.agree("order of tasks", "\n".join(order), PATIENCE)
+    cluster.agree("order of tasks", "\n".join(order))
 
 
 def _draw(trainer: Trainer) -> None:
@@ -229,7 +225,7 @@ def _compile(trainer: Trainer, *, evaluates: bool) -> None:
             print(f"\r\033[Kcompiled {done}/{total} programs: {name}", end="", flush=True)
 
     trainer.compile(report, evaluate=evaluates, others=named.programs(trainer))
-    cluster.meet(f"compiled from step {trainer.spec.first_step}", PATIENCE)
+    cluster.meet(f"compiled from step {trainer.spec.first_step}")
     clear = "\r\033[K" if live else ""
     print(f"{clear}compiled every program in {time.perf_counter() - start:.1f} s", flush=True)
     needed = memory.estimate(trainer)

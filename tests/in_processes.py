@@ -77,7 +77,7 @@ def run(case: Case, checkpoints: str = "") -> Found:
     shape = tiny.Shape(microbatches=3)
     config = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=0.5)
     trainer = tiny.trainer(graph, shape, config, dtype=jnp.float32, schedule=case.schedule)
-    cluster.meet(f"compiled {case}", 600)
+    cluster.meet(f"compiled {case}")
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(Checkpoints(checkpoints)) if checkpoints else None
         state = trainer.init() if saved is None or saved.latest is None else saved.restore(trainer)[0]

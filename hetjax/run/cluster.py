@@ -16,6 +16,7 @@ from hetjax.run import command
 
 COORDINATOR, PROCESSES, PROCESS = "HETJAX_COORDINATOR", "HETJAX_NUM_PROCESSES", "HETJAX_PROCESS"
 DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
+PATIENCE = 3600.0  # seconds that a process waits for one that compiles, or reads its data
 SOON = 4  # steps: no process is so far ahead of another
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
 
@@ -65,20 +66,20 @@ def is_one_of_several() -> bool:
     return distributed.global_state.client is not None
 
 
-def meet(name: str, seconds: float) -> None:
+def meet(name: str) -> None:
     """Waits until all processes are here, as after compiling: the first collective between processes waits half a
-    minute for the last one (Gloo in jax 0.10.2 and 0.12). Raises jax.errors.JaxRuntimeError behind `seconds`."""
+    minute for the last one (Gloo in jax 0.10.2 and 0.12). Raises jax.errors.JaxRuntimeError behind PATIENCE."""
     if is_one_of_several():
-        _client().wait_at_barrier(name, int(1000 * seconds))
+        _client().wait_at_barrier(name, int(1000 * PATIENCE))
 
 
-def agree(name: str, value: str, seconds: float) -> None:
+def agree(name: str, value: str) -> None:
     """Raises ValueError, with both, in every process whose `value` is not that of the first one."""
     if not is_one_of_several():
         return
     if is_primary():
         _client().key_value_set(f"hetjax/{name}", value)
-    first = _client().blocking_key_value_get(f"hetjax/{name}", int(1000 * seconds))
+    first = _client().blocking_key_value_get(f"hetjax/{name}", int(1000 * PATIENCE))
     if value != first:
         lines = zip(value.splitlines(), first.splitlines(), strict=False)
         mine, theirs = next(((a, b) for a, b in lines if a != b), (f"{len(value)} characters", f"{len(first)}"))

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from hetjax.run import cluster
 from hetjax.run.samples import Sample
 from hetjax.run.terminal import Terminal
 
@@ -41,16 +42,16 @@ def open_writers(
     resumed_step: int | None = None,
     tensorboard: bool = False,
     stream: TextIO | None = None,
-    writes: bool = True,
 ) -> Iterator[Writer]:
-    """One writer for all places. `stream` is the terminal; None is standard output. `writes` False: it writes nothing.
+    """One writer for all places, which in all but the first of several processes writes nothing. `stream` is the
+    terminal; None is standard output.
 
     `resumed_step` is the step of the checkpoint that the run continues from: what was written for later steps is
     dropped. None starts anew.
     """
     with contextlib.ExitStack() as stack:
         writers: list[Writer] = []
-        if not writes:
+        if not cluster.is_primary():
             yield _All(writers)
             return
         if tensorboard:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hetjax.data import ChatTemplate, DataConfig
-from hetjax.run import lock
+from hetjax.run import cluster, lock
 from hetjax.run.experiment import Experiment
 
 OPERATIVE = "operative_config.gin"
@@ -36,13 +36,16 @@ def dated(run: Experiment, workdir: Path) -> Experiment:
 
 @contextlib.contextmanager
 def made(workdir: Path) -> Iterator[None]:
-    """The directory, made if it is not there, for this process alone.
+    """The directory, made if it is not there, for this process alone, or for all that are one run with it, of which
+    the first one holds it.
 
     Raises ValueError if it cannot be made or written, or if another run uses it."""
     with contextlib.ExitStack() as stack:
-        with _explained(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock.held(workdir))
+        if cluster.is_primary():
+            with _explained(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.held(workdir))
+        cluster.meet("workdir made")
         yield
 
 
@@ -51,8 +54,10 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None, *, train
 
     Of a run that resumes at step `resumed` with other files, those of before stay as NAME_until_step_N: what was first
     asked for up to there. A run without a checkpoint starts over, and so does its record. Of one that `trains` no more
-    the files stay, because exports and answers go by them.
+    the files stay, because exports and answers go by them. Of several processes the first one writes.
     """
+    if not cluster.is_primary():
+        return
     with _explained(workdir):
         for name, text in files.items():
             path, new = workdir / name, workdir / f"{name}.new"
