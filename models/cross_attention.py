@@ -136,9 +136,8 @@ class Attention(nnx.Module):
         k, v = dots(rows.astype(x.dtype), self.k.get_value(), self.v.get_value())
         q = rms_norm(q, self.q_norm.get_value(), self.eps)
         k = rms_norm(k, self.k_norm.get_value(), self.eps)
-        one = lambda a: a.reshape(
-            1, -1, *a.shape[2:]
-        )  # all rows of text as one, and all items: documents tell them apart
+        # all rows of text as one, and all items: documents tell them apart
+        one = lambda a: a.reshape(1, -1, *a.shape[2:])
         y = attend(one(q), one(k), one(v), jax.tree.map(axes.tp.vary, sight)).reshape(q.shape)
         return axes.total(dot(y, self.o.get_value(), contract=2))
 

@@ -107,13 +107,15 @@ class ViT:
     @property
     def depths(self) -> tuple[int, ...]:
         """How many layers each of the hidden states that the projector reads has passed."""
-        layers = self.feature_layer if isinstance(self.feature_layer, tuple) else (self.feature_layer,)
-        return tuple(i % (self.num_layers + 1) for i in layers)
+        return self._passed(self.feature_layer if isinstance(self.feature_layer, tuple) else (self.feature_layer,))
 
     @property
     def deep(self) -> tuple[int, ...]:
         """How many layers each of the hidden states of `deepstack` has passed."""
-        return tuple(i % (self.num_layers + 1) for i in self.deepstack)
+        return self._passed(self.deepstack)
+
+    def _passed(self, states: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(i % (self.num_layers + 1) for i in states)
 
     @property
     def num_built(self) -> int:

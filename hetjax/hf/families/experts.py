@@ -61,6 +61,26 @@ def layers(c: Config, where: str) -> tuple[int, ...]:
     return tuple(i for i in range(c["num_hidden_layers"]) if i in c["mlp_only_layers"] or (i + 1) % step)
 
 
+def of_qwen(c: Config, where: str, *, default: int, **more: Any) -> Experts | None:
+    """The mixture of the two families of Qwen, with what else one of them sets; None where each layer is dense."""
+    number, dense = count(c, where, default=default), layers(c, where)
+    if len(dense) == c["num_hidden_layers"]:
+        return None
+    sizes = number, c["num_experts_per_tok"], c["moe_intermediate_size"]
+    return Experts(*sizes, c["norm_topk_prob"], dense, balance_loss=balance_loss(c), **more)
+
+
+def write_qwen(experts: Experts) -> dict[str, Any]:
+    """The fields of the two families of Qwen."""
+    return write(experts) | {
+        "num_experts": experts.count,
+        "moe_intermediate_size": experts.width,
+        "norm_topk_prob": experts.renormalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(experts.dense_layers),
+    }
+
+
 def write(experts: Experts) -> dict[str, Any]:
     """The fields that families with a softmax have."""
     return {

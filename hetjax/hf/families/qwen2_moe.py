@@ -6,7 +6,6 @@ from hetjax.hf.families import decoder, experts, qwen2, qwen3_moe
 from hetjax.hf.families.family import LINEAR
 from hetjax.hf.fields import Config
 from models.decoder import Decoder
-from models.moe import Experts
 
 KEYS = qwen3_moe.KEYS | {
     "layers/moe/shared/gate": ("model.layers.N.mlp.shared_expert.gate_proj.weight", LINEAR),
@@ -18,19 +17,9 @@ KEYS = qwen3_moe.KEYS | {
 
 def traits(c: Config, where: str) -> dict[str, Any]:
     """Experts, biases and window."""
-    dense = experts.layers(c, where)
-    mixture = Experts(
-        experts.count(c, where, default=60),
-        c["num_experts_per_tok"],
-        c["moe_intermediate_size"],
-        c["norm_topk_prob"],
-        dense,
-        balance_loss=experts.balance_loss(c),
-        shared_width=c["shared_expert_intermediate_size"],
-        shared_gate=True,
-    )
-    found = None if len(dense) == c["num_hidden_layers"] else mixture
-    return dict(attention_bias=c["qkv_bias"], experts=found, sliding_window=qwen2.window(c, where, first_layer=0))
+    shared = dict(shared_width=c["shared_expert_intermediate_size"], shared_gate=True)
+    mixture = experts.of_qwen(c, where, default=60, **shared)
+    return dict(attention_bias=c["qkv_bias"], experts=mixture, sliding_window=qwen2.window(c, where, first_layer=0))
 
 
 def fields(model: Decoder) -> dict[str, Any]:
@@ -38,16 +27,8 @@ def fields(model: Decoder) -> dict[str, Any]:
     mixture = model.experts
     assert mixture is not None
     experts.check(mixture, "Qwen2-MoE", experts.SOFTMAX | dict(shared_gate=True))
-    own = dict(
-        num_experts=mixture.count,
-        moe_intermediate_size=mixture.width,
-        shared_expert_intermediate_size=mixture.shared_width,
-        norm_topk_prob=mixture.renormalise,
-        decoder_sparse_step=1,
-        mlp_only_layers=list(mixture.dense_layers),
-        qkv_bias=model.attention_bias,
-    )
-    return qwen2.fields(model) | experts.write(mixture) | own
+    own = dict(shared_expert_intermediate_size=mixture.shared_width, qkv_bias=model.attention_bias)
+    return qwen2.fields(model) | experts.write_qwen(mixture) | own
 
 
 FAMILY = decoder.family(

@@ -6,7 +6,6 @@ from hetjax.hf.families import decoder, experts, qwen2, qwen3
 from hetjax.hf.families.family import LINEAR
 from hetjax.hf.fields import Config
 from models.decoder import Decoder
-from models.moe import Experts
 
 KEYS = {
     "layers/moe/router": ("model.layers.N.mlp.gate.weight", LINEAR),
@@ -18,16 +17,8 @@ KEYS = {
 
 def traits(c: Config, where: str) -> dict[str, Any]:
     """Experts, norms and window."""
-    return dict(qk_norm=True, experts=_experts(c, where), sliding_window=qwen2.window(c, where, first_layer=0))
-
-
-def _experts(c: Config, where: str) -> Experts | None:
-    """None where each layer is dense."""
-    count, dense = experts.count(c, where, default=128), experts.layers(c, where)
-    if len(dense) == c["num_hidden_layers"]:
-        return None
-    sizes = count, c["num_experts_per_tok"], c["moe_intermediate_size"]
-    return Experts(*sizes, c["norm_topk_prob"], dense, balance_loss=experts.balance_loss(c))
+    mixture = experts.of_qwen(c, where, default=128)
+    return dict(qk_norm=True, experts=mixture, sliding_window=qwen2.window(c, where, first_layer=0))
 
 
 def fields(model: Decoder) -> dict[str, Any]:
@@ -35,14 +26,7 @@ def fields(model: Decoder) -> dict[str, Any]:
     mixture = model.experts
     assert mixture is not None
     experts.check(mixture, "Qwen3-MoE", experts.SOFTMAX | experts.NOT_SHARED)
-    own = dict(
-        num_experts=mixture.count,
-        moe_intermediate_size=mixture.width,
-        norm_topk_prob=mixture.renormalise,
-        decoder_sparse_step=1,
-        mlp_only_layers=list(mixture.dense_layers),
-    )
-    return qwen3.fields(model) | experts.write(mixture) | own
+    return qwen3.fields(model) | experts.write_qwen(mixture)
 
 
 FAMILY = decoder.family(
