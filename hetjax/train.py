@@ -36,10 +36,12 @@ from hetjax.run import (
     record,
     samples,
     terminal,
+    watchdog,
 )
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
+from hetjax.run.watchdog import Watch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,11 +57,11 @@ def main(argv: Sequence[str]) -> int:
         seconds = time.perf_counter() - start
         print(terminal.summary(workdir, records, num_steps=run.ends[-1], kept=kept, seconds=seconds))
     except (ValueError, CheckpointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {cluster.who()}{' '.join(str(error).split())}", file=sys.stderr)
         return cluster.end(2)
     except BaseException:
         if cluster.is_one_of_several():
-            traceback.print_exc()
+            print(f"error: {cluster.who()}ends by what follows\n{traceback.format_exc()}", file=sys.stderr)
         cluster.end(1)
         raise
     return 0
@@ -69,11 +71,17 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
     """Trains `run` to its last step, or to a signal, with everything that is written in `workdir`.
 
     `asked`: file name -> text, what the run was asked for; written there once nothing speaks against the run."""
-    cluster.join_as_told()
+    with watchdog.watched(run.step_limit, run.start_limit) as watch:
+        cluster.join_as_told(run.step_limit)
+        _train(run, workdir, asked or {}, watch)
+        cluster.leave()
+
+
+def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watch) -> None:
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
-    _agree(asked or {}, trainers)
+    _agree(asked, trainers)
     over = False
     with contextlib.ExitStack() as stack:
         signalled = stack.enter_context(ending.signalled())
@@ -89,42 +97,48 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
         checkpoints = stack.enter_context(_open_checkpoints(run, workdir))
         resumed = checkpoints.latest
         first = run.phase_of(resumed or 0)
-        state = _ready(run, trainers, first, loader, checkpoints, starts)
-        record.write(workdir, asked or {}, resumed, trains=resumed is None or resumed < run.ends[-1])
+        state = _ready(run, trainers, first, loader, checkpoints, starts, watch)
+        record.write(workdir, asked, resumed, trains=resumed is None or resumed < run.ends[-1])
         evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
         )
-        last = stack.enter_context(ending.saved(checkpoints))
+        last = stack.enter_context(ending.saved(checkpoints, watch))
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
             state = state if trainer is trainers[first] else trainer.begin(state)
             log = Log(run, trainer, loader, writer)
+            watch.follow(trainer.pipeline.progress)
             while state.step < end and not (over := cluster.ends(state.step, signalled=bool(signalled))):
                 due = run.eval_every and state.step and state.step % run.eval_every == 0 and state.step != evaluated
                 if held_out is not None and due:
+                    watch.steps(f"the evaluation behind step {state.step}")
                     values = evaluate.values(trainer, state, held_out, run.eval_microbatches, stopped)
                     _write(run, trainer, state, held_out, writer, values, stopped)
                     log.restart()
                     if stopped:
                         continue  # to the loop's own end
+                watch.steps(f"step {state.step + 1}")
                 microbatches = loader.next_step(run.num_microbatches)
                 state, outcome = trainer.step(state, microbatches)
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:
+                    watch.pauses(f"the save of step {state.step}")
                     checkpoints.save(trainer, state, loader.state())
             log.settle()
+            watch.pauses(f"the save of step {state.step}")
             checkpoints.save(trainer, state, loader.state())
             if over:
                 break
         if held_out is not None and not over and not _has(workdir, state.step, "eval/accuracy_prior"):
+            watch.steps(f"the evaluation behind step {state.step}")
             values = evaluate.last_values(trainer, state, loader, held_out, run.eval_microbatches, stopped)
             _write(run, trainer, state, held_out, writer, values, stopped)
+        watch.pauses("its end")
         if over or stopped:
             checkpoints.wait()
             _say_stopped(signalled, state.step, checkpoints.directory)
         _report_data(loader)
-    cluster.leave()
 
 
 def _say_unless_exported(run: Experiment, workdir: Path) -> None:
@@ -192,6 +206,7 @@ def _ready(
     loader: Loader,
     checkpoints: Checkpoints,
     starts: Mapping[str, initial.Start],
+    watch: Watch,
 ) -> State:
     """The state from which phase `first` goes on, with all programs compiled: of the newest checkpoint, else step 0."""
     resumed = checkpoints.latest
@@ -207,7 +222,8 @@ def _ready(
         if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
             print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.spec.first_step + 1} to {run.ends[phase]}")
             recompute.settle(trainer, checkpoints.directory.parent, phase, memory.available(jax.devices()))
-            _compile(trainer, evaluates=run.held_out is not None)
+            _compile(trainer, watch, evaluates=run.held_out is not None)
+    watch.pauses("the first state")
     if resumed is None:
         return initial.state(trainers[0], starts)
     state, _ = checkpoints.restore(trainers[first], resumed)
@@ -215,12 +231,13 @@ def _ready(
     return state
 
 
-def _compile(trainer: Trainer, *, evaluates: bool) -> None:
+def _compile(trainer: Trainer, watch: Watch, *, evaluates: bool) -> None:
     """Compiles every program, prints the memory that they need, and raises ValueError where there is less."""
     start = time.perf_counter()
     live = sys.stdout.isatty()
 
     def report(name: str, done: int, total: int) -> None:
+        watch.pauses(f"compiling, with {done} of {total} programs done")
         if live:
             print(f"\r\033[Kcompiled {done}/{total} programs: {name}", end="", flush=True)
 

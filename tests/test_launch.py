@@ -1,4 +1,4 @@
-"""`hetjax launch`: several processes train, save, end on a signal, die together, and resume as fewer."""
+"""`hetjax launch`: several processes train, save, end on a signal, die together, hang and end, and resume as fewer."""
 
 import os
 import re
@@ -14,17 +14,21 @@ import runs
 from runs import ROOT, arguments, environment, records, settings
 
 from hetjax.launch import free_ports
+from hetjax.run import watchdog
 from hetjax.run.checkpoint import steps_in
 
+LIMIT, START = 6.0, 60.0  # seconds that a step may hang, and a save
 APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2-3")) | settings(
-    emulated_devices=4, save_every=2
+    emulated_devices=4, save_every=20, step_limit=LIMIT, start_limit=START
 )
 
 
-def start(gin: Path, workdir: Path, changes: runs.Changes, *, processes: int = 2) -> subprocess.Popen:
+def start(
+    gin: Path, workdir: Path, changes: runs.Changes, *, processes: int = 2, restarts: int = 0
+) -> subprocess.Popen:
     """A launch of so many processes that have four devices together."""
-    line = [sys.executable, "-m", "hetjax", "launch", "-n", str(processes), "--devices-per-process"]
-    line += [str(4 // processes), "--", "train", *arguments(gin, workdir, changes)]
+    line = [sys.executable, "-m", "hetjax", "launch", "-n", str(processes), f"--max-restarts={restarts}"]
+    line += [f"--devices-per-process={4 // processes}", "--", "train", *arguments(gin, workdir, changes)]
     never = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9", PYTHONUNBUFFERED="1")
     return subprocess.Popen(
         line, env=environment() | never, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -52,18 +56,31 @@ def children(launch: subprocess.Popen) -> list[int]:
     return sorted(map(int, Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()))
 
 
-def test_two_processes_are_killed_resumed_and_stopped(tmp_path: Path) -> None:
-    gin, many = runs.write(tmp_path), APART | settings(steps=1000)
-    launch = start(gin, tmp_path / "run", many)
-    saved(tmp_path / "run", 4, launch)
-    os.kill(children(launch)[1], signal.SIGKILL)
-    said = ended(launch, 30)
-    assert launch.returncode == 128 + signal.SIGKILL, said
-    assert "process 1 ended with status -9: all end" in said
+def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path) -> None:
+    gin, many = runs.write(tmp_path), APART | settings(steps=10000)
+    launch = start(gin, tmp_path / "run", many, restarts=1)
+    saved(tmp_path / "run", 20, launch)
+    first = children(launch)
+    os.kill(first[1], signal.SIGKILL)
+    killed = max(steps_in(tmp_path / "run" / "checkpoints"))
+    saved(tmp_path / "run", killed + 20, launch)
+    stopped, after = children(launch)[1], max(steps_in(tmp_path / "run" / "checkpoints"))
+    assert stopped not in first
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(LIMIT / 3)
+    os.kill(stopped, signal.SIGCONT)
+    saved(tmp_path / "run", after + 40, launch)
+    time.sleep(0.2)  # most probably behind the save
+    os.kill(stopped, signal.SIGSTOP)
+    said = ended(launch, 1.1 * START + 20)
+    assert launch.returncode == watchdog.STATUS, said
+    assert "process 1 ended with status -9: all end" in said and "restart 1 of 1" in said
+    assert re.search(r"error: process 0: nothing has happened for Experiment.st\w+_limit=\d+ s, in (step|the save)", said)
+    assert "[0]   the host's thread is" in said and "[0]   vision/0 (process 0)" in said
     killed = max(steps_in(tmp_path / "run" / "checkpoints"))
 
     launch = start(gin, tmp_path / "run", many)
-    saved(tmp_path / "run", killed + 2, launch)
+    saved(tmp_path / "run", killed + 20, launch)
     os.kill(children(launch)[1], signal.SIGTERM)  # a process that is no primary
     said = ended(launch, 60)
     assert launch.returncode == 0, said

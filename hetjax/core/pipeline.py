@@ -8,9 +8,10 @@ thread, and every idle mesh would starve behind one busy mesh.
 """
 
 import collections
+import contextlib
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from hetjax.core.evaluated import Evaluated
 from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
 from hetjax.core.packing import Prepared, prepare
+from hetjax.core.progress import Progress, told
 from hetjax.core.schedule import build_schedule
 from hetjax.core.step import Doing, Gradients, Tree, Trees, Update, lent
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task, Thing, What
@@ -45,7 +47,7 @@ class Pipeline(Wiring):
             encoder_window=spec.encoder_window,
             ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
         )
-        self._waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in self.stages}
+        self.progress = Progress(self)
         self._leaving: dict[Thing, Tree] = {}  # across steps
 
     @functools.cached_property
@@ -137,12 +139,14 @@ class Pipeline(Wiring):
         """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position)."""
         prepared = prepare(microbatch, self.packings)
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
+        self.progress.begin([Task(Kind.FORWARD, key) for key in self.stages])
         for key, stage in self.stages.items():  # producers come before their consumers
             y: Tree | None = None
             if key in self.mine:
                 y = stage.programs["evaluate"](on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared))
             for link in self.links[key]:
                 inputs[link.target] |= link.forward(y)
+            self.progress.handed_out()
         loss, likeliest = self.evaluated(y)
         cp = self.graph.sink.layout.cp
         return loss, likeliest if cp == 1 else likeliest[:, np.argsort(zigzag(likeliest.shape[1], cp))]
@@ -150,17 +154,31 @@ class Pipeline(Wiring):
     def _walk(self, tasks: Sequence[Task], doing: Doing) -> HostTimes:
         """Dispatches `tasks` in their order."""
         working = crossing = waiting = 0.0
+        self.progress.begin(tasks)
         for task in tasks:
             start = time.perf_counter()
-            queue = self._waiting[task.stage]
-            if len(queue) == IN_FLIGHT:
-                queue.popleft().block_until_ready()
+            given = self.progress.given[task.stage]
+            if len(given) == IN_FLIGHT:
+                with _named(given[0][0]):
+                    given[0][1].block_until_ready()
+                given.popleft()
             begun = time.perf_counter()
-            done = doing[task.kind](task)
+            with _named(task):
+                done = doing[task.kind](task)
             if done is not None:
-                queue.append(done)
+                given.append((task, done))
+            self.progress.handed_out()
             seconds = time.perf_counter() - begun
             waits = task.kind is Kind.GONE
             waiting, working = waiting + begun - start + seconds * waits, working + seconds * (not waits)
             crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
         return HostTimes(len(tasks), working, crossing, waiting)
+
+
+@contextlib.contextmanager
+def _named(task: Task) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the {told(task)}")
+        raise

@@ -112,15 +112,17 @@ class Gradients:
         if to in self.wiring.mine:
             self.alive[thing] = moved
 
-    def _reduce(self, task: Task) -> None:
+    def _reduce(self, task: Task) -> jax.Array:
         key = task.stage
         reduced, self.squares[key] = self.wiring.stages[key].programs["reduce"](self.acc[key])
         self.grads[key] = optimizer.merge(reduced, self.acc[key])
+        return self.squares[key]
 
-    def _measure(self, task: Task) -> None:
+    def _measure(self, task: Task) -> jax.Array:
         key = task.stage
         self.grads[key] = self.acc[key]
         self.squares[key] = self.wiring.stages[key].programs["measure"](self.acc[key])
+        return self.squares[key]
 
     def _tie(self, task: Task) -> None:
         """The gradients of a copy's tied leaves, added to the owner's."""
@@ -159,13 +161,14 @@ class Update:
             **dict.fromkeys((Kind.LEAVE, Kind.GONE, Kind.RETURN), alive.move),
         }
 
-    def _decide(self, task: Task) -> None:
+    def _decide(self, task: Task) -> jax.Array:
         """From squares and scores, which every device of a stage has, on one device; the decision to all."""
         finish = self.finish
         self.told, decision = finish.decide(finish.parts(self.reduced.squares, self.scores), self.scalars)
         self.decisions = finish.spread(decision)
         for name, spread in finish.spread_loads.items():
             self.loads |= spread(self.told[ROUTED][name])
+        return self.told["loss"]
 
     def _update(self, task: Task) -> None:
         key, mine = task.stage, self.finish.moved[task.stage].parameters

@@ -5,6 +5,7 @@ knows (Slurm, Open MPI, Kubernetes' indexed jobs), if `HETJAX_CLUSTER=auto` asks
 """
 
 import contextlib
+import math
 import os
 import sys
 from typing import Any
@@ -16,24 +17,27 @@ from hetjax.run import command
 
 COORDINATOR, PROCESSES, PROCESS = "HETJAX_COORDINATOR", "HETJAX_NUM_PROCESSES", "HETJAX_PROCESS"
 DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
-PATIENCE = 3600.0  # seconds that a process waits for one that compiles, or reads its data
+FOR_EVER = 10**9  # ms: what waits for another process ends by the watchdog, not by a timeout of its own
+HEARTBEAT = 100.0  # seconds without a sign of life behind which jax ends a run, unless a step may take longer
 SOON = 4  # steps: no process is so far ahead of another
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
 
 
-def join_as_told() -> None:
-    """Joins the run that the environment tells of, if it does; only the first process writes to standard output."""
+def join_as_told(step_limit: float) -> None:
+    """Joins the run that the environment tells of, if it does; only the first process writes to standard output.
+
+    A process that is stopped for less than `step_limit` seconds is not taken for dead."""
     if distributed.global_state.client is not None:
         return
     told = {name: os.environ.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)}
     if all(told.values()):
         numbers = (_number(name) for name in (PROCESSES, PROCESS, DEVICES))
-        join(str(told[COORDINATOR]), *numbers)
+        join(str(told[COORDINATOR]), *numbers, step_limit=step_limit)
     elif any(told.values()):
         missing = ", ".join(name for name, value in told.items() if not value)
         raise ValueError(f"of {', '.join(told)} the environment lacks {missing}; set all, or none")
     elif os.environ.get(CLUSTER) == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_heartbeat(step_limit))
     if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the end
 
@@ -45,7 +49,11 @@ def _number(name: str) -> int:
     return int(value)
 
 
-def join(coordinator: str, num_processes: int, process: int, emulated: int) -> None:
+def _heartbeat(step_limit: float) -> int:
+    return math.ceil(max(HEARTBEAT, 1.2 * step_limit))  # behind the watchdog, which has more to say
+
+
+def join(coordinator: str, num_processes: int, process: int, emulated: int, *, step_limit: float = HEARTBEAT) -> None:
     """Makes this process number `process` of a run whose first one listens at `coordinator` ("host:port"), with
     `emulated` CPU devices of its own, or where that is 0 with its accelerators. Call it before jax is used."""
     if emulated:
@@ -53,7 +61,7 @@ def join(coordinator: str, num_processes: int, process: int, emulated: int) -> N
         command.ask_for_emulated(emulated)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cross_host_transfer_socket_address", f"127.0.0.1:{port + 1 + process}")
-    jax.distributed.initialize(coordinator, num_processes, process)
+    jax.distributed.initialize(coordinator, num_processes, process, heartbeat_timeout_seconds=_heartbeat(step_limit))
 
 
 def is_primary() -> bool:
@@ -66,11 +74,16 @@ def is_one_of_several() -> bool:
     return distributed.global_state.client is not None
 
 
+def who() -> str:
+    """ "process 1: ", which of several an error is of; "" of one alone."""
+    return f"process {distributed.global_state.process_id}: " if is_one_of_several() else ""
+
+
 def meet(name: str) -> None:
     """Waits until all processes are here, as after compiling: the first collective between processes waits half a
-    minute for the last one (Gloo in jax 0.10.2 and 0.12). Raises jax.errors.JaxRuntimeError behind PATIENCE."""
+    minute for the last one (Gloo in jax 0.10.2 and 0.12)."""
     if is_one_of_several():
-        _client().wait_at_barrier(name, int(1000 * PATIENCE))
+        _client().wait_at_barrier(name, FOR_EVER)
 
 
 def agree(name: str, value: str) -> None:
@@ -79,7 +92,7 @@ def agree(name: str, value: str) -> None:
         return
     if is_primary():
         _client().key_value_set(f"hetjax/{name}", value)
-    first = _client().blocking_key_value_get(f"hetjax/{name}", int(1000 * PATIENCE))
+    first = _client().blocking_key_value_get(f"hetjax/{name}", FOR_EVER)
     if value != first:
         lines = zip(value.splitlines(), first.splitlines(), strict=False)
         mine, theirs = next(((a, b) for a, b in lines if a != b), (f"{len(value)} characters", f"{len(first)}"))

@@ -14,6 +14,7 @@ import jax
 from hetjax.core.trainer import State, Trainer
 from hetjax.run import cluster, signals
 from hetjax.run.checkpoint import Checkpoints, steps_in
+from hetjax.run.watchdog import Watch
 
 
 @contextlib.contextmanager
@@ -44,13 +45,14 @@ class Last:
 
 
 @contextlib.contextmanager
-def saved(checkpoints: Checkpoints) -> Iterator[Last]:
+def saved(checkpoints: Checkpoints, watch: Watch) -> Iterator[Last]:
     """Saves the last complete step if an error or an interrupt comes through, and says which step lies where."""
     last = Last()
     try:
         yield last
     except BaseException:  # a user's code may raise any
         if last.complete is not None and not cluster.is_one_of_several():  # the others are not here to save with
+            watch.pauses("the save behind an error")
             print(_save(checkpoints, last), flush=True)
         raise
 

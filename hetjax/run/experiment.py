@@ -158,6 +158,8 @@ class Experiment:
     save_every: int = 200  # steps
     keep: int = 2  # checkpoints
     log_every: int = 10  # steps
+    step_limit: float = 600.0  # seconds; a step or an evaluation in which nothing happens for so long ends the run
+    start_limit: float = 3600.0  # seconds; the same of the start, a save and the end
     tensorboard: bool = False
     emulated_devices: int = 0  # CPU devices to emulate; 0: the devices that jax finds
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none
@@ -170,6 +172,9 @@ class Experiment:
         for name, low in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
             if getattr(self, name) < low:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
+        for name in ("step_limit", "start_limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be above 0")
         for name in ("steps", "optimizer"):
             if self.phases and getattr(self, name) != getattr(Experiment, name):
                 raise ValueError(

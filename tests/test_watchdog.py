@@ -1,0 +1,50 @@
+"""The watchdog ends a run in which nothing happens for longer than its limit, in a native call too, and no other."""
+
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import runs
+from runs import ROOT, environment, settings
+
+from hetjax.launch import free_ports
+from hetjax.run import cluster, watchdog
+from hetjax.run.watchdog import TICK, Watch
+
+
+def looks(watch: Watch, ticks: int) -> list[bool]:
+    """What so many looks say, one a tick."""
+    start = time.monotonic()
+    return [watch.goes_on(start + n * TICK) for n in range(1, ticks + 1)]
+
+
+def test_what_happens_starts_the_clock_anew_and_each_limit_is_that_of_its_setting() -> None:
+    watch, progress = Watch(step_limit=10.5 * TICK, start_limit=20.5 * TICK), types.SimpleNamespace(count=0)
+    assert looks(watch, 22) == [True] * 20 + [False] * 2
+    watch.steps("step 1")
+    assert looks(watch, 12) == [True] * 11 + [False]  # the first of them sees the beginning
+    watch.steps("step 2")
+    watch.follow(progress)  # type: ignore[arg-type]
+    for _ in range(5):
+        progress.count += 1
+        assert all(looks(watch, 8))
+    assert not all(looks(watch, 4))
+
+
+def test_seconds_in_which_the_process_itself_was_stopped_do_not_count() -> None:
+    watch = Watch(step_limit=10 * TICK, start_limit=10 * TICK)
+    start = time.monotonic()
+    assert all(watch.goes_on(start + seconds) for seconds in (1, 10**3, 10**6))
+
+
+def test_a_run_that_hangs_in_a_native_call_says_where_and_ends(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "hetjax.train"]
+    line += runs.arguments(runs.write(tmp_path), tmp_path / "run", settings(start_limit=2.0))
+    nobody = f"127.0.0.1:{free_ports(1)}"  # for which it would wait
+    told = {cluster.COORDINATOR: nobody, cluster.PROCESSES: "2", cluster.PROCESS: "1", cluster.DEVICES: "2"}
+    ran = subprocess.run(line, env=environment() | told, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == watchdog.STATUS, ran
+    assert "error: process 1: nothing has happened for Experiment.start_limit=2 s, in its start" in ran.stderr
+    assert "in join" in ran.stderr  # where the main thread is
