@@ -8,6 +8,7 @@ status 0; a second Ctrl-C, or an error, saves the last complete step if it can, 
 """
 
 import contextlib
+import hashlib
 import signal
 import sys
 import time
@@ -16,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jaxlib
 
 import hetjax
+import models
 from hetjax.core import memory
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
@@ -81,7 +84,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
-    _agree(asked, trainers)
+    cluster.agree(_decides(workdir, asked, trainers))
     over = False
     with contextlib.ExitStack() as stack:
         signalled = stack.enter_context(ending.signalled())
@@ -90,12 +93,14 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         held_out = experiment.held_out_loader(run)
         if held_out is not None:
             evaluate.check(loader, stack.enter_context(held_out))
+        cluster.agree({"data": loader.digest, "held-out data": held_out.digest if held_out else ""})
         directory = workdir / "checkpoints"
         starts = {} if checkpoint.steps_in(directory) else _starts(run, trainers[0])
         _say_unless_exported(run, workdir)
         stack.enter_context(record.made(workdir))
         checkpoints = stack.enter_context(_open_checkpoints(run, workdir))
         resumed = checkpoints.latest
+        cluster.agree({"newest checkpoint": str(resumed)})
         first = run.phase_of(resumed or 0)
         state = _ready(run, trainers, first, loader, checkpoints, starts, watch)
         record.write(workdir, asked, resumed, trains=resumed is None or resumed < run.ends[-1])
@@ -152,13 +157,16 @@ def _say_stopped(signalled: Sequence[signal.Signals], step: int, where: Path) ->
     print(f"{who}: saved step {step} in {where}; the same command continues", flush=True)
 
 
-def _agree(asked: Mapping[str, str], trainers: Sequence[Trainer]) -> None:
-    """Raises ValueError unless all processes run the same: versions, settings, order of tasks."""
-    versions = f"hetjax {hetjax.__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}"
-    cluster.agree("software", versions)
-    cluster.agree("configuration", asked.get(record.OPERATIVE, ""))
-    order = [str(task) for trainer in trainers for task in trainer.pipeline.schedule.order]
-    cluster.agree("order of tasks", "\n".join(order))
+def _decides(workdir: Path, asked: Mapping[str, str], trainers: Sequence[Trainer]) -> Mapping[str, str]:
+    """What has to be the same in all processes, but for the data."""
+    sources = sorted(path for root in (hetjax, models) for path in Path(root.__path__[0]).rglob("*.py"))
+    return {
+        "software": f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {sys.version.split()[0]}",
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "configuration": asked.get(record.OPERATIVE, ""),
+        "workdir": str(workdir.absolute()),
+        "order of tasks": "\n".join(str(task) for each in trainers for task in each.pipeline.schedule.order),
+    }
 
 
 def _draw(trainer: Trainer) -> None:

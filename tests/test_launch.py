@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import runs
 from runs import ROOT, arguments, environment, records, settings
 
 from hetjax.launch import free_ports
-from hetjax.run import watchdog
+from hetjax.run import cluster, watchdog
 from hetjax.run.checkpoint import steps_in
 
 LIMIT, START = 6.0, 60.0  # seconds that a step may hang, and a save
@@ -75,7 +76,9 @@ def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path)
     said = ended(launch, 1.1 * START + 20)
     assert launch.returncode == watchdog.STATUS, said
     assert "process 1 ended with status -9: all end" in said and "restart 1 of 1" in said
-    assert re.search(r"error: process 0: nothing has happened for Experiment.st\w+_limit=\d+ s, in (step|the save)", said)
+    assert re.search(
+        r"error: process 0: nothing has happened for Experiment.st\w+_limit=\d+ s, in (step|the save)", said
+    )
     assert "[0]   the host's thread is" in said and "[0]   vision/0 (process 0)" in said
     killed = max(steps_in(tmp_path / "run" / "checkpoints"))
 
@@ -104,24 +107,36 @@ def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.Ca
         assert ran.returncode == 2 and says in ran.stderr.decode(), ran
 
 
-def test_processes_of_other_settings_do_not_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "differs", ["configuration than process 0: 'experiment.Experiment.steps = 4' where that has 'experiment", "data"]
+)
+def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
-    port = free_ports(3)
-    told = {"HETJAX_COORDINATOR": f"127.0.0.1:{port}", "HETJAX_NUM_PROCESSES": "2", "HETJAX_DEVICES_PER_PROCESS": "2"}
+    shutil.copytree(tmp_path / "train", tmp_path / "other" / "train")
+    where = [tmp_path, tmp_path / "other"]
+    if differs == "data":
+        data = where[1] / "train" / "data.json"
+        data.write_text(data.read_text().replace("q0", "q1"))
+    steps = [3, 4] if differs != "data" else [3, 3]
+    relative = {"train/settings.DataConfig.path": "train/data.json"}
+    told = {cluster.COORDINATOR: f"127.0.0.1:{free_ports(3)}", cluster.PROCESSES: "2", cluster.DEVICES: "2"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "hetjax.train", *arguments(gin, tmp_path / "run", APART | settings(steps=3 + n))],
-            env=environment() | told | {"HETJAX_PROCESS": str(n)},
-            cwd=ROOT,
+            [sys.executable, "-m", "hetjax.train"]
+            + arguments(gin, tmp_path / "run", APART | relative | settings(steps=steps[n])),
+            env=environment() | told | {cluster.PROCESS: str(n), "PYTHONPATH": str(ROOT)},
+            cwd=where[n],
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for n in range(2)
     ]
     try:
-        said = running[1].communicate(timeout=120)[1]
-        assert running[1].returncode == 2
-        assert "process 1 has another configuration than process 0: 'experiment.Experiment.steps = 4'" in said
+        for n, process in enumerate(running):
+            said = process.communicate(timeout=120)[1]
+            assert process.returncode == 2, said
+            assert f"error: process {n}: process 1 has another {differs}" in said
     finally:
         for process in running:
             process.kill()

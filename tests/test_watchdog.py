@@ -1,5 +1,6 @@
 """The watchdog ends a run in which nothing happens for longer than its limit, in a native call too, and no other."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -14,23 +15,20 @@ from hetjax.run import cluster, watchdog
 from hetjax.run.watchdog import TICK, Watch
 
 
-def looks(watch: Watch, ticks: int) -> list[bool]:
-    """What so many looks say, one a tick."""
-    start = time.monotonic()
-    return [watch.goes_on(start + n * TICK) for n in range(1, ticks + 1)]
-
-
 def test_what_happens_starts_the_clock_anew_and_each_limit_is_that_of_its_setting() -> None:
     watch, progress = Watch(step_limit=10.5 * TICK, start_limit=20.5 * TICK), types.SimpleNamespace(count=0)
-    assert looks(watch, 22) == [True] * 20 + [False] * 2
+    start = time.monotonic()
+    ticks = (start + n * TICK for n in itertools.count(1))
+    looks = lambda count: [watch.goes_on(next(ticks)) for _ in range(count)]
+    assert looks(22) == [True] * 20 + [False] * 2
     watch.steps("step 1")
-    assert looks(watch, 12) == [True] * 11 + [False]  # the first of them sees the beginning
+    assert looks(12) == [True] * 11 + [False]  # the first of them sees the beginning
     watch.steps("step 2")
     watch.follow(progress)  # type: ignore[arg-type]
     for _ in range(5):
         progress.count += 1
-        assert all(looks(watch, 8))
-    assert not all(looks(watch, 4))
+        assert looks(8) == [True] * 8
+    assert looks(4) == [True] * 3 + [False]
 
 
 def test_seconds_in_which_the_process_itself_was_stopped_do_not_count() -> None:

@@ -8,6 +8,7 @@ following steps bit for bit.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -92,6 +93,11 @@ class Loader:
     def seconds_waited(self) -> float:
         """Time that `next_step` has spent waiting for data."""
         return self._waited + (self._ahead.seconds_waited if self._ahead else 0.0)
+
+    @property
+    def digest(self) -> str:
+        """Of the conversations and the tokenizer."""
+        return f"{self._digest} {hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()}"
 
     def abstract(self) -> dict[str, Abstract]:
         """Shape and dtype of every array of a microbatch; loads nothing."""

@@ -5,9 +5,12 @@ knows (Slurm, Open MPI, Kubernetes' indexed jobs), if `HETJAX_CLUSTER=auto` asks
 """
 
 import contextlib
+import itertools
 import math
 import os
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +23,7 @@ DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
 FOR_EVER = 10**9  # ms: what waits for another process ends by the watchdog, not by a timeout of its own
 HEARTBEAT = 100.0  # seconds without a sign of life behind which jax ends a run, unless a step may take longer
 SOON = 4  # steps: no process is so far ahead of another
+DIFFERS = "hetjax/differs/"  # the directory of what differs between processes
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
 
 
@@ -86,20 +90,26 @@ def meet(name: str) -> None:
         _client().wait_at_barrier(name, FOR_EVER)
 
 
-def agree(name: str, value: str) -> None:
-    """Raises ValueError, with both, in every process whose `value` is not that of the first one."""
+def agree(values: Mapping[str, str]) -> None:
+    """Raises ValueError in every process, where one of them has other `values` than the first: with its number, the
+    value's name, and the first line that differs in both."""
     if not is_one_of_several():
         return
-    if is_primary():
-        _client().key_value_set(f"hetjax/{name}", value)
-    first = _client().blocking_key_value_get(f"hetjax/{name}", FOR_EVER)
-    if value != first:
-        lines = zip(value.splitlines(), first.splitlines(), strict=False)
-        mine, theirs = next(((a, b) for a, b in lines if a != b), (f"{len(value)} characters", f"{len(first)}"))
-        raise ValueError(
-            f"process {jax.process_index()} has another {name} than process 0: {mine!r} where that has {theirs!r}; "
-            "start all with the same files and settings"
-        )
+    for name, value in values.items():
+        if is_primary():
+            _client().key_value_set(f"hetjax/{name}", value)
+        elif difference := _difference(value, _client().blocking_key_value_get(f"hetjax/{name}", FOR_EVER)):
+            said = f"process {distributed.global_state.process_id} has another {name} than process 0: {difference}"
+            _client().key_value_set(f"{DIFFERS}{distributed.global_state.process_id}/{name}", said)
+    meet(f"agreed on {', '.join(values)}")
+    if found := _client().key_value_dir_get(DIFFERS):
+        raise ValueError(f"{found[0][1]}; start all with the same files, settings and versions")
+
+
+def _difference(value: str, first: str) -> str:
+    """ "" where there is none."""
+    lines = itertools.zip_longest(value.splitlines(), first.splitlines(), fillvalue="nothing")
+    return next((f"{mine!r} where that has {theirs!r}" for mine, theirs in lines if mine != theirs), "")
 
 
 def ends(step: int, *, signalled: bool) -> bool:
@@ -132,6 +142,8 @@ def end(status: int) -> int:
     if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
+        if status and is_primary():
+            time.sleep(1)  # its end takes the others with it, who may be about to say theirs
         os._exit(status)
     return status
 
