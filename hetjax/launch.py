@@ -2,7 +2,10 @@
 
     hetjax launch -n 4 --devices-per-process 2 -- train --gin_file=run.gin --workdir=runs/four
 
-When one of them dies, all end. What they print is prefixed by their number; the first one prints the progress.
+When one of them dies, all end. What they print is prefixed by their number; the first one prints the progress. Exit
+status: 0 trained, or saved after a signal; 2 what the user can mend; 3 the watchdog's, of a run that hung; else that of
+the first process that died, 128 + N if signal N killed it. `--max-restarts` starts all again unless it is 0 or 2, from
+the newest complete checkpoint.
 """
 
 import argparse
@@ -29,18 +32,25 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--devices-per-process", type=int, default=0, metavar="N", help="CPU devices to emulate in each; 0: real ones"
     )
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="times that all start again")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="times that all start again when one died"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and a command of hetjax")
     flags = parser.parse_args(argv)
     command = flags.command[1:] if flags.command[:1] == ["--"] else flags.command
-    for name, value, low in (("-n", flags.n, 1), ("--devices-per-process", flags.devices_per_process, 0)):
+    least = (
+        ("-n", flags.n, 1),
+        ("--devices-per-process", flags.devices_per_process, 0),
+        ("--max-restarts", flags.max_restarts, 0),
+    )
+    for name, value, low in least:
         if value < low:
             parser.error(f"{name}={value}; it must be at least {low}")
     if not command:
         parser.error("no command; write -- train ... behind the flags")
     if command[0] != "train":
         parser.error(f"{command[0]} runs in one process alone; train is what runs in several")
-    for restart in range(1 + max(flags.max_restarts, 0)):
+    for restart in range(1 + flags.max_restarts):
         if restart:
             print(f"restart {restart} of {flags.max_restarts}", file=sys.stderr, flush=True)
         status, stopped = run(command, flags.n, flags.devices_per_process)

@@ -102,6 +102,7 @@ def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.Ca
         "-n 2": "no command; write -- train",
         "-n 2 -- verify": "verify runs in one process alone",
         "-n 2 --devices-per-process=-1 -- train": "--devices-per-process=-1; it must be at least 0",
+        "-n 2 --max-restarts=-1 -- train": "--max-restarts=-1; it must be at least 0",
     }.items():
         ran = subprocess.run([sys.executable, "-m", "hetjax", "launch", *line.split()], cwd=ROOT, capture_output=True)
         assert ran.returncode == 2 and says in ran.stderr.decode(), ran
