@@ -14,26 +14,32 @@ from hetjax.run import cluster, metrics
 from hetjax.run.checkpoint import steps_in
 
 ROOT = Path(__file__).parent.parent
-DEVICES = 4
 POLL = 0.002  # seconds between two looks at a run's files: a save of the small model takes 50 ms
-# the quickstart, narrower; each of the modules spans all processes
-SMALL = {
-    "vit.ViT.width": 32,
-    "vit.ViT.mlp_width": 64,
-    "vit.ViT.num_layers": 2,
-    "vit.ViT.output_width": 32,
-    "decoder.Decoder.width": 32,
-    "decoder.Decoder.mlp_width": 64,
-    "decoder.Decoder.num_layers": 2,
-    "vision/layout.Layout.devices": "'0-3'",
-    "vision/layout.Layout.dp": 4,
-    "llm/layout.Layout.devices": "'0-3'",
-    "llm/layout.Layout.tp": 2,
-    "llm/layout.Layout.dp": 2,
-    "experiment.Experiment.eval_microbatches": 4,
-    "experiment.Experiment.log_every": 1,
-}
 QUICK = "--xla_backend_optimization_level=0"
+
+
+def small(processes: int) -> dict[str, object]:
+    """Settings of the quickstart that make it small, with each module on the devices of all processes, one each."""
+    return {
+        "vit.ViT.width": 16,
+        "vit.ViT.mlp_width": 32,
+        "vit.ViT.num_layers": 1,
+        "vit.ViT.num_heads": 2,
+        "vit.ViT.output_width": 16,
+        "decoder.Decoder.width": 16,
+        "decoder.Decoder.mlp_width": 32,
+        "decoder.Decoder.num_layers": 1,
+        "decoder.Decoder.num_heads": 2,
+        "decoder.Decoder.num_kv_heads": 2,
+        "vision/layout.Layout.devices": f"'0-{processes - 1}'",
+        "vision/layout.Layout.dp": processes,
+        "llm/layout.Layout.devices": f"'0-{processes - 1}'",
+        "llm/layout.Layout.dp": processes // 2,
+        "vision/experiment.Encoder.slots_per_group": 2,
+        "settings.DataConfig.samples_per_group": 2,
+        "experiment.Experiment.eval_microbatches": 4,
+        "experiment.Experiment.log_every": 1,
+    }
 
 
 @dataclasses.dataclass
@@ -49,20 +55,20 @@ class Run:
     calls: int = 0
 
     def launch(self, *, learns: bool = False) -> None:
-        """By `hetjax launch`; one that `learns` keeps what it compiles, which a killed process would leave in halves."""
-        flags = ["-n", str(self.processes), f"--devices-per-process={DEVICES // self.processes}"]
+        """By `hetjax launch`; one that `learns` keeps what it compiles, of which a killed one would leave halves."""
+        flags = ["-n", str(self.processes), "--devices-per-process=1"]
         self._start(["-m", "hetjax", "launch", *flags, "--", "train", *self._arguments()], learns=learns)
 
     def start_each(self, changes: Sequence[Mapping[str, object]] = ()) -> None:
         """One by one, as a cluster does, with nobody who ends all when one dies."""
         told = {cluster.COORDINATOR: f"127.0.0.1:{free_ports(1 + self.processes)}"}
-        told |= {cluster.PROCESSES: str(self.processes), cluster.DEVICES: str(DEVICES // self.processes)}
+        told |= {cluster.PROCESSES: str(self.processes), cluster.DEVICES: "1"}
         for n in range(self.processes):
             mine = changes[n] if changes else {}
             self._start(["-m", "hetjax.train", *self._arguments(mine)], told | {cluster.PROCESS: str(n)})
 
     def _arguments(self, changes: Mapping[str, object] | None = None) -> list[str]:
-        settings = SMALL | dict(self.settings) | dict(changes or {})
+        settings = small(self.processes) | dict(self.settings) | dict(changes or {})
         bindings = [f"--gin.{name}={value}" for name, value in settings.items()]
         return ["--gin_file=configs/quickstart.gin", f"--workdir={self.workdir}", *bindings]
 
