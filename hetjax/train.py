@@ -128,10 +128,10 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:
-                    watch.pauses(f"the save of step {state.step}")
+                    watch.steps(f"the save of step {state.step}")
                     checkpoints.save(trainer, state, loader.state())
             log.settle()
-            watch.pauses(f"the save of step {state.step}")
+            watch.steps(f"the save of step {state.step}")
             checkpoints.save(trainer, state, loader.state())
             if over:
                 break

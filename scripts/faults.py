@@ -109,7 +109,7 @@ def signalled(number: signal.Signals, moment: str, victim: int | None = None, *,
         pids = run.trainers
         others = [p for p in run.running if p.pid != pids[chosen]]
         os.kill(pids[chosen], number)
-        begun, allowed = time.monotonic(), IN_STEP if moment == "step" else ANYWHERE
+        begun, allowed = time.monotonic(), ANYWHERE if moment == "start" else IN_STEP
         if alone:  # the stopped one itself stays
             run.running[:] = others
         codes = run.ended(allowed)

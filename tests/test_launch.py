@@ -18,9 +18,9 @@ from hetjax.launch import free_ports
 from hetjax.run import cluster, watchdog
 from hetjax.run.checkpoint import steps_in
 
-LIMIT, START = 6.0, 60.0  # seconds that a step may hang, and a save
+LIMIT = 6.0  # seconds that a step or a save may hang
 APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2-3")) | settings(
-    emulated_devices=4, save_every=20, step_limit=LIMIT, start_limit=START
+    emulated_devices=4, save_every=20, step_limit=LIMIT
 )
 
 
@@ -71,14 +71,11 @@ def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path)
     time.sleep(LIMIT / 3)
     os.kill(stopped, signal.SIGCONT)
     saved(tmp_path / "run", after + 40, launch)
-    time.sleep(0.2)  # most probably behind the save
     os.kill(stopped, signal.SIGSTOP)
-    said = ended(launch, 1.1 * START + 20)
+    said = ended(launch, 3 * LIMIT + 10)
     assert launch.returncode == watchdog.STATUS, said
     assert "process 1 ended with status -9: all end" in said and "restart 1 of 1" in said
-    assert re.search(
-        r"error: process 0: nothing has happened for Experiment.st\w+_limit=\d+ s, in (step|the save)", said
-    )
+    assert f"[0] error: process 0: nothing has happened for Experiment.step_limit={LIMIT:g} s, in" in said
     assert "[0]   the host's thread is" in said and "[0]   vision/0 (process 0)" in said
     killed = max(steps_in(tmp_path / "run" / "checkpoints"))
 

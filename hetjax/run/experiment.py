@@ -158,8 +158,8 @@ class Experiment:
     save_every: int = 200  # steps
     keep: int = 2  # checkpoints
     log_every: int = 10  # steps
-    step_limit: float = 600.0  # seconds; a step or an evaluation in which nothing happens for so long ends the run
-    start_limit: float = 3600.0  # seconds; the same of the start, a save and the end
+    step_limit: float = 600.0  # seconds; a step, save or evaluation in which nothing happens for so long ends it
+    start_limit: float = 3600.0  # seconds; the same of the start and the end
     tensorboard: bool = False
     emulated_devices: int = 0  # CPU devices to emulate; 0: the devices that jax finds
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none

@@ -34,11 +34,11 @@ class Watch:
         self._last, self._looked, self._waited = self._seen(), time.monotonic(), 0.0
 
     def steps(self, what: str) -> None:
-        """The run is now at a step, or an evaluation."""
+        """The run is now at a step, or what stands between two: a save, an evaluation."""
         self._begins(what, "step_limit")
 
     def pauses(self, what: str) -> None:
-        """The run is now at something else."""
+        """The run is now at something else, of its start or its end."""
         self._begins(what, "start_limit")
 
     def _begins(self, what: str, setting: str) -> None:
