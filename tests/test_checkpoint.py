@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import tiny
 from conftest import Counter
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import State, Trainer
+from hetjax.run import digests
 from hetjax.run.checkpoint import CheckpointError, Checkpoints
 from hetjax.run.named import programs, to_names
 
@@ -142,6 +145,32 @@ def test_a_damaged_checkpoint_says_what_to_do(saved: tuple, tmp_path: Path) -> N
         checkpoints.restore(build(COLOCATED))
     del checkpoints
     gc.collect()  # Orbax leaves the tasks of a failed read behind, each with an exception that no one retrieved
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_bytes_that_the_disk_has_changed_are_no_other_weights(saved: tuple, tmp_path: Path) -> None:
+    shutil.copytree(saved[0], tmp_path / "damaged")
+    for file in tmp_path.rglob("d/*"):  # Orbax leaves some behind that nothing refers to
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0x10
+        file.write_bytes(content)
+    with Checkpoints(tmp_path / "damaged") as checkpoints, pytest.raises(CheckpointError, match="remove this direc"):
+        checkpoints.restore(build(COLOCATED))
+    del checkpoints
+    gc.collect()
+
+
+def test_a_digest_sees_one_element_and_where_it_stands_however_the_array_is_cut() -> None:
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    array = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    swapped, other = array.copy(), array.copy()
+    swapped[2], swapped[3], other[5, 7] = array[3], array[2], np.nextafter(array[5, 7], np.float32(9))
+    specs = {"whole": P(), "rows": P("a"), "both": P("b", "a"), "over one": P(None, ("a", "b"))}
+    place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+    found = digests.of({name: place(array, spec) for name, spec in specs.items()})
+    assert len(set(found.values())) == 1
+    wrong = digests.of({"swapped": place(swapped, P("a")), "other": place(other, P())})
+    assert not set(wrong.values()) & set(found.values())
 
 
 def test_layers_of_two_kinds_restore_under_another_cut_by_their_number_in_the_model(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from hetjax.core.trainer import State, Trainer
+from hetjax.run import digests
 from hetjax.run.named import Names, abstract_names, from_names, to_names
 from hetjax.run.names import flat, nested
 
@@ -23,6 +24,7 @@ READING = "if it is damaged, remove this directory and the run resumes from the 
 WRITING = "make room if the disk is full, and start the same command again"  # it, or the one that was under way
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax writes, until it is complete
 FIRST_STEP = "first_step"  # of the trainer that saved: where its optimizer's state began
+DIGESTS = "digests"  # of the arrays, by name
 
 
 class CheckpointError(RuntimeError):
@@ -71,10 +73,10 @@ class Checkpoints:
         if self.latest == state.step:
             return
         with self._explained(state.step, "written", WRITING):
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(nested(to_names(trainer, state))), data=ocp.args.JsonSave(dict(data))
-            )
-            saved = self._manager.save(state.step, args=args, custom_metadata={FIRST_STEP: trainer.spec.first_step})
+            names = to_names(trainer, state)
+            told = {FIRST_STEP: trainer.spec.first_step, DIGESTS: digests.of(names)}
+            args = ocp.args.Composite(state=ocp.args.StandardSave(nested(names)), data=ocp.args.JsonSave(dict(data)))
+            saved = self._manager.save(state.step, args=args, custom_metadata=told)
         if not saved:
             raise CheckpointError(
                 f"{self.directory}: step {state.step} was not saved, a checkpoint of step {self.latest} is there; "
@@ -91,8 +93,9 @@ class Checkpoints:
         data = self.check(trainer, step)
         with self._explained(step, "read", READING):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(nested(abstract_names(trainer))))
-            found = self._manager.restore(step, args=args)
-        return from_names(trainer, dict(flat(found["state"])), step), data
+            found = dict(flat(self._manager.restore(step, args=args)["state"]))
+            self._check_values(step, found)
+        return from_names(trainer, found, step), data
 
     def check(self, trainer: Trainer, step: int) -> dict[str, Any]:
         """The position of the data at `step`. Reads no array.
@@ -111,6 +114,14 @@ class Checkpoints:
                 f"{step} begins behind step {first_step}; set Experiment.phases, and the Phase.steps of those that are "
                 "over, back to what they were, or use another workdir"
             )
+
+    def _check_values(self, step: int, names: Names) -> None:
+        saved = self._manager.metadata(step).custom_metadata.get(DIGESTS, {})  # taken as they are without them
+        for name, digest in digests.of(names if saved else {}).items():
+            if saved[name] != digest:
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: {name} has other values than were saved; {READING}"
+                )
 
     def _check_names(self, step: int, wanted: Names) -> None:
         stored = {name: tuple(leaf.shape) for name, leaf in flat(self._manager.item_metadata(step)["state"])}
