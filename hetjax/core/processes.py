@@ -33,6 +33,11 @@ def firsts(devices: Iterable[jax.Device]) -> list[jax.Device]:
     return list(found.values())
 
 
+def places_here(shape: tuple[int, ...], sharding: NamedSharding) -> list[tuple[slice, ...]]:
+    """Which parts of an array lie on this process's devices."""
+    return [place for device, place in sharding.devices_indices_map(shape).items() if is_mine(device)]
+
+
 def elsewhere(struct: jax.ShapeDtypeStruct) -> jax.Array:
     """An array like `struct` of which this process has no shard."""
     return jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, [], dtype=struct.dtype)

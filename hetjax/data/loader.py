@@ -23,10 +23,8 @@ from hetjax.data.microbatch import Arrays, File, Planned, Prepare
 from hetjax.data.problems import Problem, SampleError
 from hetjax.data.settings import DataConfig, DataError
 from hetjax.data.tally import Tally
-from hetjax.data.together import Here, agree
+from hetjax.data.together import ALONE, Here, agree
 from hetjax.data.tokens import TooLong
-
-ALONE = Here()
 
 
 class Loader:

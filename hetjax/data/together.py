@@ -21,6 +21,9 @@ class Here(NamedTuple):
     tell: Callable[[str], Sequence[str]] = lambda said: [said]  # what it says -> what every process says, in order
 
 
+ALONE = Here()
+
+
 class Agreed(NamedTuple):
     """Microbatches as all processes know them: of each the broken files, the first of a sample alone, and how many
     bytes each process read."""

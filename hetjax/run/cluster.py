@@ -5,6 +5,7 @@ knows (Slurm, Open MPI, Kubernetes' indexed jobs), if `HETJAX_CLUSTER=auto` asks
 """
 
 import contextlib
+import itertools
 import os
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
 PATIENCE = 3600.0  # seconds that a process waits for one that compiles, or reads its data
 SOON = 4  # steps: no process is so far ahead of another
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
+_TIMES = itertools.count()
 
 
 def join_as_told() -> None:
@@ -87,6 +89,17 @@ def agree(name: str, value: str) -> None:
             f"process {jax.process_index()} has another {name} than process 0: {mine!r} where that has {theirs!r}; "
             "start all with the same files and settings"
         )
+
+
+def tell_all(said: str) -> list[str]:
+    """What each process says, in their order. All must call it alike, from one thread."""
+    if not is_one_of_several():
+        return [said]
+    where = f"hetjax/said/{next(_TIMES) % 2}/"  # by turns: a slow one may still read what was said the time before
+    _client().key_value_set(f"{where}{jax.process_index()}", said, allow_overwrite=True)
+    _client().wait_at_barrier("hetjax/said", int(1000 * PATIENCE))
+    found = {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(where)}
+    return [found[process] for process in sorted(found)]
 
 
 def ends(step: int, *, signalled: bool) -> bool:
