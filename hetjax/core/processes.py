@@ -43,7 +43,7 @@ def elsewhere(struct: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, [], dtype=struct.dtype)
 
 
-def replicated(value: Any, sharding: NamedSharding) -> jax.Array:
-    """`value`, which every process of the mesh has, on each of its devices."""
+def placed(value: Any, sharding: NamedSharding) -> jax.Array:
+    """`value`, which every process of the mesh has, on its devices."""
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
