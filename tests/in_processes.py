@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step; "compiled": stages;
-# "reads": rows that are read from files, by array
+# "reads": rows that are read from files, by array; "whole": leaves of all processes, by module
 STEPS = 2
 ITEMS = {"vision.pixels", "audio.mel"}  # what is read from files
 
@@ -94,12 +94,16 @@ def run(case: Case, checkpoints: str = "") -> Found:
             f"{module}/{index}" for (module, index), stage in trainer.pipeline.stages.items() if stage.programs
         ],
         "reads": {name: sorted(trainer.pipeline.rows_here(name)) for name in ITEMS & trainer.spec.batch.keys()},
+        "whole": {},
     }
     for kind, trees in (("params", state.params), ("optimizer", state.optimizer)):
         for (module, index), tree in trees.items():
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 name = f"{kind}/{module}/{index}{jax.tree_util.keystr(path)}"
                 found[name] = {_block(shard): np.asarray(shard.data) for shard in leaf.addressable_shards}
+    for like, trees in (("params", state.params), ("state", state.optimizer)):
+        for module, leaves in trainer.flat(trees, like).items():
+            found["whole"] |= {f"{like}/{module}{jax.tree_util.keystr(path)}": a for path, a in leaves.items()}
     return found
 
 
