@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import sys
+import time
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from hetjax.run import command
 COORDINATOR, PROCESSES, PROCESS = "HETJAX_COORDINATOR", "HETJAX_NUM_PROCESSES", "HETJAX_PROCESS"
 DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
 PATIENCE = 3600.0  # seconds that a process waits for one that compiles, or reads its data
-LAST_WORDS = 2.0  # seconds
 SOON = 4  # steps: no process is so far ahead of another
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
 _TIMES = itertools.count()
@@ -128,14 +128,13 @@ def leave() -> None:
 
 
 def end(status: int) -> int:
-    """`status`, for a process that is alone; one of several ends here: at Python's own end jax would wait for the
-    others, which wait for this one. Those that end by the same error have LAST_WORDS to say so: with the first process
-    their coordinator goes."""
+    """`status`, for a process that is alone; one of several ends here, at once: at Python's own end jax would wait for
+    the others, which wait for this one."""
     if is_one_of_several():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _client().wait_at_barrier("hetjax/end", int(1000 * LAST_WORDS))
         sys.stdout.flush()
         sys.stderr.flush()
+        if status and is_primary():
+            time.sleep(1)  # its end takes the others with it, who may be about to say theirs
         os._exit(status)
     return status
 
