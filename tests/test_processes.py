@@ -66,6 +66,7 @@ def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
 
 def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None:
     """Every process's part of a case against one process that has all devices."""
+    assert np.isfinite(one["loss"]).all(), name
     numbers, held = ("loss", "norm"), set()
     sizes: dict[str, float] = {}  # of parameters, and of momenta, by stage
     for key in filter(is_leaf, one):
