@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import processes
 from hetjax.core.alive import Alive, on_device, on_host
+from hetjax.core.costs import costs
 from hetjax.core.evaluated import Evaluated
 from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
@@ -44,9 +45,15 @@ class Pipeline(Wiring):
             kind=spec.schedule,
             encoder_window=spec.encoder_window,
             ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
+            costs=costs(self.graph, self.stages, spec.batch),
         )
         self._waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in self.stages}
         self._leaving: dict[Thing, Tree] = {}  # across steps
+
+    def promise(self) -> str:
+        """A line with what the schedule promises."""
+        spec = self.spec
+        return f"schedule {spec.schedule}, {spec.num_microbatches} microbatches, simulated: {self.schedule.forecast}"
 
     @functools.cached_property
     def finish(self) -> Finish:
