@@ -150,12 +150,13 @@ def _agree(asked: Mapping[str, str], trainers: Sequence[Trainer]) -> None:
 
 
 def _draw(trainer: Trainer) -> None:
-    """Prints which device holds what, and what crosses between modules in a step."""
+    """Prints which device holds what, what crosses between modules in a step, and what the schedule promises."""
     print(trainer.picture(), flush=True)
     for name, boundary in trainer.pipeline.boundaries.items():
         sizes = (boundary.payload_bytes, boundary.wire_bytes)
         payload, wire = (n * trainer.spec.num_microbatches / 2**20 for n in sizes)
         print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB are put between devices")
+    print(trainer.pipeline.promise(), flush=True)
 
 
 def _starts(run: Experiment, trainer: Trainer) -> Mapping[str, initial.Start]:

@@ -21,6 +21,7 @@ SAME_BITS = [  # no stage spans two of four processes, or sums over more than tw
     "encoder on its own process",
     "pp 2 across, tied",
     "pp 4 across, tied; encoder on its own",
+    "pp 2 vpp 2 across, tied",
     "1 process and 3",
 ]
 

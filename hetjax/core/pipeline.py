@@ -3,8 +3,8 @@
 One Python thread hands each task to its devices and goes on; arrays are futures. The order is the schedule's and
 nothing else's: it asks no device what is ready, so every process that runs it issues the same tasks in the same order,
 and takes part in those of its own devices.
-Before a stage's task goes out, the one `IN_FLIGHT` before it is waited for: beyond about 32 the runtime blocks the host
-thread, and every idle mesh would starve behind one busy mesh.
+Before a stage's task goes out, its module's one `IN_FLIGHT` before it on these devices is waited for: beyond about 32
+the runtime blocks the host thread, and every idle mesh would starve behind one busy mesh.
 """
 
 import collections
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import processes
 from hetjax.core.alive import Alive, on_device, on_host
+from hetjax.core.costs import costs
 from hetjax.core.evaluated import Evaluated
 from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
@@ -44,9 +45,17 @@ class Pipeline(Wiring):
             kind=spec.schedule,
             encoder_window=spec.encoder_window,
             ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
+            costs=costs(self.graph, self.stages, spec.batch),
         )
-        self._waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in self.stages}
+        places = {key: (key[0], stage.plan.device_ids) for key, stage in self.stages.items()}
+        queues = {place: collections.deque[jax.Array]() for place in places.values()}
+        self._waiting = {key: queues[place] for key, place in places.items()}
         self._leaving: dict[Thing, Tree] = {}  # across steps
+
+    def promise(self) -> str:
+        """A line with what the schedule promises."""
+        spec = self.spec
+        return f"schedule {spec.schedule}, {spec.num_microbatches} microbatches, simulated: {self.schedule.forecast}"
 
     @functools.cached_property
     def finish(self) -> Finish:

@@ -10,6 +10,7 @@ import numpy as np
 
 from hetjax.core import optimizer
 from hetjax.core.alive import on_device
+from hetjax.core.costs import num_items
 from hetjax.core.finish import Outcome, Reduced, Scores
 from hetjax.core.hosts import on_hosts
 from hetjax.core.layout import check_batch
@@ -17,7 +18,6 @@ from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
 from hetjax.core.plan import picture
 from hetjax.core.stacks import LAYERS
-from hetjax.core.stage import Abstract
 from hetjax.core.tasks import HostTimes, StageKey, What
 from hetjax.core.train_spec import TrainSpec
 
@@ -222,8 +222,3 @@ def path_parts(path: Path) -> list[str]:
 def is_stacked(path: Path) -> bool:
     """Whether the leaf at `path` holds all layers of a stage on its first dim."""
     return any(isinstance(key, jax.tree_util.DictKey) and key.key == LAYERS for key in path)
-
-
-def num_items(definition: Any, batch: Abstract) -> int:
-    """Item slots of a module's microbatch; 0 for the language model."""
-    return next((batch[k].shape[0] for k, dims in definition.reads.items() if dims[0] == "items"), 0)

@@ -59,7 +59,7 @@ class Wiring:
             for plan in self.plans[module.name]:
                 self._add(module, plan)
         self.mine = frozenset(k for k, s in self.stages.items() if processes.owns_some(s.plan.mesh.devices.flat))
-        self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
+        self.last: StageKey = (graph.sink.name, graph.sink.layout.num_stages - 1)
         self.ties = [tie for key in self.stages for tie in self._ties_of(key)]
         self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages_here.items()}
 
