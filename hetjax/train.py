@@ -30,6 +30,7 @@ from hetjax.run import (
     ending,
     evaluate,
     experiment,
+    media,
     metrics,
     named,
     recompute,
@@ -78,8 +79,9 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
     with contextlib.ExitStack() as stack:
         signalled = stack.enter_context(ending.signalled())
         stopped = () if cluster.is_one_of_several() else signalled  # none ends an evaluation alone
-        loader = stack.enter_context(experiment.train_loader(run, trainers[0].prepare))
-        held_out = experiment.held_out_loader(run)
+        here = media.here(run, trainers[0])
+        loader = stack.enter_context(experiment.train_loader(run, trainers[0].prepare, here))
+        held_out = experiment.held_out_loader(run, here)
         if held_out is not None:
             evaluate.check(loader, stack.enter_context(held_out))
         directory = workdir / "checkpoints"
@@ -248,14 +250,18 @@ def _write(
     if stopped:
         return
     if run.eval_samples:
-        found = samples.take(trainer, state, held_out, count=run.eval_samples, tokens=run.eval_sample_tokens)
+        how = dict(count=run.eval_samples, tokens=run.eval_sample_tokens)
+        shown = run.tensorboard and cluster.is_primary()
+        found = samples.take(trainer, state, held_out, **how, pictures=shown)
         writer.show(state.step, found)
     writer.write(state.step, values)
 
 
 def _report_data(loader: Loader) -> None:
     fill = ", ".join(f"{name} {share:.0%}" for name, share in loader.fill().items())
-    print(f"not padding: {fill}; {loader.tally.report()}")
+    read = ", ".join(f"{size / 2**20:.1f}" for size in loader.media_bytes)
+    each = " (by process)" if len(loader.media_bytes) > 1 else ""
+    print(f"not padding: {fill}; MiB of pictures and clips read: {read or 0}{each}; {loader.tally.report()}")
 
 
 def _has(workdir: Path, step: int | None, name: str) -> bool:

@@ -79,7 +79,7 @@ class Pipeline(Wiring):
     def flags(self) -> dict[StageKey, tuple[jax.Array, jax.Array]]:
         """False and True on each stage's devices: whether a microbatch is the step's first."""
         everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages_here.items()}
-        put = processes.replicated
+        put = processes.placed
         return {key: (put(np.False_, where), put(np.True_, where)) for key, where in everywhere.items()}
 
     def zeros(self) -> Trees:

@@ -3,7 +3,7 @@
 import concurrent.futures
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from hetjax.core import optimizer
 from hetjax.core.alive import on_device
 from hetjax.core.costs import num_items
 from hetjax.core.finish import Outcome, Reduced, Scores
+from hetjax.core.hosts import on_hosts
 from hetjax.core.layout import check_batch
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
@@ -23,6 +24,7 @@ from hetjax.core.train_spec import TrainSpec
 Tree = Any
 Path = tuple[Any, ...]  # key path of a leaf, as jax.tree_util gives it
 Thunks = Sequence[tuple[str, Callable[[], object]]]  # (name of a program, function that compiles it)
+Like = Literal["params", "grads", "state"]  # the attribute of `Parameters` that says what they are
 Microbatches = Sequence[Mapping[str, np.ndarray]]
 
 
@@ -182,15 +184,20 @@ class Trainer:
         loss, likeliest = self.pipeline.evaluate(state.weights, microbatch)
         return float(loss), likeliest
 
-    def flat(self, trees: Mapping[StageKey, Tree]) -> dict[str, dict[Path, np.ndarray]]:
+    def flat(self, trees: Mapping[StageKey, Tree], like: Like = "params") -> dict[str, dict[Path, np.ndarray]]:
         """Per-stage trees as whole modules on the host: module -> path -> array, layers of all stages
-        concatenated, without padding."""
+        concatenated, without padding. `like`: of which kind they are.
+
+        All processes call it alike, each with its stages."""
         modules: dict[str, dict[Path, np.ndarray]] = {}
-        for (name, index), tree in sorted(trees.items()):
+        every = {key: stage.parameters for key, stage in self.pipeline.stages.items()}
+        owned = {key: every[key].owned(tree) for key, tree in trees.items()}
+        held = {key: mine for key, mine in every.items() if mine.trains or like != "grads"}
+        abstract = {key: mine.owned(getattr(mine, like)) for key, mine in held.items()}
+        for (name, index), tree in sorted(on_hosts(owned, abstract, self.spec.devices).items()):
             whole = modules.setdefault(name, {})
-            mine = self.pipeline.stages[name, index].parameters
-            for path, leaf in jax.tree_util.tree_leaves_with_path(mine.owned(tree)):
-                array = np.asarray(leaf)[tuple(map(slice, mine.true_shape(path, leaf)))]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                array = leaf[tuple(map(slice, every[name, index].true_shape(path, leaf)))]
                 whole[path] = np.concatenate([whole[path], array]) if is_stacked(path) and path in whole else array
         return modules
 

@@ -125,6 +125,14 @@ class Wiring:
         """The edges, by source and target."""
         return {(link.source, link.target): link for links in self.links.values() for link in links}
 
+    def rows_here(self, name: str) -> frozenset[int]:
+        """The rows of a microbatch's array that this process's devices want."""
+        found: set[int] = set()
+        for struct in (stage.batch[name] for stage in self.stages_here.values() if name in stage.batch):
+            places = processes.places_here(struct.shape, struct.sharding)
+            found.update(row for rows, *_ in places for row in range(*rows.indices(struct.shape[0])))
+        return frozenset(found)
+
     def place(self, key: StageKey, microbatch: Prepared) -> list[jax.Array]:
         """What a stage reads, on its devices."""
         packed = zip(self.packings[key], microbatch.packed[key], strict=True)

@@ -5,6 +5,7 @@ knows (Slurm, Open MPI, Kubernetes' indexed jobs), if `HETJAX_CLUSTER=auto` asks
 """
 
 import contextlib
+import itertools
 import os
 import sys
 from typing import Any
@@ -17,8 +18,10 @@ from hetjax.run import command
 COORDINATOR, PROCESSES, PROCESS = "HETJAX_COORDINATOR", "HETJAX_NUM_PROCESSES", "HETJAX_PROCESS"
 DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
 PATIENCE = 3600.0  # seconds that a process waits for one that compiles, or reads its data
+LAST_WORDS = 2.0  # seconds
 SOON = 4  # steps: no process is so far ahead of another
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
+_TIMES = itertools.count()
 
 
 def join_as_told() -> None:
@@ -89,6 +92,17 @@ def agree(name: str, value: str) -> None:
         )
 
 
+def tell_all(said: str) -> list[str]:
+    """What each process says, in their order. All must call it alike, from one thread."""
+    if not is_one_of_several():
+        return [said]
+    where = f"hetjax/said/{next(_TIMES) % 2}/"  # by turns: a slow one may still read what was said the time before
+    _client().key_value_set(f"{where}{jax.process_index()}", said, allow_overwrite=True)
+    meet("hetjax/said")
+    found = {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(where)}
+    return [found[process] for process in sorted(found)]
+
+
 def ends(step: int, *, signalled: bool) -> bool:
     """Whether the run ends before the step that follows `step`: none of several processes may step alone, so one that
     was `signalled` names a step to all; the first word counts."""
@@ -114,9 +128,12 @@ def leave() -> None:
 
 
 def end(status: int) -> int:
-    """`status`, for a process that is alone; one of several ends here, at once: at Python's own end jax would wait for
-    the others, which wait for this one."""
+    """`status`, for a process that is alone; one of several ends here: at Python's own end jax would wait for the
+    others, which wait for this one. Those that end by the same error have LAST_WORDS to say so: with the first process
+    their coordinator goes."""
     if is_one_of_several():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _client().wait_at_barrier("hetjax/end", int(1000 * LAST_WORDS))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

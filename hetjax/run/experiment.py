@@ -29,6 +29,7 @@ from hetjax.core.trainer import Trainer
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
 from hetjax.data.items import Reader
 from hetjax.data.microbatch import Prepare, abstract
+from hetjax.data.together import ALONE, Here
 from hetjax.run import cluster, command
 from hetjax.run.checks import check_choice, check_model
 
@@ -273,22 +274,22 @@ def build(experiment: Experiment, phase: int = 0) -> Trainer:
     return Trainer(spec)
 
 
-def train_loader(experiment: Experiment, prepare: Prepare = dict) -> Loader:
+def train_loader(experiment: Experiment, prepare: Prepare = dict, here: Here = ALONE) -> Loader:
     """The training data; `prepare` is called with each microbatch in the data thread (see `Trainer.prepare`)."""
-    return _loader(experiment, experiment.data, prepare)
+    return _loader(experiment, experiment.data, prepare, here)
 
 
-def held_out_loader(experiment: Experiment) -> Loader | None:
+def held_out_loader(experiment: Experiment, here: Here = ALONE) -> Loader | None:
     """The held-out data, in microbatches of the training's shape."""
     if experiment.held_out is None:
         return None
     shape = ("seq_len", "samples_per_group", "groups")
     same = dataclasses.replace(experiment.held_out, **{name: getattr(experiment.data, name) for name in shape})
-    return _loader(experiment, same)
+    return _loader(experiment, same, dict, here)
 
 
-def _loader(experiment: Experiment, data: DataConfig, prepare: Prepare = dict) -> Loader:
-    loader = Loader(data, experiment.items, prepare)
+def _loader(experiment: Experiment, data: DataConfig, prepare: Prepare, here: Here) -> Loader:
+    loader = Loader(data, experiment.items, prepare, here)
     if loader.vocab_size > experiment.llm.model.vocab_size:
         raise ValueError(
             f"{experiment.llm.name}: vocab_size={experiment.llm.model.vocab_size}, but the tokenizer "

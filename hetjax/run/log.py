@@ -1,5 +1,6 @@
 """The lines of metrics.jsonl: what a step gave, and the rates since the line before."""
 
+import itertools
 import math
 import resource
 import time
@@ -37,6 +38,7 @@ class Log:
         self.items = {item.reader.rate: 0 for item in self.loader.items}
         self.host_seconds = self.boundary_seconds = 0.0
         self.waited = self.loader.seconds_waited
+        self.read = self.loader.media_bytes
 
     def step(self, step: int, microbatches: Sequence[Any], outcome: Outcome) -> None:
         """Takes note of a step that was dispatched; waits for the one before it, and for this one if a line is due."""
@@ -84,6 +86,8 @@ class Log:
             "host_share": self.host_seconds / seconds,
             "boundary_share": self.boundary_seconds / seconds,
         }
+        pairs = enumerate(itertools.zip_longest(self.loader.media_bytes, self.read, fillvalue=0))
+        values |= {f"media_bytes/{process}": now - before for process, (now, before) in pairs}
         values |= self._rates(seconds / self.steps)
         self.writer.write(step, values)
         self.restart()
