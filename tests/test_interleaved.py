@@ -2,6 +2,7 @@
 the forecast says."""
 
 import collections
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import tiny
 
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
-from hetjax.core.pipeline import Pipeline
+from hetjax.core.pipeline import IN_FLIGHT, Pipeline
 from hetjax.core.plan import picture, plan_stages
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task, Thing, What
 from hetjax.core.trainer import Trainer
@@ -63,7 +64,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.held: dict[StageKey, int] = collections.Counter()  # most microbatches that residuals are kept of
-        self.arrays: dict[Task, int] = {}  # shards on devices, but for numbers
+        self.before = jax.live_arrays()
+        self.arrays: dict[int, int] = {}  # made since, but for numbers and for pictures that wait; by microbatch
 
     def walk(self, walk: Callable[..., HostTimes], pipeline: Pipeline, tasks: Sequence[Task], doing: Any) -> HostTimes:
         def watched(task: Task) -> Any:
@@ -73,7 +75,11 @@ class Watch:
                 for key in pipeline.stages:
                     count = sum(thing.what is What.RESIDUALS and thing.stage == key for thing in things)
                     self.held[key] = max(self.held[key], count)
-                self.arrays[task] = sum(len(a.addressable_shards) for a in jax.live_arrays() if a.ndim)
+            if task.kind is Kind.BACKWARD and task.stage == ("llm", 0):
+                gc.collect()
+                known = set(map(id, self.before))
+                made = sum(a.ndim > 0 and id(a) not in known for a in jax.live_arrays())
+                self.arrays[task.microbatch] = made - sum(thing.source == ("vision", 0) for thing in things)
             return done
 
         return walk(pipeline, tasks, dict.fromkeys(doing, watched))
@@ -82,7 +88,8 @@ class Watch:
 def test_what_is_held_is_what_the_forecast_says_and_does_not_grow(
     frozen: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a frozen encoder nothing is kept. Between the groups of two microbatches as much comes as goes."""
+    """Of a frozen encoder nothing is kept but what waits for the language model. Between the groups of two microbatches
+    as much comes as goes."""
     watch, walk = Watch(), Pipeline._walk
     monkeypatch.setattr(Pipeline, "_walk", lambda self, tasks, doing: watch.walk(walk, self, tasks, doing))
     frozen.gradients(frozen.init(), tiny.microbatches(SHAPE))
@@ -90,5 +97,5 @@ def test_what_is_held_is_what_the_forecast_says_and_does_not_grow(
     assert watch.held == forecast.in_flight
     assert forecast.in_flight == {("vision", 0): 0, **{("llm", n): most for n, most in enumerate((4, 3, 2, 1))}}
     assert all(most <= forecast.bounds[key] for key, most in watch.held.items())
-    counts = [watch.arrays[Task(Kind.BACKWARD, ("llm", 0), i)] for i in (3, 5, 7)]
-    assert counts == counts[:1] * 3
+    assert frozen.pipeline.in_flight(("llm", 0)) * 2 == frozen.pipeline.in_flight(("vision", 0)) == IN_FLIGHT
+    assert watch.arrays[3] == watch.arrays[5] == watch.arrays[7]

@@ -3,8 +3,8 @@
 One Python thread hands each task to its devices and goes on; arrays are futures. The order is the schedule's and
 nothing else's: it asks no device what is ready, so every process that runs it issues the same tasks in the same order,
 and takes part in those of its own devices.
-Before a stage's task goes out, its module's one `IN_FLIGHT` before it on these devices is waited for: beyond about 32
-the runtime blocks the host thread, and every idle mesh would starve behind one busy mesh.
+Before a stage's task goes out, the one `IN_FLIGHT` before it is waited for: beyond about 32 the runtime blocks the host
+thread, and every idle mesh would starve behind one busy mesh.
 """
 
 import collections
@@ -47,10 +47,12 @@ class Pipeline(Wiring):
             ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
             costs=costs(self.graph, self.stages, spec.batch),
         )
-        places = {key: (key[0], stage.plan.device_ids) for key, stage in self.stages.items()}
-        queues = {place: collections.deque[jax.Array]() for place in places.values()}
-        self._waiting = {key: queues[place] for key, place in places.items()}
+        self._waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in self.stages}
         self._leaving: dict[Thing, Tree] = {}  # across steps
+
+    def in_flight(self, key: StageKey) -> int:
+        """Tasks of a stage that may be handed out before they are through; stages on the same devices share them."""
+        return max(IN_FLIGHT // self.stages[key].module.layout.vpp, 1)
 
     def promise(self) -> str:
         """A line with what the schedule promises."""
@@ -162,7 +164,7 @@ class Pipeline(Wiring):
         for task in tasks:
             start = time.perf_counter()
             queue = self._waiting[task.stage]
-            if len(queue) == IN_FLIGHT:
+            if len(queue) == self.in_flight(task.stage):
                 queue.popleft().block_until_ready()
             begun = time.perf_counter()
             done = doing[task.kind](task)
