@@ -37,6 +37,7 @@ from hetjax.run import (
     record,
     samples,
     terminal,
+    timelines,
 )
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
@@ -110,7 +111,10 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
                     if stopped:
                         continue  # to the loop's own end
                 microbatches = loader.next_step(run.num_microbatches)
-                state, outcome = trainer.step(state, microbatches)
+                if state.step + 1 in run.timeline_steps:
+                    state, outcome = timelines.step(trainer, state, microbatches, workdir)
+                else:
+                    state, outcome = trainer.step(state, microbatches)
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:

@@ -38,7 +38,7 @@ def test_stages_that_share_devices_share_a_line_and_are_told_apart() -> None:
 
 def test_the_svg_has_a_box_for_each_task_with_its_name() -> None:
     found = forecast(vlm(vision=[[0]], llm=[[1], [2]]), 3)
-    tree = ElementTree.fromstring(chart.svg(found, "a < b"))
+    tree = ElementTree.fromstring(chart.svg({"a < b": found}))
     names = [box[0].text for box in tree.iter(BOX)]
     assert len(names) == len(found.spans) == 18 and "backward of microbatch 2, llm/1" in names
     assert "a < b" in {text.text for text in tree.iter("{http://www.w3.org/2000/svg}text")}

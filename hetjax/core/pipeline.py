@@ -27,6 +27,7 @@ from hetjax.core.packing import Prepared, prepare
 from hetjax.core.schedule import build_schedule
 from hetjax.core.step import Doing, Gradients, Tree, Trees, Update, lent
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task, Thing, What
+from hetjax.core.timeline import Watch
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.wiring import Wiring
 
@@ -49,6 +50,7 @@ class Pipeline(Wiring):
         )
         self._waiting: dict[StageKey, collections.deque] = {key: collections.deque() for key in self.stages}
         self._leaving: dict[Thing, Tree] = {}  # across steps
+        self.watch: Watch | None = None  # of the step that is recorded
 
     def in_flight(self, key: StageKey) -> int:
         """Tasks of a stage that may be handed out before they are through; stages on the same devices share them."""
@@ -168,8 +170,10 @@ class Pipeline(Wiring):
                 queue.popleft().block_until_ready()
             begun = time.perf_counter()
             done = doing[task.kind](task)
-            if done is not None:
+            if done is not None and task.kind is not Kind.BOUNDARY:
                 queue.append(done)
+            if done is not None and self.watch is not None:
+                self.watch.see(task, done)
             seconds = time.perf_counter() - begun
             waits = task.kind is Kind.GONE
             waiting, working = waiting + begun - start + seconds * waits, working + seconds * (not waits)

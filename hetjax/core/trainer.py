@@ -18,7 +18,8 @@ from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
 from hetjax.core.plan import picture
 from hetjax.core.stacks import LAYERS
-from hetjax.core.tasks import HostTimes, StageKey, What
+from hetjax.core.tasks import HostTimes, Needs, StageKey, What
+from hetjax.core.timeline import Timeline, Watch
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -152,6 +153,19 @@ class Trainer:
     def step(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome]:
         """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
         return self.update(state, self.gradients(state, microbatches))
+
+    def recorded(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome, Timeline]:
+        """A step as `step` does it, between two moments at which this process's devices have nothing to do."""
+        pipeline = self.pipeline
+        jax.block_until_ready(state.weights)
+        pipeline.watch = Watch()
+        try:
+            state, outcome = self.step(state, microbatches)
+            jax.block_until_ready(state.weights)
+            devices = {key: frozenset(pipeline.stages[key].plan.device_ids) for key in pipeline.stages_here}
+            return state, outcome, pipeline.watch.timeline(Needs(pipeline.nodes, self.spec.num_microbatches), devices)
+        finally:
+            pipeline.watch = None
 
     def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
         """The step's gradients, before clipping. The state's accumulators are consumed."""

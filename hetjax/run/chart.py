@@ -1,16 +1,29 @@
-"""A simulated step as a picture: a row for each group of devices, a box for each task, in text or SVG."""
+"""A step as a picture, simulated or recorded: a row for each group of devices, a box for each task, in text or SVG."""
 
 import html
-from collections.abc import Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
 
-from hetjax.core.forecast import Forecast
 from hetjax.core.simulation import Span
 from hetjax.core.tasks import Kind, StageKey, Task
 
 FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "="}
 COLOURS = ("#4c8cb8", "#d98c3f", "#6aa84f", "#a46ab0", "#b85c5c")  # of modules, forward; a backward's are darker
 WIDTH, HEIGHT, LEFT, TOP = 1200, 26, 140, 34  # pixels of the time, a row, the rows' names and the title
+
+
+class Step(Protocol):
+    """What is drawn. Of a stage without a device nothing is; `makespan`: what the width is for."""
+
+    @property
+    def devices(self) -> Mapping[StageKey, frozenset[int]]: ...
+
+    @property
+    def spans(self) -> Mapping[Task, Span]: ...
+
+    @property
+    def makespan(self) -> int: ...
 
 
 class Row(NamedTuple):
@@ -28,28 +41,28 @@ class Row(NamedTuple):
         return f"devices {ids[0]}-{ids[-1]}" if whole else f"device{'s' * (len(ids) > 1)} {','.join(map(str, ids))}"
 
 
-def rows(forecast: Forecast) -> list[Row]:
+def rows(step: Step) -> list[Row]:
     """By their first devices."""
     stages_of = {
-        device: tuple(key for key, held in forecast.devices.items() if device in held)
-        for device in sorted(frozenset().union(*forecast.devices.values()))
+        device: tuple(key for key, held in step.devices.items() if device in held)
+        for device in sorted(frozenset().union(*step.devices.values()))
     }
     found = []
     for stages in dict.fromkeys(stages_of.values()):
-        spans = {task: span for task, span in forecast.spans.items() if task.stage in stages}
+        spans = {task: span for task, span in step.spans.items() if task.stage in stages}
         found.append(Row(tuple(device for device, held in stages_of.items() if held == stages), stages, spans))
     return found
 
 
-def text(forecast: Forecast, width: int) -> str:
+def text(step: Step, width: int) -> str:
     """A line of about `width` characters per row: l3---- is a forward of module l and microbatch 3, L3==== its
     backward; l'3 one of the second stage that a module has on these devices."""
-    names = _letters(forecast)
-    margin = max(len(row.name) for row in rows(forecast))
+    names = _letters(step)
+    margin = max(len(row.name) for row in rows(step))
     columns = max(width - margin - 3, 20)
-    at = lambda time: round(time * columns / forecast.makespan)
+    at = lambda time: round(time * columns / step.makespan)
     lines = []
-    for row in rows(forecast):
+    for row in rows(step):
         line = [" "] * columns
         for task, span in row.spans.items():
             room = at(span.end) - at(span.begin)
@@ -61,29 +74,31 @@ def text(forecast: Forecast, width: int) -> str:
     return "\n".join([*lines, f"{said}; small letters are forwards, capitals backwards, each with its microbatch"])
 
 
-def svg(forecast: Forecast, title: str) -> str:
-    """The same picture for a browser; a box tells its task."""
-    found = rows(forecast)
-    modules = list(_letters(forecast))
-    size = f'width="{LEFT + WIDTH + 10}" height="{TOP + HEIGHT * (len(found) + 1)}"'
+def svg(pictures: Mapping[str, Step]) -> str:
+    """Steps one below the other, by their titles, for a browser; a box tells its task."""
+    modules = list(dict.fromkeys(module for step in pictures.values() for module in _letters(step)))
+    heights = [TOP + HEIGHT * len(rows(step)) for step in pictures.values()]
+    size = f'width="{LEFT + WIDTH + 10}" height="{sum(heights) + HEIGHT}"'
     style = "text { font: 12px sans-serif } .box text { fill: white; text-anchor: middle }"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
         f"<style>{style}</style>",
-        f'<text x="4" y="18">{html.escape(title)}</text>',
     ]
-    for number, row in enumerate(found):
-        lines.append(f'<text x="4" y="{TOP + HEIGHT * number + 17}">{html.escape(row.name)}</text>')
-        lines += _boxes(forecast, row, TOP + HEIGHT * number, modules)
+    for above, (title, step) in zip(itertools.accumulate(heights, initial=0), pictures.items(), strict=False):
+        lines.append(f'<text x="4" y="{above + 18}">{html.escape(title)}</text>')
+        for number, row in enumerate(rows(step)):
+            y = above + TOP + HEIGHT * number
+            lines.append(f'<text x="4" y="{y + 17}">{html.escape(row.name)}</text>')
+            lines += _boxes(step, row, y, modules)
     for number, module in enumerate(modules):
-        x, y = LEFT + 150 * number, TOP + HEIGHT * len(found) + 4
+        x, y = LEFT + 150 * number, sum(heights) + 4
         lines.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{COLOURS[number % len(COLOURS)]}"/>')
         lines.append(f'<text x="{x + 18}" y="{y + 11}">{html.escape(module)}; darker: backward</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _boxes(forecast: Forecast, row: Row, y: int, modules: list[str]) -> Iterator[str]:
-    scale = WIDTH / forecast.makespan
+def _boxes(step: Step, row: Row, y: int, modules: list[str]) -> Iterator[str]:
+    scale = WIDTH / step.makespan
     for task, span in row.spans.items():
         module, stage = task.stage
         x, wide = LEFT + span.begin * scale, (span.end - span.begin) * scale
@@ -104,10 +119,10 @@ def _turn(row: Row, task: Task) -> str:
     return "'" * [key for key in row.stages if key[0] == task.stage[0]].index(task.stage)
 
 
-def _letters(forecast: Forecast) -> dict[str, str]:
+def _letters(step: Step) -> dict[str, str]:
     """A small letter for each module: its first that no other has."""
     found: dict[str, str] = {}
-    for module, _ in forecast.devices:
+    for module, _ in step.devices:
         free = [c for c in module.lower() + "abcdefghijklmnopqrstuvwxyz" if c.isalpha() and c not in found.values()]
         found.setdefault(module, free[0] if module not in found else "")
     return found

@@ -159,18 +159,22 @@ class Experiment:
     save_every: int = 200  # steps
     keep: int = 2  # checkpoints
     log_every: int = 10  # steps
+    timeline_steps: tuple[int, ...] = ()  # recorded: when each task began and ended, as picture and trace
     tensorboard: bool = False
     emulated_devices: int = 0  # CPU devices to emulate; 0: the devices that jax finds
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none
 
     def __post_init__(self) -> None:
-        for name in ("encoders", "phases"):
+        for name in ("encoders", "phases", "timeline_steps"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         ones = ("steps", "num_microbatches", "save_every", "keep", "log_every", "eval_sample_tokens")
         zeros = ("eval_every", "eval_microbatches", "eval_samples", "emulated_devices")
         for name, low in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
             if getattr(self, name) < low:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
+        for step in self.timeline_steps:
+            if not 1 <= step <= self.ends[-1]:
+                raise ValueError(f"Experiment.timeline_steps names {step}; the run has steps 1 to {self.ends[-1]}")
         for name in ("steps", "optimizer"):
             if self.phases and getattr(self, name) != getattr(Experiment, name):
                 raise ValueError(
