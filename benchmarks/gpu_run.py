@@ -51,25 +51,30 @@ def mfu(case: str, remat: str, seconds: int, *options: str) -> Part:
     return Part(name, "mfu.py", flags, (*flags, "--tiny", "--repeats", "1"), seconds)
 
 
+def verify(*options: str) -> Part:
+    """`hetjax verify` on a small run."""
+    name = " ".join(["verify", *(option.split("=")[-1].strip("-") for option in options)])
+    return Part(name, "gpu_commands.py", ("verify", *options), ("verify", *options), 200)
+
+
 TOGETHER = (
-    Part("kernels", "gpu_kernels.py", (), ("--tiny",), 140),
-    Part("kernels, steady", "gpu_kernels.py", (), ("--tiny",), 140, steady=True),
-    Part("verify float32", "gpu_commands.py", ("verify", "--dtype=float32"), ("verify", "--dtype=float32"), 150),
-    Part("verify bfloat16", "gpu_commands.py", ("verify", "--dtype=bfloat16"), ("verify", "--dtype=bfloat16"), 150),
-    Part("resume", "gpu_commands.py", ("resume",), ("resume",), 150, steady=True),
+    Part("kernels", "gpu_kernels.py", (), ("--tiny",), 200),
+    Part("kernels, steady", "gpu_kernels.py", (), ("--tiny",), 200, steady=True),
+    *(verify(f"--dtype={dtype}", *packed) for dtype in ("float32", "bfloat16") for packed in ((), ("--packed",))),
+    Part("resume", "gpu_commands.py", ("resume",), ("resume",), 200, steady=True),
 )
 ALONE = (
+    Part("grouped", "grouped.py", (), ("--tiny",), 60),
     mfu("1b", "auto", 80),
     mfu("3b", "auto", 100),
     mfu("vlm", "auto", 130),
     mfu("1b", "auto", 80, "--documents", "8"),
     Part("attention packed", "attention.py", (*ON_GPU, "--packed"), (*FEW, "--packed"), 80),
     Part("attention", "attention.py", ON_GPU, FEW, 80),
-    Part("offload", "offload.py", (), ("--tiny", "--repeats", "1"), 90),
     mfu("8b_slice", "auto", 90),
-    mfu("1b", "full", 90),
     Part("transformers", "against_transformers.py", ("--large",), ("--tiny", "--repeats", "1"), 150),
-    Part("grouped", "grouped.py", (), ("--tiny",), 60),
+    Part("offload", "offload.py", (), ("--tiny", "--repeats", "1"), 90),
+    mfu("1b", "full", 90),
 )
 
 

@@ -133,7 +133,7 @@ def beside_dense(experts: int, rows: int, features: int, hidden: int) -> dict[st
     """Milliseconds of each product, grouped and dense, and the ratio of their sums."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (rows, features), dtype())
-    w = jax.random.normal(keys[1], (experts, features, hidden), jnp.float32)
+    w = jax.random.normal(keys[1], (experts, features, hidden), dtype())
     g = jax.random.normal(keys[2], (rows, hidden), dtype())
     sizes = jnp.full(experts, rows // experts, jnp.int32)
     forms = {"grouped": (lambda x, w: grouped_dot(x, w, sizes), w), "dense": (dot, w[0])}
@@ -147,13 +147,14 @@ def beside_dense(experts: int, rows: int, features: int, hidden: int) -> dict[st
 
 
 def products(form: Callable[..., jax.Array], x: jax.Array, w: jax.Array, g: jax.Array) -> dict[str, Callable[[], Any]]:
-    """The product and its two gradients, each a program of its own."""
+    """The product and its two gradients, that of the weights in float32, each a program of its own."""
     programs = {
-        "forward": jax.jit(lambda x, w, g: form(x, w)),
-        "gradient of x": jax.jit(lambda x, w, g: jax.vjp(lambda x: form(x, w), x)[1](g)),
-        "gradient of w": jax.jit(lambda x, w, g: jax.vjp(lambda w: form(x, w), w)[1](g)),
+        "forward": jax.jit(lambda x, w, tap, g: form(x, w)),
+        "gradient of x": jax.jit(lambda x, w, tap, g: jax.vjp(lambda x: form(x, w), x)[1](g)),
+        "gradient of w": jax.jit(lambda x, w, tap, g: jax.vjp(lambda tap: form(x, Weight(w, tap, w.shape)), tap)[1](g)),
     }
-    return {name: functools.partial(lambda f: jax.block_until_ready(f(x, w, g)), f) for name, f in programs.items()}
+    given = x, w, w.astype(jnp.float32), g
+    return {name: functools.partial(lambda f: jax.block_until_ready(f(*given)), f) for name, f in programs.items()}
 
 
 if __name__ == "__main__":

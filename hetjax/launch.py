@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from hetjax.run import cluster, signals
 
+COMMANDS = ("train", "verify", "generate")  # that several processes run together
 GRACE = 10.0  # seconds in which the others may end, and say why, by themselves
 
 
@@ -48,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
             parser.error(f"{name}={value}; it must be at least {low}")
     if not command:
         parser.error("no command; write -- train ... behind the flags")
-    if command[0] != "train":
-        parser.error(f"{command[0]} runs in one process alone; train is what runs in several")
+    if command[0] not in COMMANDS:
+        parser.error(f"{command[0]} runs in one process alone; {', '.join(COMMANDS)} run in several")
     for restart in range(1 + flags.max_restarts):
         if restart:
             print(f"restart {restart} of {flags.max_restarts}", file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ status 0; a second Ctrl-C, or an error, saves the last complete step if it can, 
 """
 
 import contextlib
-import hashlib
 import signal
 import sys
 import time
@@ -17,15 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jaxlib
 
-import hetjax
-import models
 from hetjax.core import memory
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
 from hetjax.hf import export, initial
 from hetjax.run import (
+    agreement,
     checkpoint,
     cluster,
     command,
@@ -33,12 +30,14 @@ from hetjax.run import (
     ending,
     evaluate,
     experiment,
+    media,
     metrics,
     named,
     recompute,
     record,
     samples,
     terminal,
+    timelines,
     watchdog,
 )
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
@@ -84,13 +83,14 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
-    cluster.agree(_decides(workdir, asked, trainers))
+    cluster.agree(agreement.decides(workdir, asked.get(record.OPERATIVE, ""), trainers))
     over = False
     with contextlib.ExitStack() as stack:
         signalled = stack.enter_context(ending.signalled())
         stopped = () if cluster.is_one_of_several() else signalled  # none ends an evaluation alone
-        loader = stack.enter_context(experiment.train_loader(run, trainers[0].prepare))
-        held_out = experiment.held_out_loader(run)
+        here = media.here(run, trainers[0])
+        loader = stack.enter_context(experiment.train_loader(run, trainers[0].prepare, here))
+        held_out = experiment.held_out_loader(run, here)
         if held_out is not None:
             evaluate.check(loader, stack.enter_context(held_out))
         cluster.agree({"data": loader.digest, "held-out data": held_out.digest if held_out else ""})
@@ -124,7 +124,10 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
                         continue  # to the loop's own end
                 watch.steps(f"step {state.step + 1}")
                 microbatches = loader.next_step(run.num_microbatches)
-                state, outcome = trainer.step(state, microbatches)
+                if state.step + 1 in run.timeline_steps:
+                    state, outcome = timelines.step(trainer, state, microbatches, workdir)
+                else:
+                    state, outcome = trainer.step(state, microbatches)
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:
@@ -157,25 +160,14 @@ def _say_stopped(signalled: Sequence[signal.Signals], step: int, where: Path) ->
     print(f"{who}: saved step {step} in {where}; the same command continues", flush=True)
 
 
-def _decides(workdir: Path, asked: Mapping[str, str], trainers: Sequence[Trainer]) -> Mapping[str, str]:
-    """What has to be the same in all processes, but for the data."""
-    sources = sorted(path for root in (hetjax, models) for path in Path(root.__path__[0]).rglob("*.py"))
-    return {
-        "software": f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {sys.version.split()[0]}",
-        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
-        "configuration": asked.get(record.OPERATIVE, ""),
-        "workdir": str(workdir.absolute()),
-        "order of tasks": "\n".join(str(task) for each in trainers for task in each.pipeline.schedule.order),
-    }
-
-
 def _draw(trainer: Trainer) -> None:
-    """Prints which device holds what, and what crosses between modules in a step."""
+    """Prints which device holds what, what crosses between modules in a step, and what the schedule promises."""
     print(trainer.picture(), flush=True)
     for name, boundary in trainer.pipeline.boundaries.items():
         sizes = (boundary.payload_bytes, boundary.wire_bytes)
         payload, wire = (n * trainer.spec.num_microbatches / 2**20 for n in sizes)
         print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB are put between devices")
+    print(trainer.pipeline.promise(), flush=True)
 
 
 def _starts(run: Experiment, trainer: Trainer) -> Mapping[str, initial.Start]:
@@ -272,14 +264,18 @@ def _write(
     if stopped:
         return
     if run.eval_samples:
-        found = samples.take(trainer, state, held_out, count=run.eval_samples, tokens=run.eval_sample_tokens)
+        how = dict(count=run.eval_samples, tokens=run.eval_sample_tokens)
+        shown = run.tensorboard and cluster.is_primary()
+        found = samples.take(trainer, state, held_out, **how, pictures=shown)
         writer.show(state.step, found)
     writer.write(state.step, values)
 
 
 def _report_data(loader: Loader) -> None:
     fill = ", ".join(f"{name} {share:.0%}" for name, share in loader.fill().items())
-    print(f"not padding: {fill}; {loader.tally.report()}")
+    read = ", ".join(f"{size / 2**20:.1f}" for size in loader.media_bytes)
+    each = " (by process)" if len(loader.media_bytes) > 1 else ""
+    print(f"not padding: {fill}; MiB of pictures and clips read: {read or 0}{each}; {loader.tally.report()}")
 
 
 def _has(workdir: Path, step: int | None, name: str) -> bool:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import jax
 
 from hetjax.core import budget, memory
+from hetjax.core.trainer import Trainer
 from hetjax.judge.compare import StepReport, Worst, compare, compare_initial
 from hetjax.judge.reference import Reference
-from hetjax.run import command, config, experiment
+from hetjax.run import cluster, command, config, experiment, several
 from hetjax.run.experiment import Experiment
 from hetjax.run.shrink import shrunk
 
@@ -54,6 +55,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--shrink", action="store_true", help="a small model of the same layers and layouts")
     arguments = command.parse_arguments(argv, parser, needs_workdir=False)
+    return several.together(lambda: verify(arguments))
+
+
+def verify(arguments: command.Arguments) -> int:
+    """The exit status. Of several processes each is a judge, with the arrays of all."""
     flags = arguments.flags
     try:
         if flags.steps < 1:
@@ -69,20 +75,27 @@ def main(argv: Sequence[str]) -> int:
         print(f"{trainers[0].picture()}\n", flush=True)
         if run.init_from:
             print("Experiment.init_from is not read here: both sides start from the values drawn for Experiment.seed")
-        reference, failed = Reference(trainers[0].graph, trainers[0].spec.optimizer), 0
-        failed += _print_initial(compare_initial(trainers[0]))
-        with experiment.train_loader(run) as loader:
-            for phase, trainer in enumerate(trainers, 1):
-                print(f"phase {phase} of {len(trainers)}", flush=True)
-                trainer.compile()
-                steps = (loader.next_step(run.num_microbatches) for _ in range(flags.steps))
-                reports = compare(trainer, steps, reference.with_config(trainer.spec.optimizer))
-                failed += _print_reports(reports, TOLERANCES[flags.dtype])
+        failed = _failed_steps(run, trainers, flags.steps, TOLERANCES[flags.dtype])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"FAILED: {failed} step(s) beyond tolerance" if failed else "every layout trains as one device does")
     return 1 if failed else 0
+
+
+def _failed_steps(run: Experiment, trainers: Sequence[Trainer], steps: int, tolerance: Tolerance) -> int:
+    """The number of steps, and of modules at the start, beyond tolerance."""
+    reference = Reference(trainers[0].graph, trainers[0].spec.optimizer)
+    failed = _print_initial(compare_initial(trainers[0]))
+    with experiment.train_loader(run) as loader:  # all of it, for the reference
+        for phase, trainer in enumerate(trainers, 1):
+            print(f"phase {phase} of {len(trainers)}", flush=True)
+            trainer.compile()
+            cluster.meet(f"compiled phase {phase}")
+            data = (loader.next_step(run.num_microbatches) for _ in range(steps))
+            reports = compare(trainer, data, reference.with_config(trainer.spec.optimizer))
+            failed += _print_reports(reports, tolerance)
+    return failed
 
 
 def _print_initial(found: Mapping[str, Worst]) -> int:

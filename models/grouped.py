@@ -16,6 +16,7 @@ from jax import lax
 
 from models import grouped_kernels
 from models.axes import program_device, vary_like
+from models.group_blocks import Blocks, Form
 from models.grouped_kernels import refusal
 from models.hopper import say
 from models.layers import GROUPED, wide
@@ -36,14 +37,7 @@ class How(NamedTuple):
 
     widths: tuple[int, ...]
     gradient: Any
-    form: "Form | None"
-
-
-class Form(NamedTuple):
-    """Blocks of `rows` rows. `every`: the loop visits as many as there can be, not as many as there are."""
-
-    rows: int
-    every: bool
+    form: Form | None
 
 
 def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Array:
@@ -89,42 +83,6 @@ def pick(x: jax.Array, w: jax.Array) -> Form | None:
 
 
 # -- in blocks ---------------------------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    """The rows from `start` on, of which those of the group `group` are `mine` [rows, 1]."""
-
-    group: jax.Array
-    start: jax.Array
-    mine: jax.Array
-
-
-class Blocks:
-    """Those of all groups, one behind another."""
-
-    def __init__(self, form: Form, n: int, sizes: jax.Array) -> None:
-        self.rows, groups = form.rows, len(sizes)
-        filled = min(n, groups)  # groups that can have rows
-        most = (n + filled * (self.rows - 1)) // self.rows
-        ends, counts = jnp.cumsum(sizes), -(-sizes // self.rows)
-        last = jnp.cumsum(counts)
-        number = jnp.arange(most, dtype=jnp.int32)
-        group = jnp.searchsorted(last, number, side="right", method="compare_all").astype(jnp.int32)
-        self.group = jnp.minimum(group, groups - 1)  # of numbers behind the last block: then no row is within
-        self.first = (ends - sizes)[self.group] + (number - (last - counts)[self.group]) * self.rows
-        self.end = ends[self.group]
-        self.start = jnp.minimum(self.first, n - self.rows)
-        self.count = most if form.every else last[-1]
-
-    def __getitem__(self, number: jax.Array) -> Block:
-        start = self.start[number]
-        row = start + jnp.arange(self.rows, dtype=jnp.int32)
-        mine = (row >= self.first[number]) & (row < self.end[number])
-        return Block(self.group[number], start, mine[:, None])
-
-    def of(self, x: jax.Array, block: Block) -> jax.Array:
-        """The rows of `x` in a block."""
-        return lax.dynamic_slice_in_dim(x, block.start, self.rows)
 
 
 def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, form: Form, transposed: bool) -> list[jax.Array]:

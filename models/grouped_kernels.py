@@ -1,4 +1,4 @@
-"""The grouped product on Hopper GPUs: the kernels of tokamax for the product and for the weights' gradient.
+"""The grouped product on Hopper GPUs: tokamax's kernel for the product, ours for the weights' gradient.
 
 They visit the rows that there are, in tiles of one group each, and give the same bits again. The input's gradient is a
 product with the weights transposed, of which the kernel wants a copy.
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from models import hopper
+from models.hopper import TILE
 from models.layers import GROUPED
 from models.opaque import opaque
 
 PACKAGE = "tokamax._src.ops.ragged_dot.pallas_mosaic_gpu"
 KERNELS = (f"{PACKAGE}_kernel_sm90", f"{PACKAGE}_common")
-TILE = 128  # of rows and of features: a kernel's largest
 
 
 def refusal(device_kind: str, dtype: Any, *sizes: int) -> str | None:
@@ -44,7 +44,7 @@ def _config() -> Any:
 
 
 def _filled(x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """`x`, and 0 in the rows of no group: the kernels leave there what was in memory, and read it."""
+    """`x`, and 0 in the rows of no group: the kernel leaves there what was in memory."""
     return jnp.where((jnp.arange(len(x), dtype=jnp.int32) < jnp.sum(sizes))[:, None], x, 0)
 
 
@@ -55,8 +55,9 @@ def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bo
 
 
 def _run_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, *, dtype: Any) -> list[jax.Array]:
-    kernel = importlib.import_module(KERNELS[0]).ragged_contracting_dim_dot_kernel
-    return [kernel(_filled(x, sizes), _filled(g, sizes), sizes, jnp.dtype(dtype), _config())]
+    from models.grouped_gradient import weight_gradient  # here: what it imports takes most of a second
+
+    return [weight_gradient(x, g, sizes, jnp.dtype(dtype))]
 
 
 PRODUCT = opaque(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 LOG = logging.getLogger(__name__)
 VERSION = "0.0.17"
+TILE = 128  # rows and features of a grouped product's largest tile
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 

@@ -83,6 +83,7 @@ def layout(rng: random.Random, most: int) -> Layout:
         sizes = {name: rng.choice(options) for name, options in SIZES.items()}
         if sizes["dp"] * sizes["cp"] * sizes["tp"] * sizes["pp"] * sizes["copies"] <= most:
             break
+    sizes["vpp"] = rng.choice((1, 1, 2)) if sizes["pp"] > 1 else 1
     context = rng.choice(CONTEXTS) if sizes["cp"] > 1 else GATHER
     share = rng.choice([None, None, 1, 2])
     cut = dict(sp=rng.random() < 0.4, zero=rng.choice([1, 1, 2, 3]), zero_size=share, context=context)
@@ -116,7 +117,7 @@ def kinds(case: Case) -> set[str]:
     found |= {name for name, given in (("deepstack", case.deepstack), ("cross-attention", case.cross)) if given}
     found |= {"padded vocabulary"} if case.vocab % case.llm.tp else set()
     for side, mine in (("llm", case.llm), ("vision", case.vision)):
-        found |= {f"{side} {name}" for name in SIZES if getattr(mine, name) > 1}
+        found |= {f"{side} {name}" for name in (*SIZES, "vpp") if getattr(mine, name) > 1}
         found |= {f"{side} sp"} if mine.sp else set()
         found |= {f"{side} zero {mine.zero}"} if mine.zero > 1 else set()
         found |= {f"{side} shards over a part"} if mine.zero_size not in (None, mine.dp) else set()

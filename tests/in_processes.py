@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step; "compiled": stages
+Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step; "compiled": stages;
+# "reads": rows that are read from files, by array; "whole": leaves of all processes, by module
 STEPS = 2
+ITEMS = {"vision.pixels", "audio.mel"}  # what is read from files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,9 @@ CASES = {
     "pp 4 across, tied; encoder on its own": Case(dict(pp=4, dp=2), dict(dp=2, devices=OWN), model=dict(tied=True)),
     "pp 2 over two processes each, tied": Case(
         dict(pp=2, dp=2, tp=2), dict(dp=4, devices="2-5"), model=dict(tied=True)
+    ),
+    "pp 2 vpp 2 across, tied": Case(
+        dict(pp=2, vpp=2, dp=2, devices="2-5"), dict(dp=2, devices=OWN), model=dict(tied=True)
     ),
     "tp inside, dp across": Case(dict(dp=4, tp=2), dict(dp=8)),
     "tp across": Case(dict(tp=4, devices="0-3"), dict(tp=4, devices="4-7")),
@@ -91,12 +96,17 @@ def run(case: Case, checkpoints: str = "") -> Found:
         "compiled": [
             f"{module}/{index}" for (module, index), stage in trainer.pipeline.stages.items() if stage.programs
         ],
+        "reads": {name: sorted(trainer.pipeline.rows_here(name)) for name in ITEMS & trainer.spec.batch.keys()},
+        "whole": {},
     }
     for kind, trees in (("params", state.params), ("optimizer", state.optimizer)):
         for (module, index), tree in trees.items():
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 name = f"{kind}/{module}/{index}{jax.tree_util.keystr(path)}"
                 found[name] = {_block(shard): np.asarray(shard.data) for shard in leaf.addressable_shards}
+    for like, trees in (("params", state.params), ("state", state.optimizer)):
+        for module, leaves in trainer.flat(trees, like).items():
+            found["whole"] |= {f"{like}/{module}{jax.tree_util.keystr(path)}": a for path, a in leaves.items()}
     return found
 
 
@@ -105,9 +115,20 @@ def _train(trainer: Any, state: Any, shape: Any, encoders: tuple[str, ...]) -> t
 
     outcomes = []
     for seed in range(state.step, state.step + STEPS):
-        state, outcome = trainer.step(state, tiny.microbatches(shape, encoders, seed=seed))
+        microbatches = [_own(trainer, m) for m in tiny.microbatches(shape, encoders, seed=seed)]
+        state, outcome = trainer.step(state, microbatches)
         outcomes.append(outcome)
     return state, outcomes
+
+
+def _own(trainer: Any, microbatch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The microbatch with NaN for what this process need not read."""
+    own = dict(microbatch)
+    for name in ITEMS & own.keys():
+        others = sorted(set(range(len(own[name]))) - trainer.pipeline.rows_here(name))
+        own[name] = own[name].copy()
+        own[name][others] = np.nan
+    return own
 
 
 def _block(shard: Any) -> tuple:

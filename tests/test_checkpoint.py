@@ -173,14 +173,19 @@ def test_a_digest_sees_one_element_and_where_it_stands_however_the_array_is_cut(
     assert not set(wrong.values()) & set(found.values())
 
 
-def test_layers_of_two_kinds_restore_under_another_cut_by_their_number_in_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cut", [Layout(pp=2, tp=2, layers=(3, 1), devices="0-3"), Layout(pp=2, vpp=2, tp=2, devices="0-3")], ids=str
+)
+def test_layers_of_two_kinds_restore_under_another_cut_by_their_number_in_the_model(
+    cut: Layout, tmp_path: Path
+) -> None:
     def fresh(llm: Layout, seed: int) -> Trainer:
         graph = tiny.graph(llm, {"vision": Layout(devices="7")}, np.float32, experts=tiny.EXPERTS)
         batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.microbatches(SHAPE)[0].items()}
         sizes = dict(groups=SHAPE.groups, num_microbatches=SHAPE.microbatches)
         return Trainer(TrainSpec(graph, jax.devices(), batch, optimizer=ADAMW, seed=seed, **sizes))
 
-    one, other = fresh(Layout(), 3), fresh(Layout(pp=2, tp=2, layers=(3, 1), devices="0-3"), 4)
+    one, other = fresh(Layout(), 3), fresh(cut, 4)
     state = one.init()
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(one, state, {})

@@ -3,10 +3,11 @@
 import functools
 import itertools
 
+import at_once
 import drawn
 import jax.numpy as jnp
 import pytest
-from test_parity import MOMENTUM, Case, run
+from test_parity import MOMENTUM, Case, build, judged
 
 COUNT, DEFAULT = 120, 12
 MARKS = [[] if n < DEFAULT else [pytest.mark.slow] for n in range(COUNT)]
@@ -22,7 +23,9 @@ def cases() -> list[Case]:
 @pytest.mark.parametrize("number", [pytest.param(n, marks=marks) for n, marks in enumerate(MARKS)])
 def test_a_drawn_run_is_the_references(number: int) -> None:
     case = cases()[number]
-    (report,) = run(case, MOMENTUM, jnp.float64, 1)
+    trainer = build(case, MOMENTUM, jnp.float64)
+    assert not at_once.in_trainer(trainer), case
+    (report,) = judged(trainer, case, MOMENTUM, jnp.float64, 1)
     assert report.within(loss=1e-12, leaves=1e-11, params=1e-11), (case, report)
 
 

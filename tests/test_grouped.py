@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from models import grouped, grouped_kernels, hopper
-from models.grouped import BLOCKS, Blocks, Form, grouped_dot, pick
+from models import grouped, grouped_gradient, grouped_kernels, hopper
+from models.group_blocks import Blocks, Form
+from models.grouped import BLOCKS, grouped_dot, pick
 from models.grouped_kernels import refusal
 
 ROWS, GROUPS, WIDTH, COLUMNS, BLOCK = 37, 6, 5, 7, 8
@@ -133,8 +134,8 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """In place of the kernels, plain products that leave NaN behind the last group and read what is there, as theirs
-    do; what they were asked for."""
+    """In place of the kernels, plain products that leave NaN behind the last group, as theirs do; what they were asked
+    for."""
     asked: list[str] = []
 
     def product(x: Any, w: Any, sizes: Any, dtype: Any, config: Any) -> jax.Array:
@@ -143,13 +144,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         behind = jnp.arange(len(x))[:, None] >= sizes.sum()
         return jnp.where(behind, jnp.nan, lax.ragged_dot(x, w, sizes)).astype(dtype)
 
-    def gradient(x: Any, g: Any, sizes: Any, dtype: Any, config: Any) -> jax.Array:
+    def gradient(x: Any, g: Any, sizes: Any, dtype: Any) -> jax.Array:
         asked.append("gradient")
-        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
-        of_group = jax.nn.one_hot(group, len(sizes), dtype=dtype)
-        return jnp.einsum("ng,na,nb->gab", of_group, x.astype(dtype), g.astype(dtype))
+        blocks = Blocks(grouped_gradient.BLOCK, len(x), sizes)
+        of_group = jnp.repeat(jax.nn.one_hot(blocks.group, len(sizes), dtype=dtype), blocks.rows, 0)
+        return jnp.einsum("ng,na,nb->gab", of_group, *(blocks.apart(a).astype(dtype) for a in (x, g)))
 
-    fake = SimpleNamespace(ragged_dot_kernel=product, ragged_contracting_dim_dot_kernel=gradient)
+    monkeypatch.setattr(grouped_gradient, "weight_gradient", gradient)
+    fake = SimpleNamespace(ragged_dot_kernel=product)
     names = SimpleNamespace(Config=dict, MatmulDimension=SimpleNamespace(M=0))
     for name, module in zip(grouped_kernels.KERNELS, (fake, names), strict=True):
         monkeypatch.setitem(sys.modules, name, module)
@@ -168,3 +170,24 @@ def test_kernels_give_what_blocks_do(stand_in: list[str], given: Arrays) -> None
     assert (y.dtype, g_x.dtype, g_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     for found, wanted, near in zip((y, g_x, g_w), expected, (1e-2, 1e-2, 1e-6), strict=True):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=near, atol=near)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax before 0.11 does not simulate transposed operands")
+@pytest.mark.parametrize("sizes", [[5, 0, 64, 100, 1, 77, 3], [0, 256, 0, 0, 0, 0, 0], [0] * 7])
+def test_the_gradient_kernel_in_simulation(sizes: list[int]) -> None:
+    """By jax's simulation of Hopper's shared memory, threads and barriers, which looks for races."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    rng = np.random.default_rng(2)
+    x, g = (jnp.asarray(rng.normal(size=(256, width)), jnp.bfloat16) for width in (128, 256))
+    behind = slice(sum(sizes), None)
+    wanted = definition(np.float64(x), np.zeros((len(sizes), 128, 256)), np.float64(g), sizes)[2]
+    found = grouped_gradient.weight_gradient(
+        x.at[behind].set(jnp.nan),
+        g.at[behind].set(jnp.nan),
+        jnp.array(sizes, jnp.int32),
+        jnp.float32,
+        interpret=mosaic_gpu.InterpretGPUParams(detect_races=True),
+    )
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)

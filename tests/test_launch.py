@@ -9,14 +9,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import answering
+import corpus
 import pytest
 import runs
+import test_mutants as mutants
+from hf_folders import llava, text, vision
 from runs import ROOT, arguments, environment, records, settings
 
 from hetjax.launch import free_ports
 from hetjax.run import cluster, watchdog
 from hetjax.run.checkpoint import steps_in
+from hetjax.run.metrics import SAMPLES
 
 LIMIT = 6.0  # seconds that a step or a save may hang
 APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2-3")) | settings(
@@ -24,15 +28,23 @@ APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2
 )
 
 
-def start(
-    gin: Path, workdir: Path, changes: runs.Changes, *, processes: int = 2, restarts: int = 0
-) -> subprocess.Popen:
-    """A launch of so many processes that have four devices together."""
-    line = [sys.executable, "-m", "hetjax", "launch", "-n", str(processes), f"--max-restarts={restarts}"]
-    line += [f"--devices-per-process={4 // processes}", "--", "train", *arguments(gin, workdir, changes)]
-    never = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9", PYTHONUNBUFFERED="1")
+def start(gin: Path, workdir: Path, changes: runs.Changes, *, restarts: int = 0) -> subprocess.Popen:
+    """A launch of two processes that train with four devices together."""
+    return launched("train", *arguments(gin, workdir, changes), devices=4, restarts=restarts)
+
+
+def launched(*command: str, devices: int, cwd: Path = ROOT, restarts: int = 0) -> subprocess.Popen:
+    """Two processes that run a command with so many devices together, and the code in `cwd`."""
+    line = [sys.executable, "-m", "hetjax", "launch", "-n", "2", "--devices-per-process", str(devices // 2)]
+    line += [f"--max-restarts={restarts}", "--"]
+    never = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9", PYTHONUNBUFFERED="1", PYTHONPATH=str(cwd))
     return subprocess.Popen(
-        line, env=environment() | never, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*line, *command],
+        env=environment() | never,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -58,7 +70,9 @@ def children(launch: subprocess.Popen) -> list[int]:
 
 
 def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path) -> None:
-    gin, many = runs.write(tmp_path), APART | settings(steps=10000)
+    gin = runs.write(tmp_path)
+    seen = runs.held_out(gin) | settings(eval_every=20, eval_microbatches=1, eval_samples=2, eval_sample_tokens=2)
+    many = APART | seen | settings(steps=10000)
     launch = start(gin, tmp_path / "run", many, restarts=1)
     saved(tmp_path / "run", 20, launch)
     first = children(launch)
@@ -87,17 +101,64 @@ def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path)
     stopped = int(re.search(r"a signal to another process: saved step (\d+)", said)[1])
     assert stopped in steps_in(tmp_path / "run" / "checkpoints")
 
-    runs.train(gin, tmp_path / "alone", APART | settings(steps=stopped))
-    both = records(tmp_path / "run"), records(tmp_path / "alone")
-    assert sorted(both[0]) == sorted(both[1])
-    np.testing.assert_array_equal(list(both[0].values()), list(both[1].values()))
+    runs.train(gin, tmp_path / "alone", APART | seen | settings(steps=stopped))
+    for name in ("loss", "eval/loss", "eval/token_accuracy"):
+        one, alone = (records(tmp_path / where, name) for where in ("run", "alone"))
+        one = {step: one.get(step) for step in alone if name == "loss" or step < stopped}  # the last one: at the end
+        assert one and one == {step: alone[step] for step in one}, name
+    answers = [(tmp_path / where / SAMPLES).read_text().splitlines() for where in ("run", "alone")]
+    assert answers[0] and answers[0] == answers[1][: len(answers[0])]
+    read = [records(tmp_path / "run", f"media_bytes/{n}") for n in range(2)]
+    assert min(read[0].values()) > 0 and not any(read[1].values()), "the second process has no encoder"
+
+
+def test_a_picture_that_one_process_cannot_read_ends_all(tmp_path: Path) -> None:
+    gin = runs.write(tmp_path)
+    for picture in (tmp_path / "train").glob("*.png"):
+        picture.write_bytes(picture.read_bytes()[:-30])
+    launch = start(gin, tmp_path / "run", APART | {"settings.DataConfig.on_bad_item": "stop"})
+    said = ended(launch, 60)
+    assert launch.returncode == 2, said
+    for process in range(2):
+        assert re.search(rf"\[{process}\] error: sample .* \(.*/train/vision-\d-0.png\): .*truncated", said), said
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
+    folder = answering.folder(tmp_path / "model", llava(text("llama"), vision("clip")))
+    picture = answering.picture(tmp_path / "a.png", 0)
+    line = [f"--model={folder}", f"--image={picture}", "--prompt=w3 w5", "--prompt=w4", "--max_new_tokens=6"]
+    for devices, how in ((4, ["--tp=2", "--dp=2"]), (2, ["--tp=2", "--temperature=1", "--top_k=5"])):
+        one = [sys.executable, "-m", "hetjax", "generate", *line, *how, f"--emulated_devices={devices}"]
+        alone = subprocess.run(one, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
+        said = ended(launched("generate", *line, *how, devices=devices), 200)
+        assert len(alone.stdout.splitlines()) == 2
+        assert [found[4:] for found in said.splitlines() if found.startswith("[0] {")] == alone.stdout.splitlines()
+    said = ended(launched("generate", *line, devices=2), 60)
+    assert "tp=1 x dp=1 takes devices of 1 of 2 processes; start 1" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", ["", "boundary_gradient_scaled", "reduce_without_cp"])
+def test_two_processes_judge_as_one_does(patch: str, tmp_path: Path) -> None:
+    for package in ("hetjax", "models"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if patch:
+        mutants.apply(mutants.MUTANTS / "disjoint" / f"{patch}.patch", tmp_path)
+    (tmp_path / "data").mkdir()
+    data = corpus.write(tmp_path / "data", mutants.SAMPLES * 2, [mutants.ITEM])
+    files = [f"--gin_file={mutants.MUTANTS / name}.gin" for name in ("tiny", "disjoint")]
+    launch = launched("verify", *files, f"--gin.settings.DataConfig.path={data!r}", devices=8, cwd=tmp_path)
+    said = ended(launch, 300)
+    assert launch.returncode == bool(patch), said
+    assert said.count("difference") == 2 and ("BEYOND" in said) == bool(patch), said
 
 
 def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.CaptureFixture[str]) -> None:
     for line, says in {
         "-n 0 -- train": "-n=0; it must be at least 1",
         "-n 2": "no command; write -- train",
-        "-n 2 -- verify": "verify runs in one process alone",
+        "-n 2 -- convert": "convert runs in one process alone",
         "-n 2 --devices-per-process=-1 -- train": "--devices-per-process=-1; it must be at least 0",
         "-n 2 --max-restarts=-1 -- train": "--max-restarts=-1; it must be at least 0",
     }.items():

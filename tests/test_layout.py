@@ -160,6 +160,12 @@ REFUSED = [
     (Layout(dp=2, devices=(1, 1)), module(), "m: Layout.devices names device 1 2 times; name each device once"),
     (Layout(devices=(-1,)), module(), "m: dp=1 stands on device -1, but there are 8"),
     (Layout(pp=6), module(), "m: pp=6 stages for 5 layers; use pp of at most 5"),
+    (Layout(pp=3, vpp=2), module(), "m: pp=3 x vpp=2 = 6 stages for 5 layers; use pp x vpp of at most 5"),
+    (
+        Layout(pp=2, vpp=2, layers=(3, 2)),
+        module(),
+        "m: Layout.layers=[3, 2] must be pp=2 x vpp=2 = 4 counts of at least 1 that add up to 5",
+    ),
     (
         Layout(pp=2, layers=(4, 2)),
         module(),
@@ -197,6 +203,11 @@ def test_impossible_layouts_are_refused(layout: Layout, definition: ModuleDef, m
     [
         (dict(dp=0), "Layout.dp=0; it must be a whole number of at least 1"),
         (dict(tp=1.5), "Layout.tp=1.5; it must be a whole number of at least 1"),
+        (
+            dict(vpp=2),
+            "Layout.vpp=2 deals stages to the devices of pp, and with pp=1 to the same ones each time; set vpp=1, or",
+        ),
+        (dict(pp=2, vpp=0), "Layout.vpp=0; it must be a whole number of at least 1"),
         (dict(pp=True), "Layout.pp=True; it must be a whole number of at least 1"),
         (dict(cp=2, context="rings"), "Layout.context='rings'; it must be one of gather, ring, heads"),
         (

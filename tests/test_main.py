@@ -60,7 +60,7 @@ def test_the_version_is_told_in_one_place() -> None:
         ("inspect", "error: no command inspect; did you mean data inspect?"),
         (
             "--gin_file=a",
-            "error: no command --gin_file=a; there is convert, data inspect, generate, launch, train, verify",
+            "error: no command --gin_file=a; there is convert, data inspect, generate, launch, schedule, train, verify",
         ),
     ],
 )

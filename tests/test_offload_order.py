@@ -140,7 +140,7 @@ def test_an_encoder_is_away_while_the_language_model_works() -> None:
     most = lambda key, what: max(held(schedule, key, what))
     assert most(vision, What.RESIDUALS) == 2 and most(llm, What.RESIDUALS) == 1
     plain = build_schedule(vlm(vision=[[0, 1]], llm=[[0, 1]]), 3)
-    assert max(held(plain, vision, What.RESIDUALS)) == 3 == plain.max_in_flight[vision]
+    assert max(held(plain, vision, What.RESIDUALS)) == 3 == plain.forecast.in_flight[vision]
     names = {What.RESIDUALS: "R"}
     signs = {Kind.LEAVE: "<", Kind.GONE: "|", Kind.RETURN: ">"}
     text = " ".join(

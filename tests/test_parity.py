@@ -18,6 +18,7 @@ from hetjax.core import loss
 from hetjax.core.layout import Layout, like
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
+from hetjax.core.trainer import Trainer
 from hetjax.judge import compare
 from hetjax.judge.reference import Reference
 from models import attention
@@ -256,19 +257,30 @@ def reference(encoders: tuple[str, ...], dtype: Any, **model: Any) -> Reference:
 
 
 def run(case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
-    config = dataclasses.replace(config, **dict(case.changes))
-    model = dict(tied=case.tied, feature_layer=case.feature_layer, experts=case.experts)
-    model |= {"kv_heads": case.kv_heads} if case.kv_heads != 4 else {}
-    model |= {name: getattr(case, name) for name in ("deepstack", "cross") if getattr(case, name)}
-    model |= {"vocab": case.vocab} if case.vocab != tiny.VOCAB else {}
-    model |= {"seeing": case.seeing} if case.seeing else {}
-    graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, unroll=case.unroll, **model)
+    return judged(build(case, config, dtype), case, config, dtype, steps)
+
+
+def build(case: Case, config: OptimizerConfig, dtype: Any) -> Trainer:
+    graph = tiny.graph(case.llm, case.encoders, dtype, remat=case.remat, unroll=case.unroll, **model(case))
     options = dict(schedule=case.schedule, encoder_window=case.encoder_window)
+    config = dataclasses.replace(config, **dict(case.changes))
     # the reference is traced later, and knows neither blocks nor chunks
     with mock.patch.dict(attention.BLOCKS, cpu=case.blocks), mock.patch.dict(loss.CHUNK, cpu=5):
-        trainer = tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
-    judge = reference(tuple(case.encoders), dtype, **model).with_config(config)
+        return tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
+
+
+def judged(trainer: Trainer, case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:
+    config = dataclasses.replace(config, **dict(case.changes))
+    judge = reference(tuple(case.encoders), dtype, **model(case)).with_config(config)
     return list(compare.compare(trainer, (data(case, seed) for seed in range(steps)), judge))
+
+
+def model(case: Case) -> dict[str, Any]:
+    found: dict[str, Any] = dict(tied=case.tied, feature_layer=case.feature_layer, experts=case.experts)
+    found |= {"kv_heads": case.kv_heads} if case.kv_heads != 4 else {}
+    found |= {name: getattr(case, name) for name in ("deepstack", "cross") if getattr(case, name)}
+    found |= {"vocab": case.vocab} if case.vocab != tiny.VOCAB else {}
+    return found | ({"seeing": case.seeing} if case.seeing else {})
 
 
 def data(case: Case, seed: int) -> list[dict[str, np.ndarray]]:

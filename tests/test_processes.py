@@ -21,6 +21,7 @@ SAME_BITS = [  # no stage spans two of four processes, or sums over more than tw
     "encoder on its own process",
     "pp 2 across, tied",
     "pp 4 across, tied; encoder on its own",
+    "pp 2 vpp 2 across, tied",
     "1 process and 3",
 ]
 
@@ -66,6 +67,7 @@ def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
 
 def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None:
     """Every process's part of a case against one process that has all devices."""
+    assert np.isfinite(one["loss"]).all(), name
     numbers, held = ("loss", "norm"), set()
     sizes: dict[str, float] = {}  # of parameters, and of momenta, by stage
     for key in filter(is_leaf, one):
@@ -81,6 +83,16 @@ def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None
                 np.testing.assert_allclose(values, one[key][block], rtol=0, atol=close, err_msg=f"{name}: {key}")
         assert {owner(key).partition("/")[2] for key in filter(is_leaf, part)} == set(part["compiled"]), name
     assert held == set(filter(is_leaf, one)), name
+    for part in parts:
+        assert part["whole"].keys() == one["whole"].keys() != set()
+        for key, values in part["whole"].items():
+            largest = max(np.abs(a).max() for k, a in one["whole"].items() if owner(k) == owner(key))
+            close = 0.0 if same_bits else 1e-5 * largest
+            np.testing.assert_allclose(values, one["whole"][key], rtol=0, atol=close, err_msg=f"{name}: {key}")
+    for array, rows in one["reads"].items():
+        assert sorted({row for part in parts for row in part["reads"][array]}) == rows
+        for part in parts:  # who has none of an encoder's first stage reads none of its files
+            assert bool(part["reads"][array]) == (f"{array.partition('.')[0]}/0" in part["compiled"])
 
 
 def is_leaf(key: str) -> bool:
@@ -100,6 +112,12 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         check(name, [part[name] for part in parts], one, same_bits=name == apart)
     assert [part[apart]["compiled"] for part in parts] == [["vision/0", "llm/0"], ["llm/1"]]
     assert [part[spanning]["compiled"] for part in parts] == [["vision/0", "llm/0"], ["vision/0", "llm/1"]]
+    slots = list(range(len(one["reads"]["vision.pixels"])))
+    assert [part[apart]["reads"]["vision.pixels"] for part in parts] == [slots, []]
+    assert [part[spanning]["reads"]["vision.pixels"] for part in parts] == [
+        slots[: len(slots) // 2],
+        slots[len(slots) // 2 :],
+    ]
 
 
 @pytest.mark.slow

@@ -78,11 +78,11 @@ def test_random_schedules_are_complete_ordered_and_bounded(seed: int) -> None:
         assert backward == sorted(backward)
     if kind == "1f1b":
         for node in llm:
-            assert schedule.max_in_flight[node.key] <= len(llm) - node.stage
+            assert schedule.forecast.in_flight[node.key] <= len(llm) - node.stage
         longest = len({n.stage for n in nodes if n.module != "llm"})  # stages of the deepest encoder
         devices = {d for n in llm for d in n.devices}
         if not any(n.devices & devices for n in nodes if n.module != "llm"):
-            assert max(schedule.max_in_flight.values()) <= len(llm) + longest
+            assert max(schedule.forecast.in_flight.values()) <= len(llm) + longest
 
 
 def all_tasks(nodes: list[StageNode], num: int, ties: list) -> set[Task]:
@@ -117,7 +117,7 @@ def test_1f1b_alternates_after_a_warmup_of_the_longest_path() -> None:
     assert of(("llm", 1)) == "FB" * 6
     assert of(("llm", 0)) == "FF" + "BF" * 4 + "BB"
     assert of(("vision", 0)) == "FFFF" + "BF" * 2 + "BBBB"
-    assert [schedule.max_in_flight[n.key] for n in nodes] == [4, 3, 2, 1]
+    assert [schedule.forecast.in_flight[n.key] for n in nodes] == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("stages", [(0, 1, 2, 3), (0, 3), (2,), (0, 2)])
@@ -131,7 +131,7 @@ def test_entering_later_stages_costs_no_time(stages: tuple[int, ...]) -> None:
     plain, skips = (build_schedule([*encoder, *give(where)], 8) for where in ((0,), stages))
     if 0 in stages:
         assert computed(skips) == computed(plain)
-    assert skips.max_in_flight == plain.max_in_flight | {("vision", 0): 5 - min(stages)}
+    assert skips.forecast.in_flight == plain.forecast.in_flight | {("vision", 0): 5 - min(stages)}
 
 
 def test_gpipe_runs_every_forward_before_the_first_backward() -> None:
@@ -146,6 +146,14 @@ def test_colocated_encoder_runs_three_phases_per_window() -> None:
     assert text_of(None) == "vF0 vF1 vF2 vF3 lF0 lB0 lF1 lB1 lF2 lB2 lF3 lB3 vB0 vB1 vB2 vB3"
     assert text_of(2) == "vF0 vF1 lF0 lB0 lF1 lB1 vB0 vB1 vF2 vF3 lF2 lB2 lF3 lB3 vB2 vB3"
     assert text_of(1) == "vF0 lF0 lB0 vB0 vF1 lF1 lB1 vB1 vF2 lF2 lB2 vB2 vF3 lF3 lB3 vB3"
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_phases_hold_where_the_pipeline_leaves_the_encoders_devices_idle(window: int) -> None:
+    order = computed(build_schedule(vlm(vision=[[0]], llm=[[0], [1]]), 4, encoder_window=window))
+    phase = lambda t: "FlB".index(t.kind.value if t.stage[0] == "vision" else "l")
+    phases = [(t.microbatch // window, phase(t)) for t in order]
+    assert phases == sorted(phases)
 
 
 def test_frozen_encoder_has_no_backward_and_does_not_run_ahead_without_bound() -> None:

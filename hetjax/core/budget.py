@@ -72,7 +72,7 @@ class Budget:
 
         def of_stage(key: StageKey, stage: Stage) -> list:
             takes = memory.things(self.pipeline, key, self.whole[key]).values()
-            in_flight = self.pipeline.schedule.max_in_flight[key]
+            in_flight = self.pipeline.schedule.forecast.in_flight[key]
             set_to = stage.module.remat.value, stage.module.unroll, list(stage.module.layout.offload)
             return [*set_to, list(stage.plan.device_ids), in_flight, memory.local_bytes(stage.parameters.acc), *takes]
 

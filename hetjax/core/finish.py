@@ -76,7 +76,7 @@ class Finish:
         """What the step's loss is, with `count` target tokens, of each of the scores of a microbatch: the cotangents
         with which its backwards begin, by stage."""
         shares = {"loss": 1.0 / max(count, 1.0), AUXILIARY: 1.0 / self.wiring.spec.num_microbatches, ROUTED: 0.0}
-        made = lambda key, a: processes.replicated(np.full(a.shape, shares[key], a.dtype), a.sharding)
+        made = lambda key, a: processes.placed(np.full(a.shape, shares[key], a.dtype), a.sharding)
         return {
             key: {k: made(k, a) for k, a in stage.ends.items() if k in stage.scores}
             for key, stage in self.wiring.stages_here.items()

@@ -11,6 +11,8 @@ pp cuts a module's layers into stages, each on its own dp x copies x cp x tp con
 eight devices, dp=2, tp=2, pp=2:
 
     stage 0: devices 0 1 | 2 3      stage 1: devices 4 5 | 6 7      (tp inside, dp across the bar)
+
+vpp deals pp x vpp stages to these devices in turn: with vpp=2 stage 2 stands where stage 0 does, and 3 where 1 does.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ class Layout:
 
     `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
+    `vpp`: interleaved stages (arXiv:2104.04473), so many on the devices of each of pp, dealt round.
     `ep`: experts are cut over so many of a stage's devices: those of tp or a part of them; if that is too few, those of
     cp or of the inner part of dp too. `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the
     tokens are cut over tp. `context` is how attention reaches over cp: gather, ring or heads (`models/context.py`).
@@ -42,6 +45,7 @@ class Layout:
     cp: int = 1
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     copies: int = 1
     ep: int = 1
     sp: bool = False
@@ -53,7 +57,7 @@ class Layout:
     offload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("dp", "cp", "tp", "pp", "copies", "ep"):
+        for name in ("dp", "cp", "tp", "pp", "vpp", "copies", "ep"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
@@ -61,6 +65,11 @@ class Layout:
             raise ValueError(f"Layout.sp={self.sp!r}; it must be True or False")
         if self.sp and self.tp == 1:
             raise ValueError("Layout.sp=True cuts the tokens over tp, and tp=1 cuts nothing; set sp=False, or more tp")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(
+                f"Layout.vpp={self.vpp} deals stages to the devices of pp, and with pp=1 to the same ones each time; "
+                "set vpp=1, or more pp"
+            )
         _ = self.expert_shares  # refuses what is no whole part
         if self.context not in CONTEXTS:
             raise ValueError(f"Layout.context={self.context!r}; it must be one of {', '.join(CONTEXTS)}")
@@ -106,6 +115,11 @@ class Layout:
         return self.dp * self.copies * self.cp * self.tp
 
     @property
+    def num_stages(self) -> int:
+        """Ranges into which the layers are cut."""
+        return self.pp * self.vpp
+
+    @property
     def num_devices(self) -> int:
         """Devices of the module."""
         return self.stage_size * self.pp
@@ -135,7 +149,7 @@ class Layout:
         return shares
 
     def __str__(self) -> str:
-        sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "ep") if getattr(self, n) > 1]
+        sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "vpp", "ep") if getattr(self, n) > 1]
         sizes += ["sp"] * self.sp + [f"zero={self.zero}"] * (self.zero > 1)
         sizes += [f"zero_size={self.zero_size}"] * (self.zero_size is not None)
         named = {"context": "" if self.context == GATHER else self.context, "offload": " and ".join(self.offload)}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hetjax.core import accumulators, optimizer, remat, residuals, stacks
+from hetjax.core import accumulators, in_turn, optimizer, remat, residuals, stacks
 from hetjax.core.graph import Module
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan
@@ -126,8 +126,8 @@ class Loops:
         mine = {name: behind.entered[name] for name in self._entered(run)}
         last = self._gathered(run, Turn(len(run.period) - 1, run.times - 1), weights)
         start = behind._replace(entered=mine), last
-        if run.times == 1:
-            (front, _), _ = body(start, (0, kept))
+        if run.times == 1:  # what it computes again depends on no loop of the layers behind it
+            (front, _), _ = body(start, (0, in_turn.behind(kept, behind.g)))
         else:
             (front, _), _ = lax.scan(body, start, (_repetitions(run), kept), reverse=True)
         return front._replace(entered={**behind.entered, **front.entered})

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hetjax.core import processes
 from hetjax.core.layout import zigzag
 from hetjax.core.mesh import axis_names
 from hetjax.core.tasks import StageKey
@@ -61,15 +62,25 @@ class Packing:
         words = sum(part.words for part in self.parts)
         return jax.ShapeDtypeStruct((*self.counts, words), WORD, sharding=self.sharding)
 
+    @functools.cached_property
+    def _here(self) -> list[tuple[int, ...]]:
+        """Where along `counts` this process's devices stand."""
+        places = processes.places_here(self.struct.shape, self.sharding)
+        return sorted({tuple(part.start or 0 for part in place[: len(self.axes)]) for place in places})
+
     def pack(self, microbatch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The arrays of a global microbatch in one. Raises ValueError for one of another shape or type."""
+        """The arrays of a global microbatch in one, with the rows of this process's devices alone; zeros elsewhere.
+
+        Raises ValueError for one of another shape or type."""
         packed = np.zeros(self.struct.shape, WORD)
         row = packed.view(np.uint8)
         for part in self.parts:
             shards = self._shards(part, _checked(part, microbatch))
             start, count = part.start * WORD.itemsize, math.prod(shards.shape[len(self.axes) :])
             room = row[..., start : start + count * part.dtype.itemsize].view(part.dtype)
-            room.reshape(shards.shape)[...] = shards  # a view: the last dim, which is contiguous, is split
+            room = room.reshape(shards.shape)  # a view: the last dim, which is contiguous, is split
+            for at in self._here:
+                room[at] = shards[at]
         return packed
 
     def place(self, packed: np.ndarray) -> jax.Array:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from hetjax.core import processes
 from hetjax.core.alive import Alive, on_device, on_host
+from hetjax.core.costs import costs
 from hetjax.core.evaluated import Evaluated
 from hetjax.core.finish import Finish, Outcome, Reduced, Scores
 from hetjax.core.layout import zigzag
@@ -28,6 +29,7 @@ from hetjax.core.progress import Progress, told
 from hetjax.core.schedule import build_schedule
 from hetjax.core.step import Doing, Gradients, Tree, Trees, Update, lent
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task, Thing, What
+from hetjax.core.timeline import Watch
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.wiring import Wiring
 
@@ -46,9 +48,20 @@ class Pipeline(Wiring):
             kind=spec.schedule,
             encoder_window=spec.encoder_window,
             ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
+            costs=costs(self.graph, self.stages, spec.batch),
         )
         self.progress = Progress(self)
         self._leaving: dict[Thing, Tree] = {}  # across steps
+        self.watch: Watch | None = None  # of the step that is recorded
+
+    def in_flight(self, key: StageKey) -> int:
+        """Tasks of a stage that may be handed out before they are through; stages on the same devices share them."""
+        return max(IN_FLIGHT // self.stages[key].module.layout.vpp, 1)
+
+    def promise(self) -> str:
+        """A line with what the schedule promises."""
+        spec = self.spec
+        return f"schedule {spec.schedule}, {spec.num_microbatches} microbatches, simulated: {self.schedule.forecast}"
 
     @functools.cached_property
     def finish(self) -> Finish:
@@ -70,7 +83,7 @@ class Pipeline(Wiring):
     def flags(self) -> dict[StageKey, tuple[jax.Array, jax.Array]]:
         """False and True on each stage's devices: whether a microbatch is the step's first."""
         everywhere = {key: NamedSharding(stage.plan.mesh, P()) for key, stage in self.stages_here.items()}
-        put = processes.replicated
+        put = processes.placed
         return {key: (put(np.False_, where), put(np.True_, where)) for key, where in everywhere.items()}
 
     def zeros(self) -> Trees:
@@ -158,15 +171,17 @@ class Pipeline(Wiring):
         for task in tasks:
             start = time.perf_counter()
             given = self.progress.given[task.stage]
-            if len(given) == IN_FLIGHT:
+            if len(given) == self.in_flight(task.stage):
                 with _named(given[0][0]):
                     given[0][1].block_until_ready()
                 given.popleft()
             begun = time.perf_counter()
             with _named(task):
                 done = doing[task.kind](task)
-            if done is not None:
+            if done is not None and task.kind is not Kind.BOUNDARY:
                 given.append((task, done))
+            if done is not None and self.watch is not None:
+                self.watch.see(task, done)
             self.progress.handed_out()
             seconds = time.perf_counter() - begun
             waits = task.kind is Kind.GONE

@@ -54,14 +54,15 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
     _check_context(name, definition, layout)
     counts = _layer_counts(name, definition.num_layers, layout)
     plans = []
-    for index in range(layout.pp):
-        ids = layout.device_ids[index * layout.stage_size : (index + 1) * layout.stage_size]
+    for index, count in enumerate(counts):
+        place = index % layout.pp
+        ids = layout.device_ids[place * layout.stage_size : (place + 1) * layout.stage_size]
         try:
             grid = make_grid(layout, [devices[i] for i in ids], kv_heads=_kv_heads(definition))
         except ValueError as error:
             raise ValueError(f"{name}: {layout}: {error}; change ep, or tp") from None
         lo = sum(counts[:index])
-        plans.append(StagePlan(name, index, layout.pp, lo, lo + counts[index], grid, ids))
+        plans.append(StagePlan(name, index, layout.num_stages, lo, lo + count, grid, ids))
     return plans
 
 
@@ -138,13 +139,16 @@ def _check_context(name: str, definition: ModuleDef, layout: Layout) -> None:
 
 
 def _layer_counts(name: str, num_layers: int, layout: Layout) -> tuple[int, ...]:
-    if layout.pp > num_layers:
-        raise ValueError(f"{name}: pp={layout.pp} stages for {num_layers} layers; use pp of at most {num_layers}")
+    stages, said, setting = layout.num_stages, f"pp={layout.pp}", "pp"
+    if layout.vpp > 1:
+        said, setting = f"pp={layout.pp} x vpp={layout.vpp} = {stages}", "pp x vpp"
+    if stages > num_layers:
+        raise ValueError(f"{name}: {said} stages for {num_layers} layers; use {setting} of at most {num_layers}")
     if layout.layers is None:
-        return tuple(num_layers // layout.pp + (i < num_layers % layout.pp) for i in range(layout.pp))
-    if len(layout.layers) != layout.pp or sum(layout.layers) != num_layers or min(layout.layers) < 1:
+        return tuple(num_layers // stages + (i < num_layers % stages) for i in range(stages))
+    if len(layout.layers) != stages or sum(layout.layers) != num_layers or min(layout.layers) < 1:
         raise ValueError(
-            f"{name}: Layout.layers={list(layout.layers)} must be pp={layout.pp} counts of at least 1 that add up to "
+            f"{name}: Layout.layers={list(layout.layers)} must be {said} counts of at least 1 that add up to "
             f"{num_layers} layers"
         )
     return layout.layers
@@ -154,8 +158,13 @@ def picture(stages: Sequence[StagePlan], num_devices: int) -> str:
     """A table: which device holds which part of which module."""
     modules = list(dict.fromkeys(s.module for s in stages))
     cells = {(i, m): "" for i in range(num_devices) for m in modules}
+    ranges: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for stage in stages:
-        held = f"layers {stage.lo}-{stage.hi - 1}" if stage.hi > stage.lo + 1 else f"layer {stage.lo}"
+        of_stage = f"{stage.lo}-{stage.hi - 1}" if stage.hi > stage.lo + 1 else f"{stage.lo}"
+        ranges.setdefault((stage.module, stage.device_ids), []).append(of_stage)
+    for stage in stages:
+        held = ",".join(ranges[stage.module, stage.device_ids])
+        held = f"layer {held}" if held.isdigit() else f"layers {held}"
         sizes = {axis: stage.grid.size(stage.grid.parts[axis]) for axis in AXES}
         for place, device in zip(np.ndindex(*sizes.values()), stage.device_ids, strict=True):
             part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if sizes[a] > 1]

@@ -33,12 +33,17 @@ def firsts(devices: Iterable[jax.Device]) -> list[jax.Device]:
     return list(found.values())
 
 
+def places_here(shape: tuple[int, ...], sharding: NamedSharding) -> list[tuple[slice, ...]]:
+    """Which parts of an array lie on this process's devices."""
+    return [place for device, place in sharding.devices_indices_map(shape).items() if is_mine(device)]
+
+
 def elsewhere(struct: jax.ShapeDtypeStruct) -> jax.Array:
     """An array like `struct` of which this process has no shard."""
     return jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, [], dtype=struct.dtype)
 
 
-def replicated(value: Any, sharding: NamedSharding) -> jax.Array:
-    """`value`, which every process of the mesh has, on each of its devices."""
+def placed(value: Any, sharding: NamedSharding) -> jax.Array:
+    """`value`, which every process of the mesh has, on its devices."""
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)

@@ -101,7 +101,7 @@ class Gradients:
         for thing in things:
             self.alive.pop(thing)
 
-    def _boundary(self, task: Task) -> None:
+    def _boundary(self, task: Task) -> jax.Array | None:
         assert task.to is not None
         between, (key, i, to) = self.wiring.between, (task.stage, task.microbatch, task.to)
         arrays = self.leaving.pop(task, None)  # None: those of another process
@@ -109,8 +109,10 @@ class Gradients:
             thing, moved = Thing(What.INPUTS, to, i, key), link.forward(arrays)
         else:
             thing, moved = Thing(What.COTANGENTS, to, i, key), between[to, key].boundary.backward(arrays)
-        if to in self.wiring.mine:
-            self.alive[thing] = moved
+        if to not in self.wiring.mine:
+            return None
+        self.alive[thing] = moved
+        return next(iter(moved.values()), None)
 
     def _reduce(self, task: Task) -> jax.Array:
         key = task.stage

@@ -71,6 +71,17 @@ class Task(NamedTuple):
     thing: Thing | None = None
 
 
+class Cost(NamedTuple):
+    """How long the tasks of a stage take, of one microbatch, in any unit; whole numbers, so that sums are exact."""
+
+    forward: int = 1
+    backward: int = 2
+
+    def of(self, kind: Kind) -> int:
+        """Of a forward or a backward."""
+        return self.forward if kind is Kind.FORWARD else self.backward
+
+
 class HostTimes(NamedTuple):
     """Where the host thread's time went on the way to a step's gradients."""
 

@@ -3,26 +3,29 @@
 import concurrent.futures
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from hetjax.core import optimizer
 from hetjax.core.alive import on_device
+from hetjax.core.costs import num_items
 from hetjax.core.finish import Outcome, Reduced, Scores
+from hetjax.core.hosts import on_hosts
 from hetjax.core.layout import check_batch
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
 from hetjax.core.plan import picture
 from hetjax.core.stacks import LAYERS
-from hetjax.core.stage import Abstract
-from hetjax.core.tasks import HostTimes, StageKey, What
+from hetjax.core.tasks import HostTimes, Needs, StageKey, What
+from hetjax.core.timeline import Timeline, Watch
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
 Path = tuple[Any, ...]  # key path of a leaf, as jax.tree_util gives it
 Thunks = Sequence[tuple[str, Callable[[], object]]]  # (name of a program, function that compiles it)
+Like = Literal["params", "grads", "state"]  # the attribute of `Parameters` that says what they are
 Microbatches = Sequence[Mapping[str, np.ndarray]]
 
 
@@ -151,6 +154,19 @@ class Trainer:
         """One step over `num_microbatches` global microbatches. `state` is consumed; returns without waiting."""
         return self.update(state, self.gradients(state, microbatches))
 
+    def recorded(self, state: State, microbatches: Microbatches) -> tuple[State, Outcome, Timeline]:
+        """A step as `step` does it, between two moments at which this process's devices have nothing to do."""
+        pipeline = self.pipeline
+        jax.block_until_ready(state.weights)
+        pipeline.watch = Watch()
+        try:
+            state, outcome = self.step(state, microbatches)
+            jax.block_until_ready(state.weights)
+            devices = {key: frozenset(pipeline.stages[key].plan.device_ids) for key in pipeline.stages_here}
+            return state, outcome, pipeline.watch.timeline(Needs(pipeline.nodes, self.spec.num_microbatches), devices)
+        finally:
+            pipeline.watch = None
+
     def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
         """The step's gradients, before clipping. The state's accumulators are consumed."""
         if len(microbatches) != self.spec.num_microbatches:
@@ -182,15 +198,20 @@ class Trainer:
         loss, likeliest = self.pipeline.evaluate(state.weights, microbatch)
         return float(loss), likeliest
 
-    def flat(self, trees: Mapping[StageKey, Tree]) -> dict[str, dict[Path, np.ndarray]]:
+    def flat(self, trees: Mapping[StageKey, Tree], like: Like = "params") -> dict[str, dict[Path, np.ndarray]]:
         """Per-stage trees as whole modules on the host: module -> path -> array, layers of all stages
-        concatenated, without padding."""
+        concatenated, without padding. `like`: of which kind they are.
+
+        All processes call it alike, each with its stages."""
         modules: dict[str, dict[Path, np.ndarray]] = {}
-        for (name, index), tree in sorted(trees.items()):
+        every = {key: stage.parameters for key, stage in self.pipeline.stages.items()}
+        owned = {key: every[key].owned(tree) for key, tree in trees.items()}
+        held = {key: mine for key, mine in every.items() if mine.trains or like != "grads"}
+        abstract = {key: mine.owned(getattr(mine, like)) for key, mine in held.items()}
+        for (name, index), tree in sorted(on_hosts(owned, abstract, self.spec.devices).items()):
             whole = modules.setdefault(name, {})
-            mine = self.pipeline.stages[name, index].parameters
-            for path, leaf in jax.tree_util.tree_leaves_with_path(mine.owned(tree)):
-                array = np.asarray(leaf)[tuple(map(slice, mine.true_shape(path, leaf)))]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                array = leaf[tuple(map(slice, every[name, index].true_shape(path, leaf)))]
                 whole[path] = np.concatenate([whole[path], array]) if is_stacked(path) and path in whole else array
         return modules
 
@@ -215,8 +236,3 @@ def path_parts(path: Path) -> list[str]:
 def is_stacked(path: Path) -> bool:
     """Whether the leaf at `path` holds all layers of a stage on its first dim."""
     return any(isinstance(key, jax.tree_util.DictKey) and key.key == LAYERS for key in path)
-
-
-def num_items(definition: Any, batch: Abstract) -> int:
-    """Item slots of a module's microbatch; 0 for the language model."""
-    return next((batch[k].shape[0] for k, dims in definition.reads.items() if dims[0] == "items"), 0)

@@ -59,7 +59,7 @@ class Wiring:
             for plan in self.plans[module.name]:
                 self._add(module, plan)
         self.mine = frozenset(k for k, s in self.stages.items() if processes.owns_some(s.plan.mesh.devices.flat))
-        self.last: StageKey = (graph.sink.name, graph.sink.layout.pp - 1)
+        self.last: StageKey = (graph.sink.name, graph.sink.layout.num_stages - 1)
         self.ties = [tie for key in self.stages for tie in self._ties_of(key)]
         self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages_here.items()}
 
@@ -124,6 +124,14 @@ class Wiring:
     def between(self) -> dict[tuple[StageKey, StageKey], Link]:
         """The edges, by source and target."""
         return {(link.source, link.target): link for links in self.links.values() for link in links}
+
+    def rows_here(self, name: str) -> frozenset[int]:
+        """The rows of a microbatch's array that this process's devices want."""
+        found: set[int] = set()
+        for struct in (stage.batch[name] for stage in self.stages_here.values() if name in stage.batch):
+            places = processes.places_here(struct.shape, struct.sharding)
+            found.update(row for rows, *_ in places for row in range(*rows.indices(struct.shape[0])))
+        return frozenset(found)
 
     def place(self, key: StageKey, microbatch: Prepared) -> list[jax.Array]:
         """What a stage reads, on its devices."""

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,39 +19,26 @@ from hetjax.data import conversations, media, microbatch, tokens
 from hetjax.data.ahead import Ahead, in_order, threads
 from hetjax.data.conversations import Sample
 from hetjax.data.items import Abstract, ItemSpec, check_items, count
-from hetjax.data.making import Making
-from hetjax.data.microbatch import Arrays, File, Filling, Planned, Prepare
+from hetjax.data.making import Broken, Made, Making, Position
+from hetjax.data.microbatch import Arrays, File, Planned, Prepare
 from hetjax.data.problems import Problem, SampleError
 from hetjax.data.settings import DataConfig, DataError
 from hetjax.data.tally import Tally
+from hetjax.data.together import ALONE, Here, agree
 from hetjax.data.tokens import TooLong
-
-
-class Position(NamedTuple):
-    """The first `place` samples of an epoch are read and used, but for the ordinals in `waiting`."""
-
-    epoch: int = 0
-    place: int = 0
-    waiting: tuple[int, ...] = ()
-
-
-class Made(NamedTuple):
-    """A microbatch, the ordinal of the sample that each target belongs to, and the position after it."""
-
-    arrays: Arrays
-    owner: np.ndarray
-    after: Position
 
 
 class Loader:
     """Microbatches of a data set. Raises ValueError at once for what can be known before the first file is read.
 
     `tally` counts what is not trained on as it stands; `prepare` is called with each microbatch of the training, in the
-    data thread.
+    data thread. `here`: which media this process reads, one of several that all use their loaders alike.
     """
 
-    def __init__(self, config: DataConfig, items: Sequence[ItemSpec] = (), prepare: Prepare = dict) -> None:
-        self.config, self.items, self._prepare = config, tuple(items), prepare
+    def __init__(
+        self, config: DataConfig, items: Sequence[ItemSpec] = (), prepare: Prepare = dict, here: Here = ALONE
+    ) -> None:
+        self.config, self.items, self._prepare, self._here = config, tuple(items), prepare, here
         self._entries, self._digest = conversations.read(config.path, self.items)
         check_items(config, self.items)  # behind the path, which may be wrong for all of them
         self.tokenizer = tokens.load_tokenizer(config, self.items)
@@ -62,6 +49,7 @@ class Loader:
         self._position = Position()
         self._ahead: Ahead[Made] | None = None
         self._waited = 0.0
+        self.media_bytes: list[int] = []  # of the files read for what was handed out, by process
         self._used = dict.fromkeys(["tokens", *(item.name for item in self.items)], 0)
         self._handed_out = 0
         for ordinal, entry in enumerate(self._entries):
@@ -114,7 +102,7 @@ class Loader:
             raise ValueError(f"num_microbatches={num_microbatches}; a step needs at least 1")
         if self._ahead is None:
             self._ahead = Ahead(self._prepared(), self.config.prefetch)
-        step = list(itertools.islice(self._ahead, num_microbatches))
+        step = self._take(self._ahead, num_microbatches)
         self._position = step[-1].after
         for made in step:
             self._count(made.arrays)
@@ -125,7 +113,7 @@ class Loader:
 
         Raises DataError if there is none."""
         with contextlib.closing(self._make(self._position if endless else Position(), endless=endless)) as made:
-            next(made)
+            self._take(made, 1)
 
     def one_pass(self) -> Iterator[tuple[Arrays, np.ndarray]]:
         """(microbatch, owner) over the whole file once, in its order; the last ones may have empty rows.
@@ -134,23 +122,27 @@ class Loader:
         the position of `next_step` alone.
         """
         with contextlib.closing(Ahead(self._make(Position(), endless=False), self.config.prefetch)) as made:
-            for arrays, owner, _ in made:
-                yield arrays, owner
+            while step := self._take(made, 1):
+                yield step[0].arrays, step[0].filling.owner
 
     def questions(self, count: int) -> Iterator[tuple[Arrays, np.ndarray]]:
         """(microbatch, owner) of the first `count` samples that are well-formed, one a row, each up to its last answer.
 
         owner is int32 [samples, seq_len]: the ordinal of the sample at the last position of its row, else -1.
         """
+        with contextlib.closing(self._ask(count)) as made:
+            while step := self._take(made, 1):
+                yield step[0].arrays, step[0].filling.owner
+
+    def _ask(self, count: int) -> Generator[Made, None, None]:
         ready = (self._plan(ordinal, tokens.ask) for ordinal in range(self.num_samples))
         waiting = list(itertools.islice((s for s in ready if isinstance(s, Planned)), count))
         config = dataclasses.replace(self.config, pack=False)
         with threads(self.config.workers) as pool:
             while waiting:
-                making = Making(Filling(config, self.items), pool)
+                making = Making(config, self.items, pool, self._here.slots)
                 waiting = [s for s in waiting if not making.place(s)]
-                self._settle(making)
-                yield making.filling.arrays, making.filling.owner
+                yield making.finish()
 
     def fill(self) -> dict[str, float]:
         """How much of what was handed out by `next_step` is not padding: of the positions, and of each item's slots."""
@@ -227,7 +219,7 @@ class Loader:
             waiting = [r for _, r in itertools.islice(results, len(held)) if isinstance(r, Planned)]
             good = self._good(results)
             while True:
-                making = Making(Filling(self.config, self.items), pool)
+                making = Making(self.config, self.items, pool, self._here.slots)
                 waiting = [s for s in waiting if not making.place(s)]
                 while not making.filling.full and len(waiting) < self.config.lookahead:
                     after, sample = next(good, (position, None))
@@ -238,9 +230,8 @@ class Loader:
                         waiting.append(sample)
                 if making.filling.empty:
                     return
-                self._settle(making)
                 position = position._replace(waiting=tuple(s.ordinal for s in waiting))
-                yield Made(making.filling.arrays, making.filling.owner, position)
+                yield making.finish(position)
 
     def _good(
         self, results: Iterator[tuple[tuple[int, Position], Planned | Problem | TooLong]]
@@ -281,10 +272,22 @@ class Loader:
         cut = (header.cut for found in headers.values() for header in found if header.cut)
         return Planned(ordinal, text, files, next(cut, ""))
 
-    def _settle(self, making: Making) -> None:
-        """Names the samples whose files turned out to be broken; they are masked where they stand."""
-        for ordinal, error in making.settle():
-            self.tally.reject(ordinal, Problem(self.samples[ordinal].id, error.path, error.reason), masked=True)
+    def _take(self, source: Iterator[Made], count: int) -> list[Made]:
+        """The next microbatches, fewer at the end. Samples with a file that a process found broken are named, and
+        masked where they stand."""
+        made, broken, sizes = agree(source, count, self._here, self.bad)
+        self.media_bytes = [sum(both) for both in itertools.zip_longest(self.media_bytes, sizes, fillvalue=0)]
+        return [self._masked(*each) for each in zip(made, broken, strict=True)]
+
+    def _masked(self, made: Made, broken: Sequence[Broken]) -> Made:
+        for file in broken:
+            placed = made.placed[file.sample]
+            made.filling.mask(placed)
+            problem = Problem(self.samples[placed.ordinal].id, file.path, file.reason)
+            self.tally.reject(placed.ordinal, problem, masked=True)
+        if not broken or made.arrays is made.filling.arrays:
+            return made
+        return made._replace(arrays=self._prepare(made.filling.arrays))
 
     def _count(self, arrays: Arrays) -> None:
         self._handed_out += 1

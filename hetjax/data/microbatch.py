@@ -8,7 +8,8 @@ group:
     slots  0 1 2 | 3 4 5    so a group never needs what another holds; used[slot] = 1 where an item is
 
 What stands where is decided before any picture or clip is decoded, by texts and headers. A sample with one that then
-turns out to be broken is masked where it stands: so whoever reads none but its own pictures makes the same microbatch.
+turns out to be broken is masked where it stands: so whoever reads none but its own pictures makes the same microbatch,
+once it is told of the broken ones of others (together.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -116,6 +117,8 @@ class Filling:
         for slot in placed.slots:
             self.arrays[f"{slot.item.name}.index"][placed.row, slot.places] = -1
             self.arrays[f"{slot.item.name}.used"][slot.number] = 0
+            for array in slot.item.reader.arrays:
+                self.arrays[f"{slot.item.name}.{array}"][slot.number] = 0
 
     def _fits(self, sample: Planned, row: int) -> bool:
         if self._used[row] and not self._config.pack:

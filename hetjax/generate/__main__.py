@@ -17,15 +17,20 @@ from hetjax.data import ItemSpec
 from hetjax.generate.generator import DTYPES, Answer, load
 from hetjax.generate.prompt import Prompt, ask, read_prompts
 from hetjax.generate.sample import Sampling
-from hetjax.run import command
+from hetjax.run import cluster, command, several
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
     flags = _parser().parse_args(argv)
+    return several.together(lambda: answer(flags))
+
+
+def answer(flags: argparse.Namespace) -> int:
+    """The exit status. Several processes answer together, and the first prints."""
     try:
         sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-        if flags.emulated_devices:
+        if flags.emulated_devices and not cluster.is_one_of_several():
             command.emulate_devices(flags.emulated_devices)
         command.use_compilation_cache()
         model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype, date=flags.date)

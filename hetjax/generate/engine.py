@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import stacks
+from hetjax.core import processes, stacks
 from hetjax.core.boundary import Boundary
 from hetjax.core.graph import Edge, Graph, Module
 from hetjax.core.optimizer import OptimizerConfig
@@ -61,7 +61,7 @@ class Placed:
         """What of the batch the module reads, on its devices."""
         reads = self.definition.reads
         places = {name: NamedSharding(self.plan.mesh, self.uncut(reads[name])) for name in reads if name in batch}
-        return jax.device_put({name: batch[name] for name in places}, places)
+        return {name: processes.placed(batch[name], where) for name, where in places.items()}
 
 
 class Engine:
@@ -89,6 +89,7 @@ class Engine:
         self._boundaries: dict[tuple[Any, ...], Boundary] = {}
         self._prefill = functools.cache(self._prefill_program)
         self._decode = functools.cache(self._decode_program)
+        self._everywhere = jax.jit(lambda tokens: tokens, out_shardings=NamedSharding(self.sink.plan.mesh, P()))
 
     def generate(self, batch: Arrays, *, prompts: np.ndarray, limit: int, room: int, sampling: Sampling) -> np.ndarray:
         """The tokens that follow each row, int32 [b, at most limit], `ENDED` behind a row's end.
@@ -111,10 +112,10 @@ class Engine:
         out, count, _ = program(
             self.params[self.sink.name], logits, memory, on["lengths"], draw, rules, np.int32(limit), stops
         )
-        return np.asarray(out)[:, : int(count)]
+        return np.asarray(self._everywhere(out))[:, : int(count)]
 
     def _put(self, array: np.ndarray, where: P) -> jax.Array:
-        return jax.device_put(np.asarray(array, np.int32), NamedSharding(self.sink.plan.mesh, where))
+        return processes.placed(array, NamedSharding(self.sink.plan.mesh, where))
 
     def _rules(self, batch: Arrays, vocab: int) -> Rules | None:
         """The penalties for a batch whose prompts have all been read; None: there are none."""
@@ -126,8 +127,7 @@ class Engine:
         seen = np.zeros((len(batch["lengths"]), vocab), bool)
         rows, places = np.nonzero((batch["segment_ids"] > 0) & (batch["tokens"] < vocab))
         seen[rows, batch["tokens"][rows, places]] = True
-        put = lambda array, where: jax.device_put(array, NamedSharding(self.sink.plan.mesh, where))
-        repetition = np.float32(self.penalties.repetition)
+        repetition, put = np.float32(self.penalties.repetition), self._put
         return Rules(repetition, put(never, self._by_id), put(first, self._by_id), put(seen, self._by_both))
 
     def _encoder(self, placed: Placed) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetjax.core import processes
 from hetjax.core.graph import Module, deepstack, vlm
 from hetjax.core.layout import Layout
 from hetjax.data.items import Item
@@ -175,6 +176,7 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; it must be one of {', '.join(DTYPES)}")
+    _check_processes(tp, dp)
     source = open_source(path)
     decoders = [name for name, model in source.models.items() if hasattr(model, "vocab_size")]
     if len(decoders) != 1:
@@ -204,6 +206,14 @@ def load(path: str | Path, *, tp: int = 1, dp: int = 1, dtype: str | None = None
     for name, placed in engine.placed.items():
         engine.params[name] = initial.read(placed.parameters, Start(source, name))
     return Generator(engine, chat, told, longest)
+
+
+def _check_processes(tp: int, dp: int) -> None:
+    used = len(processes.firsts(jax.devices()[: max(1, tp * dp)]))
+    if used < jax.process_count():
+        raise ValueError(
+            f"tp={tp} x dp={dp} takes devices of {used} of {jax.process_count()} processes; start {used}, or raise dp"
+        )
 
 
 def _chat(source: Source, llm: str, date: str | None) -> tuple[Chat, Defaults, int | None]:

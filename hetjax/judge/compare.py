@@ -90,17 +90,17 @@ def compare(
     definitions = {module.name: module.definition for module in trainer.graph.modules}
     state: State = trainer.init() if start is None else start
     before = params = trainer.whole(state.params)
-    states = trainer.flat(state.optimizer)
+    states = trainer.flat(state.optimizer, "state")
     reference_state = reference.init_state(params)
     for n, microbatches in enumerate(steps):
         done = trainer.gradients(state, microbatches)
-        got = trainer.flat(done.grads)
+        got = trainer.flat(done.grads, "grads")
         state, outcome = trainer.update(state, done)
         result = reference.step(params, reference_state, microbatches, n)
         own = (_like(reference_state, states), outcome.loss, _like(result.grads, got), outcome.routed)
         expected = reference.update(before, *own, n).params
         params, reference_state = result.params, result.state
-        states, moved = trainer.flat(state.optimizer), trainer.flat(state.params)
+        states, moved = trainer.flat(state.optimizer, "state"), trainer.flat(state.params)
         yield StepReport(
             n,
             float(outcome.loss),

@@ -25,9 +25,10 @@ HEARTBEAT = 100.0  # seconds without a sign of life behind which jax ends a run,
 SOON = 4  # steps: no process is so far ahead of another
 DIFFERS = "hetjax/differs/"  # the directory of what differs between processes
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
+_TIMES = itertools.count()
 
 
-def join_as_told(step_limit: float) -> None:
+def join_as_told(step_limit: float = HEARTBEAT) -> None:
     """Joins the run that the environment tells of, if it does; only the first process writes to standard output.
 
     A process that is stopped for less than `step_limit` seconds is not taken for dead."""
@@ -110,6 +111,17 @@ def _difference(value: str, first: str) -> str:
     """ "" where there is none."""
     lines = itertools.zip_longest(value.splitlines(), first.splitlines(), fillvalue="nothing")
     return next((f"{mine!r} where that has {theirs!r}" for mine, theirs in lines if mine != theirs), "")
+
+
+def tell_all(said: str) -> list[str]:
+    """What each process says, in their order. All must call it alike, from one thread."""
+    if not is_one_of_several():
+        return [said]
+    where = f"hetjax/said/{next(_TIMES) % 2}/"  # by turns: a slow one may still read what was said the time before
+    _client().key_value_set(f"{where}{jax.process_index()}", said, allow_overwrite=True)
+    meet("hetjax/said")
+    found = {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(where)}
+    return [found[process] for process in sorted(found)]
 
 
 def ends(step: int, *, signalled: bool) -> bool:

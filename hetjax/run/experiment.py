@@ -29,6 +29,7 @@ from hetjax.core.trainer import Trainer
 from hetjax.data import DataConfig, ItemSpec, Loader, Pictures, Sounds
 from hetjax.data.items import Reader
 from hetjax.data.microbatch import Prepare, abstract
+from hetjax.data.together import ALONE, Here
 from hetjax.run import cluster, command
 from hetjax.run.checks import check_choice, check_model
 
@@ -160,12 +161,13 @@ class Experiment:
     log_every: int = 10  # steps
     step_limit: float = 600.0  # seconds; a step, save or evaluation in which nothing happens for so long ends it
     start_limit: float = 3600.0  # seconds; the same of the start and the end
+    timeline_steps: tuple[int, ...] = ()  # recorded: when each task began and ended, as picture and trace
     tensorboard: bool = False
     emulated_devices: int = 0  # CPU devices to emulate; 0: the devices that jax finds
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none
 
     def __post_init__(self) -> None:
-        for name in ("encoders", "phases"):
+        for name in ("encoders", "phases", "timeline_steps"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         ones = ("steps", "num_microbatches", "save_every", "keep", "log_every", "eval_sample_tokens")
         zeros = ("eval_every", "eval_microbatches", "eval_samples", "emulated_devices")
@@ -175,6 +177,9 @@ class Experiment:
         for name in ("step_limit", "start_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be above 0")
+        for step in self.timeline_steps:
+            if not 1 <= step <= self.ends[-1]:
+                raise ValueError(f"Experiment.timeline_steps names {step}; the run has steps 1 to {self.ends[-1]}")
         for name in ("steps", "optimizer"):
             if self.phases and getattr(self, name) != getattr(Experiment, name):
                 raise ValueError(
@@ -278,22 +283,22 @@ def build(experiment: Experiment, phase: int = 0) -> Trainer:
     return Trainer(spec)
 
 
-def train_loader(experiment: Experiment, prepare: Prepare = dict) -> Loader:
+def train_loader(experiment: Experiment, prepare: Prepare = dict, here: Here = ALONE) -> Loader:
     """The training data; `prepare` is called with each microbatch in the data thread (see `Trainer.prepare`)."""
-    return _loader(experiment, experiment.data, prepare)
+    return _loader(experiment, experiment.data, prepare, here)
 
 
-def held_out_loader(experiment: Experiment) -> Loader | None:
+def held_out_loader(experiment: Experiment, here: Here = ALONE) -> Loader | None:
     """The held-out data, in microbatches of the training's shape."""
     if experiment.held_out is None:
         return None
     shape = ("seq_len", "samples_per_group", "groups")
     same = dataclasses.replace(experiment.held_out, **{name: getattr(experiment.data, name) for name in shape})
-    return _loader(experiment, same)
+    return _loader(experiment, same, dict, here)
 
 
-def _loader(experiment: Experiment, data: DataConfig, prepare: Prepare = dict) -> Loader:
-    loader = Loader(data, experiment.items, prepare)
+def _loader(experiment: Experiment, data: DataConfig, prepare: Prepare, here: Here) -> Loader:
+    loader = Loader(data, experiment.items, prepare, here)
     if loader.vocab_size > experiment.llm.model.vocab_size:
         raise ValueError(
             f"{experiment.llm.name}: vocab_size={experiment.llm.model.vocab_size}, but the tokenizer "

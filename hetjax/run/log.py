@@ -1,5 +1,6 @@
 """The lines of metrics.jsonl: what a step gave, and the rates since the line before."""
 
+import itertools
 import math
 import resource
 import time
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from hetjax.core import flops
+from hetjax.core.costs import forwards
 from hetjax.core.finish import Outcome
 from hetjax.core.trainer import Trainer
 from hetjax.data import Loader
@@ -36,6 +38,7 @@ class Log:
         self.items = {item.reader.rate: 0 for item in self.loader.items}
         self.host_seconds = self.boundary_seconds = 0.0
         self.waited = self.loader.seconds_waited
+        self.read = self.loader.media_bytes
 
     def step(self, step: int, microbatches: Sequence[Any], outcome: Outcome) -> None:
         """Takes note of a step that was dispatched; waits for the one before it, and for this one if a line is due."""
@@ -83,6 +86,8 @@ class Log:
             "host_share": self.host_seconds / seconds,
             "boundary_share": self.boundary_seconds / seconds,
         }
+        pairs = enumerate(itertools.zip_longest(self.loader.media_bytes, self.read, fillvalue=0))
+        values |= {f"media_bytes/{process}": now - before for process, (now, before) in pairs}
         values |= self._rates(seconds / self.steps)
         self.writer.write(step, values)
         self.restart()
@@ -118,19 +123,14 @@ def routing(definitions: Mapping[str, ModuleDef], outcome: Outcome) -> Values:
 
 def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
     """Model FLOPs of a step by module, causal attention counted as half; modules of unknown kind are left out."""
-    found = {}
-    items = {e.name: e.slots_per_group * run.data.groups for e in run.encoders}
-    attended = sum(items[e.name] * e.model.rows for e in run.encoders if e.name == run.attended)
+    found, graph = {}, trainer.graph
     stages = trainer.pipeline.stages
     trainable = {
         m.name: {part for (n, _), s in stages.items() if n == m.name for part in s.parameters.trainable}
-        for m in trainer.graph.modules
+        for m in graph.modules
     }
-    for module in trainer.graph.modules:
-        shape = dict(rows=run.data.samples, seq_len=run.data.seq_len, items=items.get(module.name, 0))
-        parts = flops.forward(module.definition.config, **shape, attended=attended)
-        if parts is not None:
-            upstream = module is trainer.graph.sink and any(trainable[e.name] for e in trainer.graph.encoders)
-            per_microbatch = flops.module_training(parts, trainable=trainable[module.name], upstream=upstream)
-            found[module.name] = per_microbatch.total * run.num_microbatches
+    for name, parts in forwards(graph, trainer.spec.batch).items():
+        upstream = name == graph.sink.name and any(trainable[e.name] for e in graph.encoders)
+        per_microbatch = flops.module_training(parts, trainable=trainable[name], upstream=upstream)
+        found[name] = per_microbatch.total * run.num_microbatches
     return found

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetjax import data
 from hetjax.core.trainer import State, Trainer
-from hetjax.data import Loader
+from hetjax.data import Loader, media
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -22,11 +23,12 @@ class Sample(NamedTuple):
     question: str
     answer: str
     expected: str
-    pictures: tuple[np.ndarray, ...]  # uint8 [height, width, 3]; of a clip what it looks like
+    pictures: tuple[np.ndarray, ...]  # uint8 [height, width, 3]; of a clip what it looks like; if they were asked for
 
 
-def take(trainer: Trainer, state: State, held_out: Loader, *, count: int, tokens: int) -> list[Sample]:
-    """The model's answers, of at most `tokens` tokens, to the first `count` questions of the held-out data.
+def take(trainer: Trainer, state: State, held_out: Loader, *, count: int, tokens: int, pictures: bool) -> list[Sample]:
+    """The model's answers, of at most `tokens` tokens, to the first `count` questions of the held-out data, with their
+    `pictures` if those are to be seen.
 
     Needs `trainer.compile(evaluate=True)`."""
     end = held_out.tokenizer.token_to_id(held_out.config.template.end_token)
@@ -37,8 +39,8 @@ def take(trainer: Trainer, state: State, held_out: Loader, *, count: int, tokens
         for row, place, said in zip(rows, places, decode(trainer, state, arrays, owner, end, tokens), strict=True):
             sample = held_out.samples[int(owner[row, place])]
             answer = held_out.tokenizer.decode(said)
-            pictures = tuple(_pictures(arrays, held_out, int(row)))
-            found[sample.ordinal] = Sample(sample.id, sample.turns[-2], answer, sample.turns[-1], pictures)
+            seen = tuple(_pictures(sample, held_out)) if pictures else ()
+            found[sample.ordinal] = Sample(sample.id, sample.turns[-2], answer, sample.turns[-1], seen)
     return [found[ordinal] for ordinal in sorted(found)]
 
 
@@ -67,8 +69,8 @@ def decode(
     return said
 
 
-def _pictures(arrays: Arrays, held_out: Loader, row: int) -> Iterator[np.ndarray]:
+def _pictures(sample: data.Sample, held_out: Loader) -> Iterator[np.ndarray]:
+    """Read anew: those of the microbatch may be another process's."""
     for item in held_out.items:
-        index = arrays[f"{item.name}.index"][row]
-        for slot in np.unique(index[index >= 0] // item.rows):
-            yield item.reader.to_rgb({name: arrays[f"{item.name}.{name}"][slot] for name in item.reader.arrays})
+        for name in sample.files[item.name]:
+            yield item.reader.to_rgb(item.reader.read(media.locate(held_out.config.media_path, name)))

@@ -45,7 +45,7 @@ def _smaller(model: Any, layout: Layout, more: dict[str, int]) -> Any:
     kv_heads = min(kv_heads, math.lcm(2, cuts))
     heads = kv_heads * ratio
     sizes: dict[str, Any] = more | {
-        "num_layers": min(model.num_layers, max(2, layout.pp)),
+        "num_layers": min(model.num_layers, max(2, layout.num_stages)),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "width": heads * HEAD_DIM,

@@ -1,0 +1,117 @@
+"""What a schedule promises of a step: how long it takes, who waits, and what is kept meanwhile. Imports no jax."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from hetjax.core.orders import Orders
+from hetjax.core.simulation import Span, simulate
+from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
+
+KINDS = ("1f1b", "gpipe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """The forwards and backwards of a step in simulated time, whose unit is that of the costs.
+
+    `devices`: of each stage. `spans`: the tasks by their begin. `shortest`: the longest chain of tasks that need each
+    other, which no schedule is faster than. `in_flight`: per stage, the most microbatches whose forward is done and
+    backward is not, never more than `bounds` (see `Orders`). `text_only`: the time of the step without encoders.
+    """
+
+    devices: Mapping[StageKey, frozenset[int]]
+    spans: Mapping[Task, Span]
+    shortest: int
+    in_flight: Mapping[StageKey, int]
+    bounds: Mapping[StageKey, int]
+    text_only: int
+
+    @property
+    def makespan(self) -> int:
+        """From the first task's begin to the last one's end."""
+        return max(span.end for span in self.spans.values())
+
+    @property
+    def bubble(self) -> float:
+        """The share of all devices' time in which they have no task."""
+        devices = frozenset().union(*self.devices.values())
+        worked = sum((span.end - span.begin) * len(self.devices[task.stage]) for task, span in self.spans.items())
+        return 1 - worked / self.makespan / len(devices)
+
+    def works(self, key: StageKey) -> float:
+        """The share of the step in which a stage has a task."""
+        return sum(span.end - span.begin for task, span in self.spans.items() if task.stage == key) / self.makespan
+
+    @property
+    def throughput(self) -> float:
+        """The share that encoders leave of the throughput that the language model alone has."""
+        return self.text_only / self.makespan
+
+    def __str__(self) -> str:
+        held: dict[str, list[str]] = {module: [] for (module, _), n in self.in_flight.items() if n}
+        for (module, _), n in self.in_flight.items():
+            held.get(module, []).append(str(n))
+        return (
+            f"devices idle {self.bubble:.1%}, longest chain {self.shortest / self.makespan:.1%} of the step, "
+            f"{self.throughput:.1%} of text-only throughput; microbatches in flight "
+            f"{', '.join(' '.join([module, *counts]) for module, counts in held.items())}"
+        )
+
+
+def forecast(
+    nodes: Sequence[StageNode],
+    num_microbatches: int,
+    *,
+    kind: str = "1f1b",
+    encoder_window: int | None = None,
+    costs: Mapping[StageKey, Cost] | None = None,
+) -> Forecast:
+    """Simulates a step of `nodes` as in `Needs`. `encoder_window` None: colocated encoders run ahead over the whole
+    step. `costs` None: a backward takes two forwards, everywhere.
+
+    Raises ValueError for an unknown kind or a window outside of 1 to `num_microbatches`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"schedule={kind!r}; it must be one of {', '.join(KINDS)}")
+    window = num_microbatches if encoder_window is None else encoder_window
+    if not 1 <= window <= num_microbatches:
+        raise ValueError(
+            f"encoder_window={window} is outside of 1 to num_microbatches={num_microbatches}; None means all of them"
+        )
+    costs = {node.key: Cost() for node in nodes} if costs is None else costs
+    needs = Needs(nodes, num_microbatches)
+    orders = Orders(needs, num_microbatches, kind=kind, window=window)
+    spans = simulate(orders.lanes, orders.needs(), costs)
+    alone = _alone(nodes)
+    text_only = max(span.end for span in spans.values())
+    if len(alone) < len(nodes):
+        text_only = forecast(alone, num_microbatches, kind=kind, costs=costs).makespan
+    devices = {node.key: node.devices for node in nodes}
+    shortest = _longest_chain(needs, spans)
+    return Forecast(devices, spans, shortest, _in_flight(nodes, spans), orders.bounds, text_only)
+
+
+def _alone(nodes: Sequence[StageNode]) -> list[StageNode]:
+    """The language model's stages, with the tasks that they have, and nothing that enters them."""
+    sink = nodes[-1].module
+    mine = [node for node in nodes if node.module == sink]
+    return [dataclasses.replace(n, upstream=tuple(k for k in n.upstream if k[0] == sink)) for n in mine]
+
+
+def _longest_chain(needs: Needs, spans: Mapping[Task, Span]) -> int:
+    """Of tasks that take each other's results, as if each had devices of its own; needs come before what needs them."""
+    end: dict[Task, int] = {}
+    for task, span in spans.items():
+        end[task] = span.end - span.begin + max((end[need] for need in needs.computed(task)), default=0)
+    return max(end.values())
+
+
+def _in_flight(nodes: Sequence[StageNode], spans: Mapping[Task, Span]) -> dict[StageKey, int]:
+    most = {node.key: 0 for node in nodes}
+    alive = dict(most)
+    keeps = {node.key for node in nodes if node.backward}
+    for task in spans:
+        if task.stage in keeps:
+            alive[task.stage] += 1 if task.kind is Kind.FORWARD else -1
+            most[task.stage] = max(most[task.stage], alive[task.stage])
+    return most

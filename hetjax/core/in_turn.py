@@ -1,0 +1,32 @@
+"""Order among what a program does, where only a value can say it.
+
+XLA runs on CPUs what does not depend on a loop beside that loop, and tells two collectives of one kind that are under
+way at a time apart by nothing (jax gives all of them one channel): values of one then end in the other. So what holds
+collectives waits there for a loop that holds some, by a dependence that XLA does not see through. On GPUs a program's
+collectives go one after the other.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from models.axes import program_device, varying_axes
+
+NEVER = {2: 0x7FAB, 4: 0x7FABCDEF, 8: 0x7FFABCDE12345678}  # bytes -> the bits of a NaN that no operation makes
+
+
+def behind(tree: Any, before: Any) -> Any:
+    """`tree` of which, on CPUs, no floating-point array is used until `before` are there.
+
+    Only arrays that differ between at least those devices between which `before` do wait.
+    """
+    done = [a for a in jax.tree.leaves(before) if jnp.issubdtype(a.dtype, jnp.floating)]
+    if program_device().platform != "cpu" or not done:
+        return tree
+    axes = frozenset[str]().union(*map(varying_axes, done))
+    never = [lax.bitcast_convert_type(a.reshape(-1)[0], f"uint{8 * a.itemsize}") == NEVER[a.itemsize] for a in done]
+    none = jnp.stack(never).any()
+    waits = lambda a: jnp.issubdtype(a.dtype, jnp.floating) and varying_axes(a) >= axes
+    return jax.tree.map(lambda a: jnp.where(none, jnp.zeros_like(a), a) if waits(a) else a, tree)

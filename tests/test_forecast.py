@@ -1,0 +1,157 @@
+"""What a schedule promises: closed forms of the bubble, bounds for hundreds of random graphs, and what is compared."""
+
+import dataclasses
+import itertools
+import random
+import time
+
+import pytest
+from test_schedule import chain, vlm
+
+from hetjax.core.forecast import Forecast, forecast
+from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
+
+
+def dealt(module: str, lanes: int, rounds: int, upstream: tuple = (), *, base: int = 0, lowest: int = 0) -> list:
+    """Stages dealt to one device after another, `rounds` times; those from the `lowest` on have a backward."""
+    nodes = chain(module, [[base + n % lanes] for n in range(lanes * rounds)], upstream)
+    return [dataclasses.replace(node, backward=node.stage >= lowest) for node in nodes]
+
+
+def alike(nodes: list[StageNode], cost: Cost) -> dict[StageKey, Cost]:
+    return {node.key: cost for node in nodes}
+
+
+@pytest.mark.parametrize("cost", [Cost(1, 1), Cost(1, 2), Cost(10, 21)])
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
+@pytest.mark.parametrize(("lanes", "num"), [(1, 3), (2, 2), (2, 7), (4, 5), (4, 16), (8, 64)])
+def test_the_bubble_of_equal_stages_is_the_closed_form(lanes: int, num: int, kind: str, cost: Cost) -> None:
+    nodes = chain("llm", [[n] for n in range(lanes)])
+    found = forecast(nodes, num, kind=kind, costs=alike(nodes, cost))
+    assert found.bubble == pytest.approx((lanes - 1) / (num + lanes - 1), abs=1e-12)
+    assert found.makespan == (num + lanes - 1) * sum(cost) and found.shortest == lanes * sum(cost)
+    assert found.throughput == 1
+    most = {node.key: min(num, num if kind == "gpipe" else lanes - node.stage) for node in nodes}
+    assert found.in_flight == most
+
+
+@pytest.mark.parametrize("cost", [Cost(1, 1), Cost(1, 2), Cost(10, 21)])
+@pytest.mark.parametrize(
+    ("lanes", "rounds", "num"), [(2, 2, 2), (2, 3, 6), (3, 2, 10), (4, 2, 4), (4, 2, 7), (4, 2, 16), (8, 4, 32)]
+)
+def test_interleaved_stages_divide_the_bubble(lanes: int, rounds: int, num: int, cost: Cost) -> None:
+    nodes = dealt("llm", lanes, rounds)
+    found = forecast(nodes, num, costs=alike(nodes, cost))
+    assert found.bubble == pytest.approx((lanes - 1) / (rounds * num + lanes - 1), abs=1e-12)
+
+
+def test_a_lane_interleaves_its_stages_in_groups_and_alternates() -> None:
+    found = forecast(dealt("llm", 2, 2), 4, costs=alike(dealt("llm", 2, 2), Cost(1, 1)))
+    of_lane = lambda place: " ".join(
+        f"{t.kind.value}{'ab'[t.stage[1] // 2]}{t.microbatch}" for t in found.spans if t.stage[1] % 2 == place
+    )
+    assert of_lane(0) == "Fa0 Fa1 Fb0 Fb1 Fa2 Bb0 Fa3 Bb1 Fb2 Ba0 Fb3 Ba1 Bb2 Bb3 Ba2 Ba3"
+    assert of_lane(1) == "Fa0 Fa1 Fb0 Bb0 Fb1 Bb1 Fa2 Ba0 Fa3 Ba1 Fb2 Bb2 Fb3 Bb3 Ba2 Ba3"
+
+
+def random_graph(rng: random.Random) -> list[StageNode]:
+    """Encoders and a language model, each of one or several stages on a device, partly frozen; apart, on the same
+    devices or on some of them; entering any stages."""
+    lanes, rounds = rng.choice([1, 2, 3, 4]), rng.choice([1, 1, 2, 3])
+    count = lanes * rounds
+    nodes: list[StageNode] = []
+    for number in range(rng.randrange(4)):
+        mine = rng.choice([1, 2, 3]), rng.choice([1, 1, 2])
+        base = rng.choice([100, 100 * (number + 2), 0, lanes - 1])
+        total = mine[0] * mine[1]
+        nodes += dealt(f"e{number}", *mine, base=base, lowest=rng.choice([0, total, rng.randrange(total)]))
+    ends = [n.key for n in nodes if (n.module, n.stage + 1) not in {m.key for m in nodes}]
+    enters = {end: rng.sample(range(count), rng.randint(1, count)) for end in ends}
+    trained = [min(enters[n.key]) for n in nodes if n.key in enters and n.backward]
+    lowest = min([rng.choice([0, rng.randrange(count)]), *trained])
+    llm = dealt("llm", lanes, rounds, lowest=lowest)
+    into = lambda node: tuple(end for end in ends if node.stage in enters[end])
+    return [*nodes, *(dataclasses.replace(node, upstream=(*node.upstream, *into(node))) for node in llm)]
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_whatever_the_graph_all_is_done_in_time_and_within_bounds(seed: int) -> None:
+    rng = random.Random(seed)
+    nodes, num = random_graph(rng), rng.choice([1, 2, 3, 5, 8, 12])
+    kind, window = rng.choice(["1f1b", "1f1b", "gpipe"]), rng.choice([None, 1, (num + 1) // 2])
+    costs = {node.key: Cost(rng.randint(1, 9), rng.randint(1, 9)) for node in nodes}
+    found = forecast(nodes, num, kind=kind, encoder_window=window, costs=costs)
+    spans, needs = found.spans, Needs(nodes, num)
+    assert list(spans) == sorted(spans, key=lambda task: spans[task].begin) and len(spans) == len(set(spans))
+    assert set(spans) == set(needs.of_microbatches())
+    for task, span in spans.items():
+        assert span.end - span.begin == costs[task.stage].of(task.kind)
+        assert all(spans[need].end <= span.begin for need in needs.computed(task)), task
+    check_devices(found, nodes)
+    check_bounds(found, nodes, num)
+    assert found.shortest <= found.makespan and 0 <= found.bubble < 1
+
+
+def check_devices(found: Forecast, nodes: list[StageNode]) -> None:
+    """No device has two tasks at a time; each stage takes its microbatches in their order."""
+    for device in frozenset().union(*(node.devices for node in nodes)):
+        mine = [span for task, span in found.spans.items() if device in found.devices[task.stage]]
+        assert all(a.end <= b.begin for a, b in itertools.pairwise(mine))
+    for node in nodes:
+        for kind in (Kind.FORWARD, Kind.BACKWARD):
+            order = [t.microbatch for t in found.spans if t.stage == node.key and t.kind is kind]
+            assert order == sorted(order)
+
+
+def check_bounds(found: Forecast, nodes: list[StageNode], num: int) -> None:
+    """Counted in simulated time, apart from how the forecast counts."""
+    needs = Needs(nodes, num)
+    for node in nodes:
+        assert found.in_flight[node.key] <= found.bounds[node.key] <= num
+        for i in range(num):
+            begin = found.spans[Task(Kind.FORWARD, node.key, i)].begin
+            frees = [Task(Kind.BACKWARD, node.key, n) for n in range(num) if node.backward]
+            if node.backward:
+                done = sum(found.spans[task].end <= begin for task in frees)
+            else:
+                taken = [[Task(Kind.FORWARD, k, n) for k in needs.consumers[node.key]] for n in range(num)]
+                done = sum(all(found.spans[task].end <= begin for task in tasks) for tasks in taken)
+            assert i + 1 - done <= found.bounds[node.key], (node.key, i)
+
+
+def test_a_frozen_encoder_runs_ahead_and_keeps_nothing() -> None:
+    nodes = vlm(vision=[[0]], llm=[[1], [2]], vision_trains=False)
+    found = forecast(nodes, 8, costs={("vision", 0): Cost(1, 1), ("llm", 0): Cost(4, 8), ("llm", 1): Cost(4, 8)})
+    assert found.in_flight[("vision", 0)] == 0 and found.bounds[("vision", 0)] == 3
+    first = [task for task in found.spans if task.stage == ("vision", 0)][:3]
+    assert [found.spans[task].begin for task in first] == [0, 1, 2], "ahead as far as the bound allows, without a stop"
+
+
+def test_work_below_the_lowest_trained_part_shortens_the_step() -> None:
+    whole, above = dealt("llm", 4, 1), dealt("llm", 4, 1, lowest=2)
+    assert {t.stage[1] for t in forecast(above, 8).spans if t.kind is Kind.BACKWARD} == {2, 3}
+    assert forecast(above, 8).makespan < forecast(whole, 8).makespan
+
+
+def test_encoders_are_compared_with_text_alone() -> None:
+    """Beside the language model they cost the wait for the first microbatch and the last; in front of it all."""
+    alone = forecast(chain("llm", [[1]]), 8).makespan
+    beside = forecast(vlm(vision=[[0]], llm=[[1]]), 8)
+    shared = forecast(vlm(vision=[[1]], llm=[[1]]), 8)
+    assert (beside.text_only, shared.text_only) == (alone, alone)
+    assert beside.makespan == alone + 3 and beside.throughput == alone / (alone + 3)
+    assert shared.throughput == 1 / 2 and shared.bubble == 0
+
+
+def test_a_slow_stage_is_what_a_step_is_made_of() -> None:
+    nodes = chain("llm", [[0], [1]])
+    found = forecast(nodes, 10, costs={("llm", 0): Cost(1, 2), ("llm", 1): Cost(5, 10)})
+    assert found.makespan == 1 + 150 + 2 and found.works(("llm", 1)) == 150 / 153
+    assert found.bubble == pytest.approx(1 - (150 + 30) / (2 * 153))
+
+
+def test_ten_thousand_tasks_take_a_second() -> None:
+    nodes = [*dealt("vision", 2, 1, base=100), *dealt("llm", 8, 1, (("vision", 1),))]
+    start = time.process_time()
+    found = forecast(nodes, 500)
+    assert len(found.spans) == 10000 and time.process_time() - start < 5  # it is a quarter of a second on a quiet core
