@@ -1,4 +1,4 @@
-"""Starts several processes on this machine that train as one run, each with its own emulated or real devices.
+"""Starts several processes on this machine that train, verify or generate as one, each with its own devices.
 
     hetjax launch -n 4 --devices-per-process 2 -- train --gin_file=run.gin --workdir=runs/four
 
@@ -10,6 +10,7 @@ the newest complete checkpoint.
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if not command:
         parser.error("no command; write -- train ... behind the flags")
     if command[0] not in COMMANDS:
-        parser.error(f"{command[0]} runs in one process alone; {', '.join(COMMANDS)} run in several")
+        parser.error(f"{command[0]!r} is none of the commands that run in several processes: {', '.join(COMMANDS)}")
     for restart in range(1 + flags.max_restarts):
         if restart:
             print(f"restart {restart} of {flags.max_restarts}", file=sys.stderr, flush=True)
@@ -68,7 +69,10 @@ def run(command: Sequence[str], count: int, devices: int) -> tuple[int, bool]:
     for number in range(count):
         env = os.environ | told | {cluster.PROCESS: str(number)}
         start = [sys.executable, "-m", "hetjax", *command]
-        running.append(subprocess.Popen(start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        process = subprocess.Popen(
+            start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent
+        )
+        running.append(process)
     printers = [threading.Thread(target=_print, args=pair) for pair in enumerate(running)]
     for printer in printers:
         printer.start()
@@ -77,6 +81,13 @@ def run(command: Sequence[str], count: int, devices: int) -> tuple[int, bool]:
     for printer in printers:
         printer.join()
     return status, bool(stopped)
+
+
+def die_with_parent() -> None:
+    """In a process that was just forked: where the launcher is killed, so that it can end nobody, Linux ends this one
+    (prctl, PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _wait(running: Sequence[subprocess.Popen]) -> int:

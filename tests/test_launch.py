@@ -22,6 +22,12 @@ from hetjax.run import cluster, watchdog
 from hetjax.run.checkpoint import steps_in
 from hetjax.run.metrics import SAMPLES
 
+PARENT = """
+import subprocess, sys, time
+from hetjax.launch import die_with_parent
+print(subprocess.Popen(["sleep", "60"], preexec_fn=die_with_parent).pid, flush=True)
+time.sleep(60)
+"""
 LIMIT = 6.0  # seconds that a step or a save may hang
 APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2-3")) | settings(
     emulated_devices=4, save_every=20, step_limit=LIMIT
@@ -158,7 +164,7 @@ def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.Ca
     for line, says in {
         "-n 0 -- train": "-n=0; it must be at least 1",
         "-n 2": "no command; write -- train",
-        "-n 2 -- convert": "convert runs in one process alone",
+        "-n 2 -- convert": "'convert' is none of the commands that run in several processes",
         "-n 2 --devices-per-process=-1 -- train": "--devices-per-process=-1; it must be at least 0",
         "-n 2 --max-restarts=-1 -- train": "--max-restarts=-1; it must be at least 0",
     }.items():
@@ -200,3 +206,16 @@ def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path
         for process in running:
             process.kill()
             process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_who_is_started_dies_with_a_launcher_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = Path("/proc") / parent.stdout.readline().strip()
+        assert "sleep" in (child / "cmdline").read_text()
+        parent.kill()
+        deadline = time.monotonic() + 10
+        while child.exists() and "State:\tZ" not in (child / "status").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

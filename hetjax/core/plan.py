@@ -83,7 +83,7 @@ def _check_devices(name: str, layout: Layout, available: int) -> None:
         if not 0 <= i < available:
             raise ValueError(
                 f"{name}: {layout} stands on device {i}, but there are {available} (0 to {available - 1}); "
-                "use fewer devices, or emulate more (emulated_devices)"
+                "use fewer devices, or emulate more (emulated_devices; under hetjax launch --devices-per-process)"
             )
 
 

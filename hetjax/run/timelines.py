@@ -29,8 +29,10 @@ def step(trainer: Trainer, state: State, microbatches: Microbatches, workdir: Pa
     pictures: dict[str, chart.Step] = {f"planned: {trainer.pipeline.promise()}": planned, real: timeline}
     (folder / f"{name}.svg").write_text(chart.svg(pictures), encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps({"traceEvents": list(_events(timeline))}))
-    modules = ", ".join(f"{m.name} {timeline.seconds(m.name):.3f} s" for m in trainer.graph.modules)
-    print(f"recorded {real}; {modules}: {folder / name}.svg and .json", flush=True)
+    here = dict.fromkeys(module for module, _ in timeline.devices)
+    modules = ", ".join(f"{module} {timeline.seconds(module):.3f} s" for module in here)
+    others = "; of this process's devices, others beside it" if jax.process_count() > 1 else ""
+    print(f"recorded {real}; stages of {modules}: {folder / name}.svg and .json{others}", flush=True)
     return state, outcome
 
 

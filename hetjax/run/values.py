@@ -246,7 +246,7 @@ def wanted(value: Any, hint: Any) -> str:
     listed = [inner for kind, inner in kinds if _is_sequence(kind)]
     if isinstance(value, str) and items and value.strip()[:1] in (*OPENING,):
         return f"{name}; between two commas of it stands one item, in quotes if it holds a comma"
-    if isinstance(value, str) and listed:  # text that may be the items of a list
+    if isinstance(value, str | int | float) and listed:  # what may be the items of a list
         return f"{name}, in brackets: " + (f"[{value!r}]" if str in listed[0] else f"[{value}]")
     return name + _instead(value, {kind for kind, _ in kinds})
 
