@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from test_parity import MOMENTUM, Case, build, judged
 
-COUNT, DEFAULT = 120, 12
+COUNT, DEFAULT = 120, 6
 MARKS = [[] if n < DEFAULT else [pytest.mark.slow] for n in range(COUNT)]
 
 
