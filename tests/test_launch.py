@@ -126,7 +126,8 @@ def test_a_picture_that_one_process_cannot_read_ends_all(tmp_path: Path) -> None
     said = ended(launch, 60)
     assert launch.returncode == 2, said
     for process in range(2):
-        assert re.search(rf"\[{process}\] error: sample .* \(.*/train/vision-\d-0.png\): .*truncated", said), said
+        by = rf"\[{process}\] error: process {process}: sample"
+        assert re.search(rf"{by} .* \(.*/train/vision-\d-0.png\): .*truncated", said), said
 
 
 @pytest.mark.slow
