@@ -83,7 +83,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
-    cluster.agree(agreement.decides(workdir, asked.get(record.OPERATIVE, ""), trainers))
+    cluster.agree(lambda: agreement.decides(workdir, asked.get(record.OPERATIVE, ""), trainers))
     over = False
     with contextlib.ExitStack() as stack:
         signalled = stack.enter_context(ending.signalled())
@@ -93,14 +93,14 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         held_out = experiment.held_out_loader(run, here)
         if held_out is not None:
             evaluate.check(loader, stack.enter_context(held_out))
-        cluster.agree({"data": loader.digest, "held-out data": held_out.digest if held_out else ""})
+        cluster.agree(lambda: {"data": loader.digest, "held-out data": held_out.digest if held_out else ""})
         directory = workdir / "checkpoints"
         starts = {} if checkpoint.steps_in(directory) else _starts(run, trainers[0])
         _say_unless_exported(run, workdir)
         stack.enter_context(record.made(workdir))
         checkpoints = stack.enter_context(_open_checkpoints(run, workdir))
         resumed = checkpoints.latest
-        cluster.agree({"newest checkpoint": str(resumed)})
+        cluster.agree(lambda: {"newest checkpoint": str(resumed)})
         first = run.phase_of(resumed or 0)
         state = _ready(run, trainers, first, loader, checkpoints, starts, watch)
         record.write(workdir, asked, resumed, trains=resumed is None or resumed < run.ends[-1])

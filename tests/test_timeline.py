@@ -17,7 +17,7 @@ import tiny
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.tasks import Kind, Needs, StageNode, Task
-from hetjax.core.timeline import Watch
+from hetjax.core.timeline import Recorder
 from hetjax.core.trainer import Trainer
 from hetjax.run import timelines
 
@@ -36,20 +36,20 @@ class Result:
 
 def test_a_task_begins_when_its_devices_are_free_and_its_inputs_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(Watch, "_now", lambda watch: next(clock))
+    monkeypatch.setattr(Recorder, "_now", lambda recorder: next(clock))
     nodes = [
         StageNode("v", 0, frozenset({0}), backward=False, upstream=()),
         StageNode("l", 0, frozenset({0, 1}), backward=False, upstream=(("v", 0),)),
     ]
     v0, v1, l0 = Task(Kind.FORWARD, ("v", 0), 0), Task(Kind.FORWARD, ("v", 0), 1), Task(Kind.FORWARD, ("l", 0), 0)
     crosses = Task(Kind.BOUNDARY, ("v", 0), 0, ("l", 0))
-    watch, results = Watch(), {task: Result() for task in (v0, crosses, v1, l0)}
+    recorder, results = Recorder(), {task: Result() for task in (v0, crosses, v1, l0)}
     for task, result in results.items():  # handed out at 0 to 3
-        watch.see(task, result)
+        recorder.see(task, result)
     for task, result in results.items():  # through at 4 to 7, each when it is told to
         result.there.set()
-        watch._ends[task].result(10)
-    found = watch.timeline(Needs(nodes, 2), {node.key: node.devices for node in nodes})
+        recorder._ends[task].result(10)
+    found = recorder.timeline(Needs(nodes, 2), {node.key: node.devices for node in nodes})
     assert found.spans == {v0: (0, 4), v1: (4, 6), l0: (6, 7)}  # the last waits for device 0, not for its input of 5
     assert found.crossings == {crosses: (4, 5)} and found.makespan == 8
     assert found.bubble == 1 - (4 + 2 + 2 * 1) / 16 and found.seconds("v") == 6e-6
@@ -68,7 +68,7 @@ def test_a_recorded_step_is_the_step(trainer: Trainer, tmp_path: Path, capsys: p
     plain, _ = trainer.step(trainer.init(), microbatches)
     recorded, _ = timelines.step(trainer, trainer.init(), microbatches, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, plain.params, recorded.params)
-    assert trainer.pipeline.watch is None
+    assert trainer.pipeline.recorder is None
     assert "recorded step 1, " in capsys.readouterr().out
     folder = tmp_path / timelines.FOLDER
     tree = ElementTree.parse(folder / "step-1.svg").getroot()

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from hetjax.core.orders import Orders
-from hetjax.core.simulation import Span, simulate
+from hetjax.core.simulation import Span, idle, simulate
 from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
 
 KINDS = ("1f1b", "gpipe")
@@ -34,9 +34,7 @@ class Forecast:
     @property
     def bubble(self) -> float:
         """The share of all devices' time in which they have no task."""
-        devices = frozenset().union(*self.devices.values())
-        worked = sum((span.end - span.begin) * len(self.devices[task.stage]) for task, span in self.spans.items())
-        return 1 - worked / self.makespan / len(devices)
+        return idle(self.spans, self.devices, self.makespan)
 
     def works(self, key: StageKey) -> float:
         """The share of the step in which a stage has a task."""

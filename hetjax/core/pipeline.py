@@ -29,7 +29,7 @@ from hetjax.core.progress import Progress, told
 from hetjax.core.schedule import build_schedule
 from hetjax.core.step import Doing, Gradients, Tree, Trees, Update, lent
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task, Thing, What
-from hetjax.core.timeline import Watch
+from hetjax.core.timeline import Recorder
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.wiring import Wiring
 
@@ -52,7 +52,7 @@ class Pipeline(Wiring):
         )
         self.progress = Progress(self)
         self._leaving: dict[Thing, Tree] = {}  # across steps
-        self.watch: Watch | None = None  # of the step that is recorded
+        self.recorder: Recorder | None = None  # of the step that is recorded
 
     def in_flight(self, key: StageKey) -> int:
         """Tasks of a stage that may be handed out before they are through; stages on the same devices share them."""
@@ -180,8 +180,8 @@ class Pipeline(Wiring):
                 done = doing[task.kind](task)
             if done is not None and task.kind is not Kind.BOUNDARY:
                 given.append((task, done))
-            if done is not None and self.watch is not None:
-                self.watch.see(task, done)
+            if done is not None and self.recorder is not None:
+                self.recorder.see(task, done)
             self.progress.handed_out()
             seconds = time.perf_counter() - begun
             waits = task.kind is Kind.GONE

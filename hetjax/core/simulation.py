@@ -21,6 +21,12 @@ class Span(NamedTuple):
     end: int
 
 
+def idle(spans: Mapping[Task, Span], devices: Mapping[StageKey, frozenset[int]], makespan: int) -> float:
+    """The share of all devices' time, up to `makespan`, in which they have no task of `spans`; `devices` of stages."""
+    worked = sum((span.end - span.begin) * len(devices[task.stage]) for task, span in spans.items())
+    return 1 - worked / makespan / len(frozenset().union(*devices.values()))
+
+
 class Lane(NamedTuple):
     """Devices of a module. `orders`: of its tasks there, that whose head is preferred first."""
 

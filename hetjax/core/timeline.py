@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
-from hetjax.core.simulation import Span
+from hetjax.core.simulation import Span, idle
 from hetjax.core.tasks import Kind, Needs, StageKey, Task
 
 MICRO = 1_000_000
@@ -26,9 +26,7 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """The share of all devices' time in which they have no forward or backward."""
-        devices = frozenset().union(*self.devices.values())
-        worked = sum((span.end - span.begin) * len(self.devices[task.stage]) for task, span in self.spans.items())
-        return 1 - worked / self.makespan / len(devices)
+        return idle(self.spans, self.devices, self.makespan)
 
     def seconds(self, module: str) -> float:
         """That the module's stages work, each for itself."""
@@ -36,7 +34,7 @@ class Timeline:
         return sum(span.end - span.begin for span in mine) / MICRO
 
 
-class Watch:
+class Recorder:
     """Sees the tasks of one step. Each stage, and each way between two, has a thread that waits for what comes of its
     tasks, in their order, and notes the time: jax tells nobody when a device is done."""
 

@@ -19,7 +19,7 @@ from hetjax.core.pipeline import Pipeline
 from hetjax.core.plan import picture
 from hetjax.core.stacks import LAYERS
 from hetjax.core.tasks import HostTimes, Needs, StageKey, What
-from hetjax.core.timeline import Timeline, Watch
+from hetjax.core.timeline import Recorder, Timeline
 from hetjax.core.train_spec import TrainSpec
 
 Tree = Any
@@ -158,14 +158,14 @@ class Trainer:
         """A step as `step` does it, between two moments at which this process's devices have nothing to do."""
         pipeline = self.pipeline
         jax.block_until_ready(state.weights)
-        pipeline.watch = Watch()
+        pipeline.recorder = Recorder()
         try:
             state, outcome = self.step(state, microbatches)
             jax.block_until_ready(state.weights)
-            devices = {key: frozenset(pipeline.stages[key].plan.device_ids) for key in pipeline.stages_here}
-            return state, outcome, pipeline.watch.timeline(Needs(pipeline.nodes, self.spec.num_microbatches), devices)
+            needs = Needs(pipeline.nodes, self.spec.num_microbatches)
+            return state, outcome, pipeline.recorder.timeline(needs, pipeline.schedule.forecast.devices)
         finally:
-            pipeline.watch = None
+            pipeline.recorder = None
 
     def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
         """The step's gradients, before clipping. The state's accumulators are consumed."""

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -91,11 +91,12 @@ def meet(name: str) -> None:
         _client().wait_at_barrier(name, FOR_EVER)
 
 
-def agree(values: Mapping[str, str]) -> None:
-    """Raises ValueError in every process, where one of them has other `values` than the first: with its number, the
-    value's name, and the first line that differs in both."""
+def agree(made: Callable[[], Mapping[str, str]]) -> None:
+    """Raises ValueError in every process, where one of them has other values than the first: with its number, the
+    value's name, and the first line that differs in both. They are made where there are several processes alone."""
     if not is_one_of_several():
         return
+    values = made()
     for name, value in values.items():
         if is_primary():
             _client().key_value_set(f"hetjax/{name}", value)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from hetjax.core.finish import Outcome
+from hetjax.core.progress import told
 from hetjax.core.tasks import Task
 from hetjax.core.timeline import Timeline
 from hetjax.core.trainer import Microbatches, State, Trainer
@@ -41,10 +42,8 @@ def _events(timeline: Timeline) -> Iterator[dict[str, Any]]:
     tracks: dict[str, int] = {}
 
     def event(task: Task, track: str, span: Any) -> dict[str, Any]:
-        to = f" to {task.to[0]}/{task.to[1]}" if task.to else ""
-        name = f"{task.kind.name.lower()} {task.stage[0]}/{task.stage[1]}{to} {task.microbatch}"
         where = tracks.setdefault(track, len(tracks))
-        return {"name": name, "ph": "X", "ts": span.begin, "dur": span.end - span.begin, "pid": 0, "tid": where}
+        return {"name": told(task), "ph": "X", "ts": span.begin, "dur": span.end - span.begin, "pid": 0, "tid": where}
 
     for row in chart.rows(timeline):
         yield from (event(task, row.name, span) for task, span in row.spans.items())
