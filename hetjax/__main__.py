@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "trains a run, or goes on with one",
     "launch": "starts several processes that are one run",
     "verify": "compares a run with training on one device",
+    "curves": "draws loss, norms, speed and scores of runs",
     "schedule": "draws the order in which a run's devices work",
     "data inspect": "shows the data of a run as its model gets them",
     "convert": "Hugging Face folders to checkpoints, and back",

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,6 +24,7 @@ from hetjax.data import Loader
 from hetjax.hf import export, initial
 from hetjax.run import (
     agreement,
+    boards,
     checkpoint,
     cluster,
     command,
@@ -80,6 +82,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
 
 
 def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watch) -> None:
+    boards.check(tensorboard=run.tensorboard, wandb=run.wandb)
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
@@ -105,8 +108,9 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         state = _ready(run, trainers, first, loader, checkpoints, starts, watch)
         record.write(workdir, asked, resumed, trains=resumed is None or resumed < run.ends[-1])
         evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
+        viewers = dict[str, Any](tensorboard=run.tensorboard, wandb=run.wandb)
         writer = stack.enter_context(
-            metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, tensorboard=run.tensorboard)
+            metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, **viewers)
         )
         last = stack.enter_context(ending.saved(checkpoints, watch))
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
@@ -265,7 +269,7 @@ def _write(
         return
     if run.eval_samples:
         how = dict(count=run.eval_samples, tokens=run.eval_sample_tokens)
-        shown = run.tensorboard and cluster.is_primary()
+        shown = bool(run.tensorboard or run.wandb) and cluster.is_primary()
         found = samples.take(trainer, state, held_out, **how, pictures=shown)
         writer.show(state.step, found)
     writer.write(state.step, values)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import runs
-from runs import COMPILES, PLAIN, SAVED, STEPS, settings
+from runs import COMPILES, DRAWN, PLAIN, SAVED, STEPS, settings
 
 from hetjax import train
 from hetjax.core.trainer import Trainer
-from hetjax.run import experiment, named
+from hetjax.run import curves, experiment, named
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,8 @@ def trainer(gin: Path) -> Trainer:
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run says when it would compile."""
+    """A run says when it would compile, and draws no curves."""
+    monkeypatch.setattr(curves, "draw", lambda path, runs: path.write_text(DRAWN))
     monkeypatch.setattr(Trainer, "compile", lambda *_, **__: print(COMPILES))
 
 

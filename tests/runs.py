@@ -172,4 +172,5 @@ def records(workdir: Path, name: str = "loss") -> dict[int, Any]:
 
 # Of the runs of `one_trainer.py`: the step that a workdir is saved at, the last one, what is said in place of compiling
 SAVED, STEPS, COMPILES = 4, 8, "<compiles>"
+DRAWN = "<curves>"  # written there in place of a picture
 PLAIN = layouts(vision=dict(), llm=dict()) | settings(num_microbatches=1, save_every=2, emulated_devices=0)

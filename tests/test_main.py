@@ -58,10 +58,7 @@ def test_the_version_is_told_in_one_place() -> None:
     [
         ("trian", "error: no command trian; did you mean train?"),
         ("inspect", "error: no command inspect; did you mean data inspect?"),
-        (
-            "--gin_file=a",
-            "error: no command --gin_file=a; there is convert, data inspect, generate, launch, schedule, train, verify",
-        ),
+        ("--gin_file=a", f"error: no command --gin_file=a; there is {', '.join(sorted(COMMANDS))}"),
     ],
 )
 def test_an_unknown_command_ends_with_status_2_and_the_nearest(name: str, message: str) -> None:

@@ -129,35 +129,6 @@ def test_samples_are_shown_everywhere_and_dropped_where_a_run_resumes(tmp_path: 
         assert read_jsonl(tmp_path / SAMPLES) == written[:2]
 
 
-def test_tensorboard_has_the_same_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensorboard = pytest.importorskip("tensorboardX")
-    made: list[dict[str, Any]] = []
-
-    class Recorder(tensorboard.SummaryWriter):  # type: ignore[misc, name-defined]
-        def __init__(self, directory: str, **options: Any) -> None:
-            made.append(options | {"scalars": []})
-            super().__init__(directory, **options)
-
-        def add_scalar(self, *scalar: Any, **_: Any) -> None:
-            made[-1]["scalars"].append(scalar)
-            super().add_scalar(*scalar)
-
-    monkeypatch.setattr(tensorboard, "SummaryWriter", Recorder)
-    run(tmp_path, range(1, 3), tensorboard=True)
-    run(tmp_path, range(2, 3), tensorboard=True, resumed_step=1)
-    assert [m["scalars"] for m in made] == [[("loss", 0.25, 1), ("loss", 0.5, 2)], [("loss", 0.5, 2)]]
-    assert [m["purge_step"] for m in made] == [0, 2]
-    assert sum(file.stat().st_size > 0 for file in (tmp_path / "tensorboard").iterdir()) >= 1
-    assert steps(tmp_path) == [1, 2]
-
-
-def test_tensorboard_that_is_not_installed_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match=r"tensorboard=True needs the package tensorboardX.*hetjax\[tensorboard\]"):
-        run(tmp_path, range(1), tensorboard=True)
-    assert not (tmp_path / FILE).exists()
-
-
 def test_lines_of_a_process_that_is_killed_are_on_disk(tmp_path: Path) -> None:
     code = f"""
 import os

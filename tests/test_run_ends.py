@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 import orbax.checkpoint as ocp
 import pytest
 import runs
-from runs import STEPS
+from runs import DRAWN, STEPS
 
 from hetjax.core.packing import Packing
 from hetjax.core.trainer import Trainer
 from hetjax.data import Loader, Pictures
 from hetjax.data.settings import DataError
-from hetjax.run import checkpoint, evaluate, metrics
+from hetjax.run import checkpoint, curves, evaluate, metrics
 
 pytest_plugins = ["one_trainer"]
 
@@ -109,6 +109,8 @@ def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continu
             with pytest.raises(status):
                 call(workdir, **changes)
             text = capsys.readouterr().out
+    picture = workdir / curves.FILE
+    assert (picture.read_text() if runs.records(workdir) else not picture.exists()) in (DRAWN, True)
     newest = max(checkpoint.steps_in(workdir / "checkpoints"))
     assert newest == saved or saved < 0, text
     assert re.search(rf"step {newest} .*{workdir}/checkpoints.*the same command continues", text), text

@@ -163,6 +163,7 @@ class Experiment:
     start_limit: float = 3600.0  # seconds; the same of the start and the end
     timeline_steps: tuple[int, ...] = ()  # recorded: when each task began and ended, as picture and trace
     tensorboard: bool = False
+    wandb: str = ""  # project there that numbers also go to; "": none
     emulated_devices: int = 0  # CPU devices to emulate; 0: the devices that jax finds
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none
 

@@ -1,4 +1,5 @@
-"""Where the numbers of a run go: DIR/metrics.jsonl always, the terminal, and TensorBoard by setting.
+"""Where the numbers of a run go: DIR/metrics.jsonl and the terminal always, viewers by setting (`boards.py`), and at
+the end DIR/curves.png.
 
     with open_writers(workdir, num_steps=1500, resumed_step=500) as writers:
         writers.write(510, {"loss": 2.31, "tokens_per_second": 41000.0})
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from hetjax.run import cluster
+from hetjax.run import boards, cluster, curves
 from hetjax.run.samples import Sample
 from hetjax.run.terminal import Terminal
 
@@ -41,10 +42,11 @@ def open_writers(
     num_steps: int,
     resumed_step: int | None = None,
     tensorboard: bool = False,
+    wandb: str = "",
     stream: TextIO | None = None,
 ) -> Iterator[Writer]:
     """One writer for all places, which in all but the first of several processes writes nothing. `stream` is the
-    terminal; None is standard output.
+    terminal; None is standard output. `wandb`: the project there; "" writes none.
 
     `resumed_step` is the step of the checkpoint that the run continues from: what was written for later steps is
     dropped. None starts anew.
@@ -54,11 +56,14 @@ def open_writers(
         if not cluster.is_primary():
             yield _All(writers)
             return
+        path, add = Path(directory), lambda writer: writers.append(stack.enter_context(contextlib.closing(writer)))
         if tensorboard:
-            writers.append(stack.enter_context(contextlib.closing(TensorBoard(Path(directory), resumed_step))))
-        writers.append(stack.enter_context(contextlib.closing(JsonLines(Path(directory), resumed_step))))
-        terminal = Terminal(num_steps, resumed_step or 0, stream or sys.stdout)
-        writers.append(stack.enter_context(contextlib.closing(terminal)))
+            add(boards.TensorBoard(path, resumed_step))
+        if wandb:
+            add(boards.Wandb(path, wandb, resumed=resumed_step is not None))
+        add(Picture(path))  # is closed behind the lines that it draws
+        add(JsonLines(path, resumed_step))
+        add(Terminal(num_steps, resumed_step or 0, stream or sys.stdout))
         yield _All(writers)
 
 
@@ -158,30 +163,23 @@ def _replace(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-class TensorBoard:
-    """Event files in DIR/tensorboard; viewers hide what an interrupted run wrote for steps after `resumed_step`."""
+class Picture:
+    """Draws DIR/curves.png when it is closed, from the lines of the whole run."""
 
-    def __init__(self, directory: Path, resumed_step: int | None) -> None:
-        try:
-            from tensorboardX import SummaryWriter  # an extra, and slow to import
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "tensorboard=True needs the package tensorboardX, which is not installed; "
-                "run `pip install 'hetjax[tensorboard]'` or set tensorboard=False"
-            ) from error
-        purge_step = 0 if resumed_step is None else resumed_step + 1
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.written = directory, False
 
     def write(self, step: int, values: Values) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        self.written = True
 
     def show(self, step: int, samples: Sequence[Sample]) -> None:
-        for number, sample in enumerate(samples):
-            lines = (sample.question, f"**answer** {sample.answer}", f"**expected** {sample.expected}")
-            self.writer.add_text(f"sample/{number}", "\n\n".join(lines), step)
-            for place, picture in enumerate(sample.pictures):
-                self.writer.add_image(f"sample/{number}/{place}", picture, step, dataformats="HWC")
+        """Nothing: answers are no curves."""
 
     def close(self) -> None:
-        self.writer.close()
+        if not self.written:
+            return
+        path = self.directory / curves.FILE
+        try:
+            curves.draw(path, {str(self.directory): read_jsonl(self.directory / FILE)})
+        except Exception as error:  # the run is worth more than its picture, whatever that fails of
+            print(f"no {path}: {type(error).__name__}: {error}", flush=True)

@@ -74,15 +74,20 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None, *, train
 
 def changed(workdir: Path, operative: str) -> str:
     """The settings that decide which arrays a run has, where the operative configuration in `workdir` differs."""
-    path = workdir / OPERATIVE
-    before, now = _settings(path.read_text(encoding="utf-8") if path.is_file() else ""), _settings(operative)
+    before, now = settings(workdir), _settings(operative)
     found = {name: value for name, value in now.items() if ARRAYS.search(name) and before.get(name, value) != value}
     return ", ".join(f"{name} = {value}, which was {before[name]}" for name, value in found.items())
 
 
+def settings(workdir: Path) -> dict[str, str]:
+    """Those of the operative configuration in `workdir`, by their names; none where there is no such file."""
+    path = workdir / OPERATIVE
+    return _settings(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _settings(operative: str) -> dict[str, str]:
     pairs = (line.partition(" = ") for line in operative.splitlines())
-    return {name: value for name, _, value in pairs}
+    return {name: value for name, equals, value in pairs if equals and not name.startswith("#")}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,9 @@ CALLED = {"token_accuracy": "tokens"}
 FILES = {
     "metrics.jsonl": "all numbers",
     "samples.jsonl": "answers to held-out questions",
+    "curves.png": "loss, norms, speed and held-out scores over the steps",
     "tensorboard": "event files",
+    "wandb": "what WANDB_MODE=offline keeps for `wandb sync`",
     "operative_config.gin": "all settings",
 }
 
