@@ -8,17 +8,19 @@ status 0; a second Ctrl-C, or an error, saves the last complete step if it can, 
 """
 
 import contextlib
+import functools
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from hetjax.core import memory
+from hetjax.core.finish import Outcome
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
 from hetjax.hf import export, initial
@@ -35,6 +37,7 @@ from hetjax.run import (
     media,
     metrics,
     named,
+    profiles,
     recompute,
     record,
     samples,
@@ -128,10 +131,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
                         continue  # to the loop's own end
                 watch.steps(f"step {state.step + 1}")
                 microbatches = loader.next_step(run.num_microbatches)
-                if state.step + 1 in run.timeline_steps:
-                    state, outcome = timelines.step(trainer, state, microbatches, workdir)
-                else:
-                    state, outcome = trainer.step(state, microbatches)
+                state, outcome = take(run, trainer, workdir, state.step + 1)(state, microbatches)
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:
@@ -151,6 +151,16 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
             checkpoints.wait()
             _say_stopped(signalled, state.step, checkpoints.directory)
         _report_data(loader)
+
+
+def take(run: Experiment, trainer: Trainer, workdir: Path, step: int) -> Callable[..., tuple[State, Outcome]]:
+    """How this step is done: recorded or profiled, or both, if the run asks for it."""
+    take: Callable[..., tuple[State, Outcome]] = trainer.step
+    if step in run.timeline_steps:
+        take = functools.partial(timelines.step, trainer, workdir=workdir)
+    if step in run.profile_steps:
+        take = functools.partial(profiles.step, trainer, workdir=workdir, take=take)
+    return take
 
 
 def _say_unless_exported(run: Experiment, workdir: Path) -> None:

@@ -53,7 +53,9 @@ def test_a_run_leaves_a_picture_of_its_whole_curves_however_often_it_resumed(tmp
     assert sorted(os.listdir(workdir)) == ["curves.png", "metrics.jsonl"]
 
 
-def test_a_run_that_ends_by_an_error_leaves_its_picture_and_one_without_numbers_none(tmp_path: Path) -> None:
+def test_a_run_that_ends_by_an_error_leaves_its_picture_and_one_without_numbers_says_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for name, values in {"some": VALUES, "none": None}.items():
         with (
             pytest.raises(KeyboardInterrupt),
@@ -63,6 +65,7 @@ def test_a_run_that_ends_by_an_error_leaves_its_picture_and_one_without_numbers_
                 writers.write(1, values)
             raise KeyboardInterrupt
     assert (tmp_path / "some" / "curves.png").exists() and not (tmp_path / "none" / "curves.png").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_picture_that_cannot_be_drawn_costs_a_run_nothing(

@@ -1,5 +1,6 @@
 """A recorded step is the step, and says when each task began and ended."""
 
+import gzip
 import itertools
 import json
 import threading
@@ -14,12 +15,14 @@ import pytest
 import runs
 import tiny
 
+from hetjax import train
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.progress import told
 from hetjax.core.tasks import Kind, Needs, StageNode, Task
 from hetjax.core.timeline import Recorder
 from hetjax.core.trainer import Trainer
-from hetjax.run import timelines
+from hetjax.run import profiles, timelines
 
 BOX = "{http://www.w3.org/2000/svg}g"
 
@@ -96,8 +99,34 @@ def test_what_is_recorded_keeps_to_what_tasks_need(trainer: Trainer) -> None:
         assert 0 <= span.begin <= span.end <= found.makespan
 
 
+def test_a_profiled_step_is_the_step_with_the_name_of_each_task(trainer: Trainer, tmp_path: Path) -> None:
+    microbatches = tiny.microbatches(tiny.Shape(microbatches=3), ("vision",), seed=0)
+    plain, _ = trainer.step(trainer.init(), microbatches)
+    found, _ = profiles.step(trainer, trainer.init(), microbatches, tmp_path, trainer.step)
+    jax.tree.map(np.testing.assert_array_equal, plain.params, found.params)
+    (trace,) = tmp_path.glob("profiles/step-1/**/perfetto_trace.json.gz")
+    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert {names.count(told(task)) for task in trainer.pipeline.schedule.order} == {1} and "step" in names
+    assert not trainer.pipeline.annotates
+
+
+def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain:
+        def step(self, *_: object) -> list[str]:
+            return []
+
+    monkeypatch.setattr(timelines, "step", lambda trainer, *_, workdir: ["recorded", *trainer.step()])
+    monkeypatch.setattr(profiles, "step", lambda trainer, *_, workdir, take: ["profiled", *take()])
+    run = runs.load(runs.write(tmp_path), runs.settings(timeline_steps=[2, 4], profile_steps=[3, 4]))
+    taken: Any = [train.take(run, Plain(), tmp_path, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
+    assert taken == [[], ["recorded"], ["profiled"], ["profiled", "recorded"]]
+
+
+@pytest.mark.parametrize("name", ["timeline_steps", "profile_steps"])
 @pytest.mark.parametrize("steps", [[0], [3, 1001]])
-def test_a_step_that_the_run_does_not_have_is_refused(steps: list[int], tmp_path: Path) -> None:
+def test_a_step_that_the_run_does_not_have_is_refused(name: str, steps: list[int], tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
-    with pytest.raises(ValueError, match=f"timeline_steps names {steps[-1]}; the run has steps 1 to"):
-        runs.load(gin, runs.settings(timeline_steps=steps))
+    with pytest.raises(ValueError, match=f"{name} names {steps[-1]}; the run has steps 1 to"):
+        runs.load(gin, runs.settings(**{name: steps}))

@@ -26,7 +26,7 @@ from hetjax.core.layout import zigzag
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.progress import Progress, told
 from hetjax.core.schedule import build_schedule
-from hetjax.core.step import Doing, Gradients, Tree, Trees, Update, lent
+from hetjax.core.step import Act, Doing, Gradients, Tree, Trees, Update, lent
 from hetjax.core.tasks import HostTimes, Kind, StageKey, Task, Thing, What
 from hetjax.core.timeline import Recorder
 from hetjax.core.train_spec import TrainSpec
@@ -52,6 +52,7 @@ class Pipeline(Wiring):
         self.progress = Progress(self)
         self._leaving: dict[Thing, Tree] = {}  # across steps
         self.recorder: Recorder | None = None  # of the step that is recorded
+        self.annotates = False  # tasks have their names in a profile
 
     @functools.cached_property
     def in_flight(self) -> dict[StageKey, int]:
@@ -167,6 +168,8 @@ class Pipeline(Wiring):
     def _walk(self, tasks: Sequence[Task], doing: Doing) -> HostTimes:
         """Dispatches `tasks` in their order."""
         working = crossing = waiting = 0.0
+        if self.annotates:
+            doing = {kind: _annotated(act) for kind, act in doing.items()}
         self.progress.begin(tasks)
         for task in tasks:
             start = time.perf_counter()
@@ -192,3 +195,11 @@ class Pipeline(Wiring):
             waiting, working = waiting + begun - start + seconds * waits, working + seconds * (not waits)
             crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
         return HostTimes(len(tasks), working, crossing, waiting)
+
+
+def _annotated(act: Act) -> Act:
+    def annotated(task: Task) -> jax.Array | None:
+        with jax.profiler.TraceAnnotation(told(task)):
+            return act(task)
+
+    return annotated

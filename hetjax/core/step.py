@@ -17,7 +17,8 @@ from models.contract import ROUTED
 Tree = Any
 Trees = dict[StageKey, Tree]
 Flags = Mapping[StageKey, tuple[jax.Array, jax.Array]]  # False and True on each stage's devices
-Doing = Mapping[Kind, Callable[[Task], jax.Array | None]]  # gives what is ready when the task is through, or None
+Act = Callable[[Task], jax.Array | None]  # does a task; gives what is ready when it is through, or None
+Doing = Mapping[Kind, Act]
 
 
 class Gradients:

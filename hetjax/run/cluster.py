@@ -84,6 +84,11 @@ def who() -> str:
     return f"process {distributed.global_state.process_id}: " if is_one_of_several() else ""
 
 
+def of_others() -> str:
+    """ "-process-1", which tells a file of this process from that of the first one; "" in that."""
+    return "" if is_primary() else f"-process-{distributed.global_state.process_id}"
+
+
 def meet(name: str) -> None:
     """Waits until all processes are here, as after compiling: the first collective between processes waits half a
     minute for the last one (Gloo in jax 0.10.2 and 0.12)."""

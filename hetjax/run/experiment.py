@@ -162,13 +162,14 @@ class Experiment:
     step_limit: float = 600.0  # seconds; a step, save or evaluation in which nothing happens for so long ends it
     start_limit: float = 3600.0  # seconds; the same of the start and the end
     timeline_steps: tuple[int, ...] = ()  # recorded: when each task began and ended, as picture and trace
+    profile_steps: tuple[int, ...] = ()  # of which jax.profiler writes a profile
     tensorboard: bool = False
     wandb: str = ""  # project there that numbers also go to; "": none
     emulated_devices: int = 0  # CPU devices to emulate; 0: the devices that jax finds
     compilation_cache: str | None = None  # directory; None: the user's cache, "": none
 
     def __post_init__(self) -> None:
-        for name in ("encoders", "phases", "timeline_steps"):
+        for name in ("encoders", "phases", "timeline_steps", "profile_steps"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         ones = ("steps", "num_microbatches", "save_every", "keep", "log_every", "eval_sample_tokens")
         zeros = ("eval_every", "eval_microbatches", "eval_samples", "emulated_devices")
@@ -178,9 +179,10 @@ class Experiment:
         for name in ("step_limit", "start_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be above 0")
-        for step in self.timeline_steps:
-            if not 1 <= step <= self.ends[-1]:
-                raise ValueError(f"Experiment.timeline_steps names {step}; the run has steps 1 to {self.ends[-1]}")
+        for name in ("timeline_steps", "profile_steps"):
+            for step in getattr(self, name):
+                if not 1 <= step <= self.ends[-1]:
+                    raise ValueError(f"Experiment.{name} names {step}; the run has steps 1 to {self.ends[-1]}")
         for name in ("steps", "optimizer"):
             if self.phases and getattr(self, name) != getattr(Experiment, name):
                 raise ValueError(

@@ -22,7 +22,7 @@ FOLDER = "timelines"
 def step(trainer: Trainer, state: State, microbatches: Microbatches, workdir: Path) -> tuple[State, Outcome]:
     """A step of `trainer` that is recorded in `workdir`."""
     state, outcome, timeline = trainer.recorded(state, microbatches)
-    name = f"step-{state.step}" + ("" if cluster.is_primary() else f"-process-{jax.process_index()}")
+    name = f"step-{state.step}{cluster.of_others()}"
     planned = trainer.pipeline.schedule.forecast
     real = f"step {state.step}, {timeline.makespan / 1e6:.3f} s: devices idle {timeline.bubble:.1%}"
     folder = workdir / FOLDER
