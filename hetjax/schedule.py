@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         if flags.svg:
             path = Path(expanded(flags.svg))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(chart.svg({trainer.pipeline.promise(): forecast}), encoding="utf-8")
+            path.write_text(chart.draw({trainer.pipeline.promise(): forecast}).svg(), encoding="utf-8")
             print(f"wrote {path}")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

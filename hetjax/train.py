@@ -109,7 +109,8 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         cluster.agree(lambda: {"newest checkpoint": str(resumed)})
         first = run.phase_of(resumed or 0)
         state = _ready(run, trainers, first, loader, checkpoints, starts, watch)
-        record.write(workdir, asked, resumed, trains=resumed is None or resumed < run.ends[-1])
+        files = {**asked, record.SCHEDULE: record.promised(trainers)}
+        record.write(workdir, files, resumed, trains=resumed is None or resumed < run.ends[-1])
         evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
         viewers = dict[str, Any](tensorboard=run.tensorboard, wandb=run.wandb)
         writer = stack.enter_context(
@@ -131,7 +132,9 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
                         continue  # to the loop's own end
                 watch.steps(f"step {state.step + 1}")
                 microbatches = loader.next_step(run.num_microbatches)
-                state, outcome = take(run, trainer, workdir, state.step + 1)(state, microbatches)
+                if state.step + 1 in (*run.timeline_steps, *run.profile_steps):
+                    log.settle()  # writes its line before that step's
+                state, outcome = take(run, trainer, workdir, writer, state.step + 1)(state, microbatches)
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:
@@ -153,14 +156,16 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         _report_data(loader)
 
 
-def take(run: Experiment, trainer: Trainer, workdir: Path, step: int) -> Callable[..., tuple[State, Outcome]]:
+def take(
+    run: Experiment, trainer: Trainer, workdir: Path, writer: metrics.Writer, step: int
+) -> Callable[..., tuple[State, Outcome]]:
     """How this step is done: recorded or profiled, or both, if the run asks for it."""
-    take: Callable[..., tuple[State, Outcome]] = trainer.step
+    how: Callable[..., tuple[State, Outcome]] = trainer.step
     if step in run.timeline_steps:
-        take = functools.partial(timelines.step, trainer, workdir=workdir)
+        how = functools.partial(timelines.step, trainer, workdir=workdir, writer=writer)
     if step in run.profile_steps:
-        take = functools.partial(profiles.step, trainer, workdir=workdir, take=take)
-    return take
+        how = functools.partial(profiles.step, trainer, workdir=workdir, take=how)
+    return how
 
 
 def _say_unless_exported(run: Experiment, workdir: Path) -> None:

@@ -38,9 +38,9 @@ def test_stages_that_share_devices_share_a_line_and_are_told_apart() -> None:
 
 def test_the_svg_has_a_box_for_each_task_with_its_name() -> None:
     found = forecast(vlm(vision=[[0]], llm=[[1], [2]]), 3)
-    tree = ElementTree.fromstring(chart.svg({"a < b": found}))
+    tree = ElementTree.fromstring(chart.draw({"a < b": found}).svg())
     names = [box[0].text for box in tree.iter(BOX)]
-    assert len(names) == len(found.spans) == 18 and "backward of microbatch 2, llm/1" in names
+    assert len(names) - 2 == len(found.spans) == 18 and "backward of llm/1, microbatch 2" in names
     assert "a < b" in {text.text for text in tree.iter("{http://www.w3.org/2000/svg}text")}
 
 
@@ -52,7 +52,7 @@ def test_the_command_draws_a_run_and_says_what_it_promises(tmp_path: Path) -> No
     assert "\ndevices 0-1 |v0" in ran.stdout and "\nvision/0 " in ran.stdout
     assert "schedule 1f1b, 2 microbatches, simulated: devices idle " in ran.stdout
     assert "% of text-only throughput; microbatches in flight vision 2, llm 1\n" in ran.stdout
-    assert len(list(ElementTree.parse(tmp_path / "a" / "b.svg").iter(BOX))) == 8
+    assert len(list(ElementTree.parse(tmp_path / "a" / "b.svg").iter(BOX))) == 8 + 2
     assert os.listdir(tmp_path / "a") == ["b.svg"]
     ran = subprocess.run([*line, "--phase=2"], env=environment, cwd=runs.ROOT, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr == "error: --phase=2; the run has 1 to 1\n"

@@ -141,6 +141,13 @@ def test_encoders_are_compared_with_text_alone() -> None:
     assert (beside.text_only, shared.text_only) == (alone, alone)
     assert beside.makespan == alone + 3 and beside.throughput == alone / (alone + 3)
     assert shared.throughput == 1 / 2 and shared.bubble == 0
+    assert shared.numbers() == {
+        "idle": 0.0,
+        "longest_chain": shared.shortest / shared.makespan,
+        "text_only_throughput": 1 / 2,
+        "in_flight": {"vision/0": 8, "llm/0": 1},
+        "in_flight_at_most": {"vision/0": 8, "llm/0": 1},
+    }
 
 
 def test_a_slow_stage_is_what_a_step_is_made_of() -> None:

@@ -20,6 +20,7 @@ import runs
 from runs import COMPILES, PLAIN, SAVED, STEPS, Reference, settings
 
 from hetjax import convert, train
+from hetjax.core.trainer import Trainer
 from hetjax.run.metrics import FILE, SAMPLES
 
 pytest_plugins = ["one_trainer"]
@@ -89,7 +90,7 @@ def named(value: Any) -> str:
 
 @pytest.mark.parametrize(("change", "said", "step"), CONTINUED, ids=named)
 def test_a_workdir_that_something_happened_to_goes_on(
-    workdir: Path, call: Callable, undisturbed: dict, change: Callable, said: str, step: int | None
+    workdir: Path, call: Callable, trainer: Trainer, undisturbed: dict, change: Callable, said: str, step: int | None
 ) -> None:
     change(workdir=workdir)
     status, text = call(workdir)
@@ -99,6 +100,8 @@ def test_a_workdir_that_something_happened_to_goes_on(
     losses = runs.records(workdir)
     assert losses == {n: undisturbed[n] for n in losses} and losses.keys() >= set(range((step or 0) + 1, STEPS + 1))
     assert {"config.gin", "operative_config.gin"} <= {p.name for p in workdir.iterdir()}
+    promised = json.loads((workdir / "schedule.json").read_text())
+    assert promised == {"phase 1": trainer.pipeline.schedule.forecast.numbers()}
 
 
 @pytest.mark.parametrize(("change", "said"), REFUSED, ids=named)

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import threading
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from PIL import Image
 
 from hetjax import train
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.progress import told
-from hetjax.core.tasks import Kind, Needs, StageNode, Task
+from hetjax.core.tasks import COMPUTING, Kind, Needs, StageNode, Task
 from hetjax.core.timeline import Recorder
 from hetjax.core.trainer import Trainer
 from hetjax.run import profiles, timelines
@@ -55,7 +57,7 @@ def test_a_task_begins_when_its_devices_are_free_and_its_inputs_are_there(monkey
     found = recorder.timeline(Needs(nodes, 2), {node.key: node.devices for node in nodes})
     assert found.spans == {v0: (0, 4), v1: (4, 6), l0: (6, 7)}  # the last waits for device 0, not for its input of 5
     assert found.crossings == {crosses: (4, 5)} and found.makespan == 8
-    assert found.bubble == 1 - (4 + 2 + 2 * 1) / 16 and found.seconds("v") == 6e-6
+    assert found.bubble == 1 - (4 + 2 + 2 * 1) / 16 and found.device_seconds("l") == 2e-6
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +71,24 @@ def trainer() -> Trainer:
 def test_a_recorded_step_is_the_step(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     microbatches = tiny.microbatches(tiny.Shape(microbatches=3), ("vision",), seed=0)
     plain, _ = trainer.step(trainer.init(), microbatches)
-    recorded, _ = timelines.step(trainer, trainer.init(), microbatches, tmp_path)
+    written: list[tuple[int, Any]] = []
+    writer: Any = types.SimpleNamespace(write=lambda *line: written.append(line))
+    recorded, _ = timelines.step(trainer, trainer.init(), microbatches, tmp_path, writer)
     jax.tree.map(np.testing.assert_array_equal, plain.params, recorded.params)
     assert trainer.pipeline.recorder is None
     assert "recorded step 1, " in capsys.readouterr().out
     folder = tmp_path / timelines.FOLDER
     tree = ElementTree.parse(folder / "step-1.svg").getroot()
-    assert len(tree.findall(BOX)) == 2 * len(trainer.pipeline.schedule.forecast.spans)
+    told_twice = len(trainer.pipeline.schedule.forecast.spans)
+    ends, legend = 2 * 3, 3
+    assert len(tree.findall(BOX)) == 2 * told_twice + ends + legend
+    assert Image.open(folder / "step-1.png").width == 2 * int(tree.attrib["width"])
+    ((step, found),) = written
+    names = ["seconds", "idle", "idle_planned", "seconds/vision", "seconds/llm"]
+    assert step == 1 and list(found) == [f"timeline/{name}" for name in names]
+    assert found["timeline/idle_planned"] == trainer.pipeline.schedule.forecast.bubble
+    worked = (found["timeline/seconds/vision"] + 2 * found["timeline/seconds/llm"]) / found["timeline/seconds"]
+    assert found["timeline/idle"] == pytest.approx(1 - worked / 2)
     events = json.loads((folder / "step-1.json").read_text())["traceEvents"]
     tracks = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
     assert set(tracks.values()) == {
@@ -90,12 +103,11 @@ def test_what_is_recorded_keeps_to_what_tasks_need(trainer: Trainer) -> None:
     microbatches = tiny.microbatches(tiny.Shape(microbatches=3), ("vision",), seed=0)
     _, _, found = trainer.recorded(trainer.init(), microbatches)
     spans: dict[Task, Any] = {**found.spans, **found.crossings}
-    order = trainer.pipeline.schedule.gradients
-    assert set(spans) == {t for t in order if t.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BOUNDARY)}
+    assert set(spans) == {t for t in trainer.pipeline.schedule.order if t.kind in (*COMPUTING, Kind.BOUNDARY)}
     needs = Needs(trainer.pipeline.nodes, 3)
     for task, span in found.spans.items():
         # threads see what happens a little late, so an end may be noted behind that of what followed
-        assert all(min(spans[need].end, span.end) <= span.begin for need in needs.of(task))
+        assert all(min(spans[need].end, span.end) <= span.begin for need in needs.of(task) if need in spans)
         assert 0 <= span.begin <= span.end <= found.makespan
 
 
@@ -117,10 +129,10 @@ def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
         def step(self, *_: object) -> list[str]:
             return []
 
-    monkeypatch.setattr(timelines, "step", lambda trainer, *_, workdir: ["recorded", *trainer.step()])
+    monkeypatch.setattr(timelines, "step", lambda trainer, *_, workdir, writer: ["recorded", *trainer.step()])
     monkeypatch.setattr(profiles, "step", lambda trainer, *_, workdir, take: ["profiled", *take()])
     run = runs.load(runs.write(tmp_path), runs.settings(timeline_steps=[2, 4], profile_steps=[3, 4]))
-    taken: Any = [train.take(run, Plain(), tmp_path, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
+    taken: Any = [train.take(run, Plain(), tmp_path, None, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
     assert taken == [[], ["recorded"], ["profiled"], ["profiled", "recorded"]]
 
 

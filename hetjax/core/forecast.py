@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hetjax.core.orders import Orders
 from hetjax.core.simulation import Span, idle, simulate
@@ -44,6 +45,17 @@ class Forecast:
     def throughput(self) -> float:
         """The share that encoders leave of the throughput that the language model alone has."""
         return self.text_only / self.makespan
+
+    def numbers(self) -> dict[str, Any]:
+        """What is promised, for a record of the run."""
+        named = lambda counts: {f"{module}/{stage}": count for (module, stage), count in counts.items()}
+        return {
+            "idle": self.bubble,
+            "longest_chain": self.shortest / self.makespan,
+            "text_only_throughput": self.throughput,
+            "in_flight": named(self.in_flight),
+            "in_flight_at_most": named(self.bounds),
+        }
 
     def __str__(self) -> str:
         held: dict[str, list[str]] = {module: [] for (module, _), n in self.in_flight.items() if n}

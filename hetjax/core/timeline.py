@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import jax
 
 from hetjax.core.simulation import Span, idle
-from hetjax.core.tasks import Kind, Needs, StageKey, Task
+from hetjax.core.tasks import COMPUTING, Kind, Needs, StageKey, Task
 
 MICRO = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """A recorded step: `spans` of forwards and backwards in microseconds from its begin, `crossings` of boundaries
-    from the end of what gives to the arrival. `devices`: of each stage. `makespan`: to the new parameters."""
+    """A recorded step: `spans` of its computing tasks in microseconds from its begin, `crossings` of boundaries from
+    the end of what gives to the arrival. `devices`: of each stage. `makespan`: to the new parameters."""
 
     devices: Mapping[StageKey, frozenset[int]]
     spans: Mapping[Task, Span]
@@ -25,13 +25,13 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """The share of all devices' time in which they have no forward or backward."""
+        """The share of all devices' time in which they compute nothing."""
         return idle(self.spans, self.devices, self.makespan)
 
-    def seconds(self, module: str) -> float:
-        """That the module's stages work, each for itself."""
-        mine = [span for task, span in self.spans.items() if task.stage[0] == module]
-        return sum(span.end - span.begin for span in mine) / MICRO
+    def device_seconds(self, module: str) -> float:
+        """That devices work for the module, each for itself."""
+        mine = [(task, span) for task, span in self.spans.items() if task.stage[0] == module]
+        return sum((span.end - span.begin) * len(self.devices[task.stage]) for task, span in mine) / MICRO
 
 
 class Recorder:
@@ -60,7 +60,7 @@ class Recorder:
         ends = {task: end.result() for task, end in self._ends.items()}
         spans: dict[Task, Span] = {}
         free = dict.fromkeys(frozenset().union(*devices.values()), 0)
-        for task in sorted((t for t in ends if t.kind in (Kind.FORWARD, Kind.BACKWARD)), key=ends.__getitem__):
+        for task in sorted((t for t in ends if t.kind in COMPUTING), key=ends.__getitem__):
             came = [ends[need] for need in needs.of(task) if need in ends]
             began = max(self._handed[task], *came, *(free[device] for device in devices[task.stage]))
             spans[task] = Span(min(began, ends[task]), ends[task])

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from hetjax.core import optimizer
+from hetjax.core import flops, optimizer
 from hetjax.core.alive import on_device
-from hetjax.core.costs import num_items
+from hetjax.core.costs import forwards, num_items
 from hetjax.core.finish import Outcome, Reduced, Scores
 from hetjax.core.hosts import on_hosts
 from hetjax.core.layout import check_batch
@@ -18,7 +18,7 @@ from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
 from hetjax.core.plan import picture
 from hetjax.core.stacks import LAYERS
-from hetjax.core.tasks import HostTimes, Needs, StageKey, What
+from hetjax.core.tasks import HostTimes, Kind, Needs, StageKey, What
 from hetjax.core.timeline import Recorder, Timeline
 from hetjax.core.train_spec import TrainSpec
 
@@ -86,6 +86,18 @@ class Trainer:
         """Which device holds which part of which module."""
         plans = [plan for stages in self.pipeline.plans.values() for plan in stages]
         return picture(plans, 1 + max(i for plan in plans for i in plan.device_ids))
+
+    def step_flops(self) -> dict[str, float]:
+        """Model FLOPs of a step by module, causal attention counted as half; modules of unknown kind are left out."""
+        trainable: dict[str, set[str]] = {module.name: set() for module in self.graph.modules}
+        for (name, _), stage in self.pipeline.stages.items():
+            trainable[name].update(stage.parameters.trainable)
+        found = {}
+        for name, parts in forwards(self.graph, self.spec.batch).items():
+            upstream = name == self.graph.sink.name and any(trainable[e.name] for e in self.graph.encoders)
+            per_microbatch = flops.module_training(parts, trainable=trainable[name], upstream=upstream)
+            found[name] = per_microbatch.total * self.spec.num_microbatches
+        return found
 
     def compile(
         self,
@@ -161,6 +173,8 @@ class Trainer:
         pipeline.recorder = Recorder()
         try:
             state, outcome = self.step(state, microbatches)
+            for task in (t for t in pipeline.tasks[1] if t.kind is Kind.UPDATE):
+                pipeline.recorder.see(task, jax.tree.leaves(state.params[task.stage])[0])
             jax.block_until_ready(state.weights)
             needs = Needs(pipeline.nodes, self.spec.num_microbatches)
             return state, outcome, pipeline.recorder.timeline(needs, pipeline.schedule.forecast.devices)

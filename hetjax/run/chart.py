@@ -1,15 +1,16 @@
-"""A step as a picture, simulated or recorded: a row for each group of devices, a box for each task, in text or SVG."""
+"""A step, simulated or recorded, in text or as a drawing: a row for each group of devices, a box for each task."""
 
-import html
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
+from hetjax.core.progress import told
 from hetjax.core.simulation import Span
 from hetjax.core.tasks import Kind, StageKey, Task
+from hetjax.run.drawing import Box, Drawing, Words
 
 FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "="}
 COLOURS = ("#4c8cb8", "#d98c3f", "#6aa84f", "#a46ab0", "#b85c5c")  # of modules, forward; a backward's are darker
+ENDS, END = frozenset({Kind.REDUCE, Kind.MEASURE, Kind.UPDATE}), "#909090"  # what follows them, and its colour
 WIDTH, HEIGHT, LEFT, TOP = 1200, 26, 140, 34  # pixels of the time, a row, the rows' names and the title
 
 
@@ -74,44 +75,42 @@ def text(step: Step, width: int) -> str:
     return "\n".join([*lines, f"{said}; small letters are forwards, capitals backwards, each with its microbatch"])
 
 
-def svg(pictures: Mapping[str, Step]) -> str:
-    """Steps one below the other, by their titles, for a browser; a box tells its task."""
-    modules = list(dict.fromkeys(module for step in pictures.values() for module in _letters(step)))
-    heights = [TOP + HEIGHT * len(rows(step)) for step in pictures.values()]
-    size = f'width="{LEFT + WIDTH + 10}" height="{sum(heights) + HEIGHT}"'
-    style = "text { font: 12px sans-serif } .box text { fill: white; text-anchor: middle }"
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
-        f"<style>{style}</style>",
-    ]
-    for above, (title, step) in zip(itertools.accumulate(heights, initial=0), pictures.items(), strict=False):
-        lines.append(f'<text x="4" y="{above + 18}">{html.escape(title)}</text>')
-        for number, row in enumerate(rows(step)):
-            y = above + TOP + HEIGHT * number
-            lines.append(f'<text x="4" y="{y + 17}">{html.escape(row.name)}</text>')
-            lines += _boxes(step, row, y, modules)
-    for number, module in enumerate(modules):
-        x, y = LEFT + 150 * number, sum(heights) + 4
-        lines.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        lines.append(f'<text x="{x + 18}" y="{y + 11}">{html.escape(module)}; darker: backward</text>')
-    return "\n".join([*lines, "</svg>", ""])
+def draw(pictures: Mapping[str, Step]) -> Drawing:
+    """Steps one below the other, by their titles; below them what the colours are."""
+    modules = list(dict.fromkeys(module for step in pictures.values() for module, _ in step.devices))
+    colours = {module: COLOURS[number % len(COLOURS)] for number, module in enumerate(modules)}
+    boxes: list[Box] = []
+    words: list[Words] = []
+    above = 0
+    for title, step in pictures.items():
+        words.append(Words(4, above + 18, title))
+        above += TOP
+        for row in rows(step):
+            words.append(Words(4, above + 17, row.name))
+            boxes += _boxes(step, row, above, colours)
+            above += HEIGHT
+    said = {f"{module}; darker: backward": colour for module, colour in colours.items()}
+    if any(task.kind in ENDS for step in pictures.values() for task in step.spans):
+        said["the step's end"] = END
+    for number, (what, colour) in enumerate(said.items()):
+        boxes.append(Box(LEFT + 180 * number, above + 8, 12, 12, colour, told=what))
+        words.append(Words(LEFT + 18 + 180 * number, above + 18, what))
+    return Drawing(LEFT + WIDTH + 10, above + HEIGHT + 4, boxes, words)
 
 
-def _boxes(step: Step, row: Row, y: int, modules: list[str]) -> Iterator[str]:
+def _boxes(step: Step, row: Row, y: int, colours: Mapping[str, str]) -> Iterator[Box]:
     scale = WIDTH / step.makespan
     for task, span in row.spans.items():
-        module, stage = task.stage
+        colour = END if task.kind in ENDS else colours[task.stage[0]]
+        if task.kind is Kind.BACKWARD:
+            colour = _darker(colour)
+        label = "" if task.kind in ENDS else f"{task.microbatch}{_turn(row, task)}"
         x, wide = LEFT + span.begin * scale, (span.end - span.begin) * scale
-        colour = COLOURS[modules.index(module) % len(COLOURS)]
-        box = f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{HEIGHT - 4}" fill="{colour}" stroke="white"/>'
-        shade = f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{HEIGHT - 4}" opacity="0.3"/>'
-        label = f"{task.microbatch}{_turn(row, task)}"
-        written = f'<text x="{x + wide / 2:.1f}" y="{y + 16}">{label}</text>' if wide > 8 * len(label) else ""
-        what = f"{task.kind.name.lower()} of microbatch {task.microbatch}, {module}/{stage}"
-        yield (
-            f'<g class="box"><title>{html.escape(what)}</title>{box}'
-            f"{shade if task.kind is Kind.BACKWARD else ''}{written}</g>"
-        )
+        yield Box(x, y, wide, HEIGHT - 4, colour, label, told(task))
+
+
+def _darker(colour: str) -> str:
+    return "#" + "".join(f"{int(colour[n : n + 2], 16) * 7 // 10:02x}" for n in (1, 3, 5))
 
 
 def _turn(row: Row, task: Task) -> str:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from hetjax.core import flops
-from hetjax.core.costs import forwards
 from hetjax.core.finish import Outcome
 from hetjax.core.trainer import Trainer
 from hetjax.data import Loader
@@ -29,7 +28,7 @@ class Log:
     def __init__(self, run: Experiment, trainer: Trainer, loader: Loader, writer: metrics.Writer) -> None:
         self.run, self.trainer, self.loader, self.writer = run, trainer, loader, writer
         self.pending: tuple[int, Outcome] | None = None
-        self.flops = _step_flops(run, trainer)
+        self.flops = trainer.step_flops()
         self.restart()
 
     def restart(self) -> None:
@@ -119,18 +118,3 @@ def routing(definitions: Mapping[str, ModuleDef], outcome: Outcome) -> Values:
         largest = routed.max(1) / np.maximum(routed.mean(1), 1e-9)
         values |= {f"expert_load/{name}/{i}": float(load) for i, load in zip(layers, largest, strict=True)}
     return values
-
-
-def _step_flops(run: Experiment, trainer: Trainer) -> dict[str, float]:
-    """Model FLOPs of a step by module, causal attention counted as half; modules of unknown kind are left out."""
-    found, graph = {}, trainer.graph
-    stages = trainer.pipeline.stages
-    trainable = {
-        m.name: {part for (n, _), s in stages.items() if n == m.name for part in s.parameters.trainable}
-        for m in graph.modules
-    }
-    for name, parts in forwards(graph, trainer.spec.batch).items():
-        upstream = name == graph.sink.name and any(trainable[e.name] for e in graph.encoders)
-        per_microbatch = flops.module_training(parts, trainable=trainable[name], upstream=upstream)
-        found[name] = per_microbatch.total * run.num_microbatches
-    return found

@@ -3,16 +3,18 @@
 import contextlib
 import dataclasses
 import datetime
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hetjax.core.trainer import Trainer
 from hetjax.data import ChatTemplate, DataConfig
 from hetjax.run import cluster, lock
 from hetjax.run.experiment import Experiment
 
-OPERATIVE = "operative_config.gin"
+OPERATIVE, SCHEDULE = "operative_config.gin", "schedule.json"
 ARRAYS = re.compile(r"/model/|\.(encoders|model|phases|name|frozen|trainable|momentum)$")  # what decides a run's arrays
 
 DATE = re.compile(r"ChatTemplate\.date = '([0-9-]+)'")
@@ -70,6 +72,12 @@ def write(workdir: Path, files: Mapping[str, str], resumed: int | None, *, train
             if resumed is not None and path.exists() and path.read_text(encoding="utf-8") != text and not kept.exists():
                 os.replace(path, kept)
             os.replace(new, path)
+
+
+def promised(trainers: Sequence[Trainer]) -> str:
+    """What the schedules of a run's phases promise, as JSON."""
+    phases = enumerate(trainers, 1)
+    return json.dumps({f"phase {n}": t.pipeline.schedule.forecast.numbers() for n, t in phases}, indent=1) + "\n"
 
 
 def changed(workdir: Path, operative: str) -> str:

@@ -21,6 +21,9 @@ FILES = {
     "tensorboard": "event files",
     "wandb": "what WANDB_MODE=offline keeps for `wandb sync`",
     "operative_config.gin": "all settings",
+    "schedule.json": "what the schedule promises",
+    "timelines": "recorded steps",
+    "profiles": "profiled steps",
 }
 
 

@@ -1,7 +1,9 @@
-"""Steps that are recorded: DIR/timelines/step-N.svg, planned against real, and step-N.json, which opens in Perfetto.
+"""Steps that are recorded: DIR/timelines/step-N.svg and .png, planned against real, and step-N.json, which opens in
+Perfetto.
 
 Each of several processes writes of its own devices, the others than the first step-N-process-K."""
 
+import collections
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,32 +11,59 @@ from typing import Any
 
 import jax
 
+from hetjax.core import flops
 from hetjax.core.finish import Outcome
 from hetjax.core.progress import told
 from hetjax.core.tasks import Task
-from hetjax.core.timeline import Timeline
+from hetjax.core.timeline import MICRO, Timeline
 from hetjax.core.trainer import Microbatches, State, Trainer
-from hetjax.run import chart, cluster
+from hetjax.run import chart, cluster, metrics
 
 FOLDER = "timelines"
 
 
-def step(trainer: Trainer, state: State, microbatches: Microbatches, workdir: Path) -> tuple[State, Outcome]:
-    """A step of `trainer` that is recorded in `workdir`."""
+def step(
+    trainer: Trainer, state: State, microbatches: Microbatches, workdir: Path, writer: metrics.Writer
+) -> tuple[State, Outcome]:
+    """A step of `trainer` that is recorded in `workdir`, and its numbers in `writer`."""
     state, outcome, timeline = trainer.recorded(state, microbatches)
+    found = numbers(trainer, timeline)
     name = f"step-{state.step}{cluster.of_others()}"
     planned = trainer.pipeline.schedule.forecast
     real = f"step {state.step}, {timeline.makespan / 1e6:.3f} s: devices idle {timeline.bubble:.1%}"
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
-    pictures: dict[str, chart.Step] = {f"planned: {trainer.pipeline.promise()}": planned, real: timeline}
-    (folder / f"{name}.svg").write_text(chart.svg(pictures), encoding="utf-8")
+    drawing = chart.draw({f"planned: {trainer.pipeline.promise()}": planned, real: timeline})
+    (folder / f"{name}.svg").write_text(drawing.svg(), encoding="utf-8")
+    (folder / f"{name}.png").write_bytes(drawing.png())
     (folder / f"{name}.json").write_text(json.dumps({"traceEvents": list(_events(timeline))}))
-    here = dict.fromkeys(module for module, _ in timeline.devices)
-    modules = ", ".join(f"{module} {timeline.seconds(module):.3f} s" for module in here)
     others = "; of this process's devices, others beside it" if jax.process_count() > 1 else ""
-    print(f"recorded {real}; stages of {modules}: {folder / name}.svg and .json{others}", flush=True)
+    print(f"recorded {real}: {folder / name}.svg, .png and .json{others}", flush=True)
+    writer.write(state.step, found)
     return state, outcome
+
+
+def numbers(trainer: Trainer, timeline: Timeline) -> dict[str, float]:
+    """What the metrics say of a recorded step, from the timelines of all processes, which call it alike: the seconds
+    that a module's devices work for it, and what share of their peak that is; the share in which devices are idle."""
+    mine = {name: timeline.device_seconds(name) for name, _ in timeline.devices}
+    worked: dict[str, float] = collections.defaultdict(float)
+    for told_by in map(json.loads, cluster.tell_all(json.dumps(mine))):
+        for name, seconds in told_by.items():
+            worked[name] += seconds
+    seconds, planned = timeline.makespan / MICRO, trainer.pipeline.schedule.forecast
+    everywhere = len(frozenset().union(*planned.devices.values())) * seconds
+    found = {
+        "timeline/seconds": seconds,
+        "timeline/idle": 1 - sum(worked.values()) / everywhere,
+        "timeline/idle_planned": planned.bubble,
+    }
+    peak, flops_of = flops.peak_flops(jax.devices()[0].device_kind), trainer.step_flops()
+    for name, device_seconds in worked.items():
+        found[f"timeline/seconds/{name}"] = device_seconds / trainer.graph.module(name).layout.num_devices
+        if peak is not None and name in flops_of:
+            found[f"timeline/mfu/{name}"] = flops_of[name] / device_seconds / peak
+    return found
 
 
 def _events(timeline: Timeline) -> Iterator[dict[str, Any]]:
