@@ -8,19 +8,17 @@ status 0; a second Ctrl-C, or an error, saves the last complete step if it can, 
 """
 
 import contextlib
-import functools
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from hetjax.core import memory
-from hetjax.core.finish import Outcome
 from hetjax.core.trainer import State, Trainer
 from hetjax.data import Loader
 from hetjax.hf import export, initial
@@ -41,8 +39,8 @@ from hetjax.run import (
     recompute,
     record,
     samples,
+    stage_costs,
     terminal,
-    timelines,
     watchdog,
 )
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
@@ -112,7 +110,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         state = _ready(run, trainers, first, loader, checkpoints, starts, watch)
         files = {**asked, record.SCHEDULE: record.promised(trainers)}
         record.write(workdir, files, resumed, trains=resumed is None or resumed < run.ends[-1])
-        evaluated = resumed if _has(workdir, resumed, "eval/loss") else None
+        evaluated = resumed if metrics.has(workdir, resumed, "eval/loss") else None
         viewers = dict[str, Any](tensorboard=run.tensorboard, wandb=run.wandb)
         writer = stack.enter_context(
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, **viewers)
@@ -136,7 +134,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
                 microbatches = loader.next_step(run.num_microbatches)
                 if state.step + 1 in (*run.timeline_steps, *run.profile_steps):
                     log.settle()  # writes its line before that step's
-                state, outcome = take(run, trainer, workdir, writer, state.step + 1)(state, microbatches)
+                state, outcome = profiles.taken(run, trainer, workdir, writer, state.step + 1)(state, microbatches)
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:
@@ -148,7 +146,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
             checkpoints.save(trainer, state, loader.state())
             if over:
                 break
-        if held_out is not None and not over and not _has(workdir, state.step, "eval/accuracy_prior"):
+        if held_out is not None and not over and not metrics.has(workdir, state.step, "eval/accuracy_prior"):
             watch.steps(f"the evaluation behind step {state.step}")
             values = evaluate.last_values(trainer, state, loader, held_out, run.eval_microbatches, stopped)
             _write(run, trainer, state, held_out, writer, values, stopped)
@@ -157,18 +155,6 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
             checkpoints.wait()
             _say_stopped(signalled, state.step, checkpoints.directory)
         _report_data(loader)
-
-
-def take(
-    run: Experiment, trainer: Trainer, workdir: Path, writer: metrics.Writer, step: int
-) -> Callable[..., tuple[State, Outcome]]:
-    """How this step is done: recorded or profiled, or both, if the run asks for it."""
-    how: Callable[..., tuple[State, Outcome]] = trainer.step
-    if step in run.timeline_steps:
-        how = functools.partial(timelines.step, trainer, workdir=workdir, writer=writer)
-    if step in run.profile_steps:
-        how = functools.partial(profiles.step, trainer, workdir=workdir, take=how)
-    return how
 
 
 def _say_unless_exported(run: Experiment, workdir: Path) -> None:
@@ -238,13 +224,16 @@ def _ready(
         except OtherArraysError as error:
             changed = record.changed(checkpoints.directory.parent, config.operative(run))
             raise OtherArraysError(f"{changed}: {error}" if changed else str(error)) from error
-    if (resumed or 0) < run.ends[-1]:
-        loader.read_first(endless=True)
+    first_microbatch = loader.read_first(endless=True) if (resumed or 0) < run.ends[-1] else None
     for phase, trainer in enumerate(trainers[first:], first):
         if run.ends[phase] > (resumed or 0) or trainer is trainers[-1]:  # a phase that is over only hands on
             print(f"phase {phase + 1} of {len(trainers)}: steps {trainer.spec.first_step + 1} to {run.ends[phase]}")
             recompute.settle(trainer, checkpoints.directory.parent, phase, memory.available(jax.devices()))
             _compile(trainer, watch, evaluates=run.held_out is not None)
+            if run.schedule_costs == "measured" and first_microbatch is not None:
+                watch.pauses("measuring the stages")
+                stage_costs.settle(trainer, checkpoints.directory.parent, phase, first_microbatch)
+                _check_memory(trainer)
     watch.pauses("the first state")
     if resumed is None:
         return initial.state(trainers[0], starts)
@@ -267,6 +256,10 @@ def _compile(trainer: Trainer, watch: Watch, *, evaluates: bool) -> None:
     cluster.meet(f"compiled from step {trainer.spec.first_step}")
     clear = "\r\033[K" if live else ""
     print(f"{clear}compiled every program in {time.perf_counter() - start:.1f} s", flush=True)
+    _check_memory(trainer)
+
+
+def _check_memory(trainer: Trainer) -> None:
     needed = memory.estimate(trainer)
     print(memory.table(needed), flush=True)
     memory.check(needed, memory.available(jax.devices()))
@@ -298,12 +291,6 @@ def _report_data(loader: Loader) -> None:
     read = ", ".join(f"{size / 2**20:.1f}" for size in loader.media_bytes)
     each = " (by process)" if len(loader.media_bytes) > 1 else ""
     print(f"not padding: {fill}; MiB of pictures and clips read: {read or 0}{each}; {loader.tally.report()}")
-
-
-def _has(workdir: Path, step: int | None, name: str) -> bool:
-    """Whether a call wrote the value of that name for a step."""
-    path = workdir / metrics.FILE
-    return path.is_file() and any(r["step"] == step and name in r for r in metrics.read_jsonl(path))
 
 
 if __name__ == "__main__":

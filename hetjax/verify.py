@@ -17,7 +17,7 @@ from hetjax.judge.compare import StepReport, Worst, compare, compare_initial
 from hetjax.judge.reference import Reference
 from hetjax.run import cluster, command, config, experiment, several
 from hetjax.run.experiment import Experiment
-from hetjax.run.shrink import shrunk
+from hetjax.run.shrink import in_precision, shrunk
 
 
 class Tolerance(NamedTuple):
@@ -65,7 +65,7 @@ def verify(arguments: command.Arguments) -> int:
         if flags.steps < 1:
             raise ValueError(f"--steps={flags.steps}; compare at least 1")
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
-        run = experiment.in_precision(shrunk(run) if flags.shrink else run, flags.dtype)
+        run = in_precision(shrunk(run) if flags.shrink else run, flags.dtype)
         experiment.start(run)
         jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would take float32 products in tf32
         trainers = [experiment.build(run, phase) for phase in range(len(run.training))]

@@ -104,6 +104,14 @@ def test_a_workdir_that_something_happened_to_goes_on(
     assert promised == {"phase 1": trainer.pipeline.schedule.forecast.numbers()}
 
 
+def test_a_run_measures_its_stages_once(workdir: Path, call: Callable, undisturbed: dict) -> None:
+    for steps, said in {6: "measured: vision/0 ", STEPS: f"as {workdir}/costs.json has them: vision/0 "}.items():
+        status, text = call(workdir, steps=steps, schedule_costs="measured")
+        assert status == 0 and f"costs of stages, forward/backward, {said}" in text.partition(COMPILES)[2], text
+        losses = runs.records(workdir)
+        assert losses == {n: undisturbed[n] for n in losses} and max(losses) == steps
+
+
 @pytest.mark.parametrize(("change", "said"), REFUSED, ids=named)
 def test_a_workdir_that_cannot_go_on_is_refused_before_it_compiles(
     workdir: Path, call: Callable, change: Callable, said: str

@@ -17,7 +17,6 @@ import runs
 import tiny
 from PIL import Image
 
-from hetjax import train
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.progress import told
@@ -132,7 +131,7 @@ def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
     monkeypatch.setattr(timelines, "step", lambda trainer, *_, workdir, writer: ["recorded", *trainer.step()])
     monkeypatch.setattr(profiles, "step", lambda trainer, *_, workdir, take: ["profiled", *take()])
     run = runs.load(runs.write(tmp_path), runs.settings(timeline_steps=[2, 4], profile_steps=[3, 4]))
-    taken: Any = [train.take(run, Plain(), tmp_path, None, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
+    taken: Any = [profiles.taken(run, Plain(), tmp_path, None, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
     assert taken == [[], ["recorded"], ["profiled"], ["profiled", "recorded"]]
 
 

@@ -27,7 +27,7 @@ from hetjax.core.packing import Prepared, prepare
 from hetjax.core.progress import Progress, told
 from hetjax.core.schedule import build_schedule
 from hetjax.core.step import Act, Doing, Gradients, Tree, Trees, Update, lent
-from hetjax.core.tasks import HostTimes, Kind, StageKey, Task, Thing, What
+from hetjax.core.tasks import Cost, HostTimes, Kind, StageKey, Task, Thing, What
 from hetjax.core.timeline import Recorder
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.wiring import Wiring
@@ -41,14 +41,7 @@ class Pipeline(Wiring):
 
     def __init__(self, spec: TrainSpec) -> None:
         super().__init__(spec)
-        self.schedule = build_schedule(
-            self.nodes,
-            spec.num_microbatches,
-            kind=spec.schedule,
-            encoder_window=spec.encoder_window,
-            ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
-            costs=costs(self.graph, self.stages, spec.batch),
-        )
+        self.reschedule(costs(self.graph, self.stages, spec.batch))
         self.progress = Progress(self)
         self._leaving: dict[Thing, Tree] = {}  # across steps
         self.recorder: Recorder | None = None  # of the step that is recorded
@@ -58,6 +51,18 @@ class Pipeline(Wiring):
     def in_flight(self) -> dict[StageKey, int]:
         """Tasks of each stage that may be handed out before they are through; stages on the same devices share them."""
         return {key: max(IN_FLIGHT // stage.module.layout.vpp, 1) for key, stage in self.stages.items()}
+
+    def reschedule(self, costs: Mapping[StageKey, Cost]) -> None:
+        """Orders the tasks by what the stages cost. Where a state's arrays lie between steps may change."""
+        self.schedule = build_schedule(
+            self.nodes,
+            self.spec.num_microbatches,
+            kind=self.spec.schedule,
+            encoder_window=self.spec.encoder_window,
+            ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
+            costs=costs,
+        )
+        self.__dict__.pop("tasks", None)
 
     def promise(self) -> str:
         """A line with what the schedule promises."""

@@ -108,12 +108,12 @@ class Loader:
             self._count(made.arrays)
         return [made.arrays for made in step]
 
-    def read_first(self, *, endless: bool) -> None:
-        """Reads the microbatch that `next_step` would begin with, or (`endless` False) `one_pass`, and forgets it.
+    def read_first(self, *, endless: bool) -> Arrays:
+        """The microbatch that `next_step` would begin with, or (`endless` False) `one_pass`, which still will.
 
         Raises DataError if there is none."""
         with contextlib.closing(self._make(self._position if endless else Position(), endless=endless)) as made:
-            self._take(made, 1)
+            return self._take(made, 1)[0].arrays
 
     def one_pass(self) -> Iterator[tuple[Arrays, np.ndarray]]:
         """(microbatch, owner) over the whole file once, in its order; the last ones may have empty rows.

@@ -1,5 +1,6 @@
 """Checks that several settings of a run share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -13,3 +14,16 @@ def check_model(module: str, model: Any, fields: tuple[str, ...], kind: str) -> 
     """Raises ValueError unless `model` has one of the fields that tell its kind."""
     if not any(hasattr(model, field) for field in fields):
         raise ValueError(f"{module}.model is a {type(model).__name__}; it must be {kind}")
+
+
+def check_at_least(setting: str, value: int, low: int) -> None:
+    """Raises ValueError for less than `low`."""
+    if value < low:
+        raise ValueError(f"{setting}={value}; it must be at least {low}")
+
+
+def check_steps(setting: str, steps: Sequence[int], last: int) -> None:
+    """Raises ValueError for a step that a run up to `last` does not have."""
+    for step in steps:
+        if not 1 <= step <= last:
+            raise ValueError(f"{setting} names {step}; the run has steps 1 to {last}")

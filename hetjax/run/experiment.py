@@ -31,7 +31,7 @@ from hetjax.data.items import Reader
 from hetjax.data.microbatch import Prepare, abstract
 from hetjax.data.together import ALONE, Here
 from hetjax.run import cluster, command
-from hetjax.run.checks import check_choice, check_model
+from hetjax.run.checks import check_at_least, check_choice, check_model, check_steps
 
 PRECISIONS = ("bfloat16", "float32", "float64")
 OF_PICTURES = ("mean", "std", "shortest_edge", "pad_to_square", "resampling", "resize_positions")
@@ -127,8 +127,7 @@ class Phase:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Phase.steps={self.steps}; it must be at least 1")
+        check_at_least("Phase.steps", self.steps, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +146,7 @@ class Experiment:
     phases: tuple[Phase, ...] = ()  # one after another, in place of `steps` and `optimizer`
     num_microbatches: int = 1  # per step
     schedule: str = "1f1b"  # 1f1b or gpipe
+    schedule_costs: str = "flops"  # or measured: stages' own times, once before the first step
     encoder_window: int | None = None  # microbatches that colocated encoders run ahead; None: all
     seed: int = 0
     param_dtype: str = "float32"  # float32 or float64
@@ -171,24 +171,22 @@ class Experiment:
     def __post_init__(self) -> None:
         for name in ("encoders", "phases", "timeline_steps", "profile_steps"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        ones = ("steps", "num_microbatches", "save_every", "keep", "log_every", "eval_sample_tokens")
-        zeros = ("eval_every", "eval_microbatches", "eval_samples", "emulated_devices")
-        for name, low in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be at least {low}")
+        for name in ("steps", "num_microbatches", "save_every", "keep", "log_every", "eval_sample_tokens"):
+            check_at_least(f"Experiment.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "eval_microbatches", "eval_samples", "emulated_devices"):
+            check_at_least(f"Experiment.{name}", getattr(self, name), 0)
         for name in ("step_limit", "start_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)}; it must be above 0")
         for name in ("timeline_steps", "profile_steps"):
-            for step in getattr(self, name):
-                if not 1 <= step <= self.ends[-1]:
-                    raise ValueError(f"Experiment.{name} names {step}; the run has steps 1 to {self.ends[-1]}")
+            check_steps(f"Experiment.{name}", getattr(self, name), self.ends[-1])
         for name in ("steps", "optimizer"):
             if self.phases and getattr(self, name) != getattr(Experiment, name):
                 raise ValueError(
                     f"Experiment.{name} is set beside phases, which have their own; set Phase.{name} instead"
                 )
         check_choice("Experiment.schedule", self.schedule, ("1f1b", "gpipe"))
+        check_choice("Experiment.schedule_costs", self.schedule_costs, ("flops", "measured"))
         check_choice("Experiment.param_dtype", self.param_dtype, ("float32", "float64"))
         for encoder in self.encoders:
             if encoder.resize_positions and encoder.name not in self.init_from:
@@ -245,16 +243,6 @@ def build_graph(experiment: Experiment) -> Graph:
     told = dict(encoders=names, deepstack=deepstack(towers), packed=packed)
     definition = llm.model.module(jnp.dtype(llm.compute_dtype), **told)
     return vlm(towers, Module(llm.name, definition, *how(llm)))
-
-
-def in_precision(experiment: Experiment, dtype: str) -> Experiment:
-    """The experiment with activations of every module in `dtype`, and parameters too if it is as precise as float32."""
-    return dataclasses.replace(
-        experiment,
-        llm=dataclasses.replace(experiment.llm, compute_dtype=dtype),
-        encoders=tuple(dataclasses.replace(e, compute_dtype=dtype) for e in experiment.encoders),
-        param_dtype="float32" if dtype == "bfloat16" else dtype,
-    )
 
 
 def start(experiment: Experiment) -> None:

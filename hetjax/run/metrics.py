@@ -95,6 +95,12 @@ def last_step(directory: Path) -> int | None:
     return max((record["step"] for path in files if path.is_file() for record in read_jsonl(path)), default=None)
 
 
+def has(directory: Path, step: int | None, name: str) -> bool:
+    """Whether there is a value of that name of a step."""
+    path = directory / FILE
+    return path.is_file() and any(r["step"] == step and name in r for r in read_jsonl(path))
+
+
 class _All:
     """Hands everything to several writers."""
 

@@ -1,7 +1,9 @@
-"""Steps that jax profiles: DIR/profiles/step-N, with the names of the tasks on the thread that hands them out.
+"""How a step is taken: plainly, recorded (`timelines.py`), or profiled by jax.
 
-Each of several processes profiles its own devices, the others than the first in step-N-process-K."""
+DIR/profiles/step-N has the names of the tasks on the thread that hands them out. Each of several processes profiles its
+own devices, the others than the first in step-N-process-K."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +11,21 @@ import jax
 
 from hetjax.core.finish import Outcome
 from hetjax.core.trainer import Microbatches, State, Trainer
-from hetjax.run import cluster
+from hetjax.run import cluster, metrics, timelines
+from hetjax.run.experiment import Experiment
 
 FOLDER = "profiles"
+Take = Callable[[State, Microbatches], tuple[State, Outcome]]
+
+
+def taken(run: Experiment, trainer: Trainer, workdir: Path, writer: metrics.Writer, number: int) -> Take:
+    """How step `number` is done: recorded or profiled, or both, if the run asks for it."""
+    how: Take = trainer.step
+    if number in run.timeline_steps:
+        how = functools.partial(timelines.step, trainer, workdir=workdir, writer=writer)
+    if number in run.profile_steps:
+        how = functools.partial(step, trainer, workdir=workdir, take=how)
+    return how
 
 
 def step(
@@ -19,7 +33,7 @@ def step(
     state: State,
     microbatches: Microbatches,
     workdir: Path,
-    take: Callable[[State, Microbatches], tuple[State, Outcome]],
+    take: Take,
 ) -> tuple[State, Outcome]:
     """A step, as `take` takes it, of which jax writes a profile between two moments without work."""
     folder = workdir / FOLDER / f"step-{state.step + 1}{cluster.of_others()}"

@@ -1,4 +1,4 @@
-"""A small model in a large one's place: same layouts, vocabulary and pictures; fewer and narrower layers."""
+"""A run in another's place: a small model of the same layouts, vocabulary and pictures; other precision."""
 
 import dataclasses
 import math
@@ -25,6 +25,16 @@ def shrunk(experiment: Experiment) -> Experiment:
     )
     return dataclasses.replace(
         experiment, llm=dataclasses.replace(llm, model=model, layout=_even(llm.layout)), encoders=encoders
+    )
+
+
+def in_precision(experiment: Experiment, dtype: str) -> Experiment:
+    """The experiment with activations of every module in `dtype`, and parameters too if it is as precise as float32."""
+    return dataclasses.replace(
+        experiment,
+        llm=dataclasses.replace(experiment.llm, compute_dtype=dtype),
+        encoders=tuple(dataclasses.replace(e, compute_dtype=dtype) for e in experiment.encoders),
+        param_dtype="float32" if dtype == "bfloat16" else dtype,
     )
 
 

@@ -1,0 +1,93 @@
+"""`schedule_costs = "measured"` in a run: what stages cost is measured once and kept in the workdir, so that a run that
+resumes has the same order of tasks, to the bit."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hetjax.core.measured import measured
+from hetjax.core.tasks import Cost, StageKey
+from hetjax.core.trainer import Trainer
+from hetjax.run import cluster
+
+FILE = "costs.json"
+
+
+class Told(NamedTuple):
+    """Costs in microseconds by stage, and of what stages they are."""
+
+    basis: dict[str, str]
+    costs: dict[str, Cost]
+
+
+def settle(trainer: Trainer, workdir: Path, phase: int, microbatch: Mapping[str, np.ndarray]) -> None:
+    """Orders the tasks of a compiled trainer by the costs of its stages: as `workdir` has them of this phase and the
+    same stages, else measured on this microbatch. Each of several processes measures its own stages."""
+    path, name, basis = workdir / FILE, f"phase {phase + 1}", _basis(trainer)
+    before = _read(path)
+    told = before.get(name)
+    if told is not None and told.basis == basis:
+        said, costs = f"as {path} has them", told.costs
+    else:
+        said = "measured" if told is None else f"measured anew, for other stages than in {path}"
+        costs = _of_all(measured(trainer, microbatch))
+        if cluster.is_primary():
+            _write(path, before | {name: Told(basis, costs)})
+    words = (f"{stage} {'/'.join(f'{n / 1000:.3g}' for n in cost)}" for stage, cost in costs.items())
+    print(f"costs of stages, forward/backward, {said}: {', '.join(words)} ms")
+    trainer.pipeline.reschedule({key: costs[_named(key)] for key in trainer.pipeline.stages})
+    print(trainer.pipeline.promise(), flush=True)
+    order = "\n".join(map(str, trainer.pipeline.schedule.order))
+    cluster.agree(lambda: {f"order of tasks of {name}": order})
+
+
+def _of_all(mine: Mapping[StageKey, Cost]) -> dict[str, Cost]:
+    """Those of all processes; of a stage of several the first one's word counts."""
+    found: dict[str, Cost] = {}
+    for said in map(json.loads, cluster.tell_all(json.dumps({_named(key): cost for key, cost in mine.items()}))):
+        found = {stage: Cost(*cost) for stage, cost in said.items()} | found
+    return found
+
+
+def _basis(trainer: Trainer) -> dict[str, str]:
+    """By stage, what its time depends on."""
+    return {
+        _named(key): f"layers {s.plan.lo}-{s.plan.hi} on {s.plan.device_ids}, {s.module.layout}, keeps {s.keep}"
+        for key, s in trainer.pipeline.stages.items()
+    }
+
+
+def _named(key: StageKey) -> str:
+    return f"{key[0]}/{key[1]}"
+
+
+def _read(path: Path) -> dict[str, Told]:
+    """By phase. Raises ValueError for a file that no run wrote."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {phase: _checked(**told) for phase, told in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not what a run writes ({reason}); remove it, and the run measures anew") from error
+
+
+def _checked(basis: dict[str, str], costs: dict[str, Any]) -> Told:
+    told = Told(basis, {stage: Cost(*cost) for stage, cost in costs.items()})
+    if told.costs.keys() != basis.keys():
+        raise ValueError(f"costs of {', '.join(told.costs)} for the stages {', '.join(basis)}")
+    for stage, cost in told.costs.items():
+        if not all(isinstance(n, int) and n > 0 for n in cost):
+            raise ValueError(f"the costs of {stage} are {list(cost)}, not whole microseconds above 0")
+    return told
+
+
+def _write(path: Path, found: Mapping[str, Told]) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps({phase: told._asdict() for phase, told in found.items()}, indent=1), encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,121 @@
+"""Measured costs: what stages really take, once; the same bits as with FLOPs, and one order for a run that resumes."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from hetjax.core import measured
+from hetjax.core.layout import Layout
+from hetjax.core.optimizer import OptimizerConfig
+from hetjax.core.tasks import Cost, StageKey
+from hetjax.core.trainer import Trainer
+from hetjax.run import stage_costs
+
+SHAPE = tiny.Shape(microbatches=3)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    """An encoder beside two stages."""
+    graph = tiny.graph(Layout(pp=2, devices="0-1"), {"vision": Layout(devices="2")}, jnp.float32)
+    config = OptimizerConfig(name="sgd", learning_rate=0.1)
+    found = tiny.trainer(graph, SHAPE, config, dtype=jnp.float32)
+    found.compile()
+    return found
+
+
+@pytest.fixture
+def microbatches() -> list[dict[str, np.ndarray]]:
+    return tiny.microbatches(SHAPE, ("vision",), seed=0)
+
+
+def slowed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    """Programs of stages, by names such as `llm_1_forward`, take so much longer."""
+    for name, more in seconds.items():
+        module, stage, program = name.split("_")
+        programs = trainer.pipeline.stages[module, int(stage)].programs
+        plain = programs[program]
+        late: Callable[..., Any] = lambda *given, plain=plain, more=more: (time.sleep(more), plain(*given))[1]
+        monkeypatch.setitem(programs, program, late)
+
+
+def test_each_stage_has_its_own_time(trainer: Trainer, microbatches: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(trainer, monkeypatch, llm_1_backward=0.3, vision_0_forward=0.2)
+    found = measured.measured(trainer, microbatches[0])
+    assert found.keys() == {("vision", 0), ("llm", 0), ("llm", 1)}
+    assert found["llm", 1].backward >= 300_000 and found["vision", 0].forward >= 200_000
+    others = [found["llm", 0].forward, found["llm", 0].backward, found["llm", 1].forward, found["vision", 0].backward]
+    assert max(others) < 150_000
+
+
+def test_other_costs_order_the_tasks_otherwise_and_give_the_same_bits(trainer: Trainer, microbatches: list) -> None:
+    pipeline = trainer.pipeline
+    by_flops = pipeline.schedule.order
+    first, one = trainer.step(trainer.init(), microbatches)
+    pipeline.reschedule({key: Cost(1, 1) if key[0] == "vision" else Cost(50, 7) for key in pipeline.stages})
+    other = pipeline.schedule.order
+    assert other != by_flops and sorted(map(str, other)) == sorted(map(str, by_flops))
+    assert pipeline.tasks == (pipeline.schedule.gradients, pipeline.schedule.update)
+    second, two = trainer.step(trainer.init(), microbatches)
+    jax.tree.map(np.testing.assert_array_equal, (first.params, one.loss), (second.params, two.loss))
+
+
+def test_a_run_that_resumes_reads_what_was_measured(
+    trainer: Trainer, microbatches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    counted: list[int] = []
+
+    def count(trainer: Trainer, _: object) -> dict[StageKey, Cost]:
+        counted.append(0)
+        return {key: Cost(100 * len(counted), 7) for key in trainer.pipeline.stages}
+
+    monkeypatch.setattr(stage_costs, "measured", count)
+    stage_costs.settle(trainer, tmp_path, 0, microbatches[0])
+    said, order, forecast = capsys.readouterr().out, trainer.pipeline.schedule.order, trainer.pipeline.schedule.forecast
+    assert "measured: vision/0 0.1/0.007, llm/0 0.1/0.007" in said and "schedule 1f1b, 3 microbatches" in said
+    trainer.pipeline.reschedule(dict.fromkeys(trainer.pipeline.stages, Cost(1, 5)))
+    assert trainer.pipeline.schedule.order != order
+    stage_costs.settle(trainer, tmp_path, 0, microbatches[0])
+    assert len(counted) == 1 and f"as {tmp_path}/costs.json has them" in capsys.readouterr().out
+    assert trainer.pipeline.schedule.order == order and trainer.pipeline.schedule.forecast == forecast
+    stage_costs.settle(trainer, tmp_path, 1, microbatches[0])  # another phase trains other parts
+    assert len(counted) == 2
+    told = json.loads((tmp_path / "costs.json").read_text())
+    assert list(told) == ["phase 1", "phase 2"]
+    told["phase 1"]["basis"]["llm/0"] += "other"
+    (tmp_path / "costs.json").write_text(json.dumps(told))
+    stage_costs.settle(trainer, tmp_path, 0, microbatches[0])
+    assert len(counted) == 3 and "measured anew, for other stages than in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "JSONDecodeError"),
+        (
+            '{"phase 1": {"basis": {"llm/0": ""}, "costs": {"llm/0": [3, -1]}}}',
+            r"costs of llm/0 are \[3, -1\], not whole",
+        ),
+        ('{"phase 1": {"basis": {"llm/0": ""}, "costs": {"llm/0": [3, 1.5]}}}', "not whole microseconds above 0"),
+        ('{"phase 1": {"basis": {"llm/0": ""}, "costs": {}}}', "for the stages llm/0"),
+        ('{"phase 1": {"basis": {}}}', "TypeError"),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_refused(trainer: Trainer, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "costs.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"costs\.json is not what a run writes \(.*{said}.*remove it"):
+        stage_costs.settle(trainer, tmp_path, 0, {})
+
+
+def test_costs_are_from_flops_or_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Experiment.schedule_costs='mesured'; it must be one of flops, measured"):
+        runs.load(runs.write(tmp_path), runs.settings(schedule_costs="mesured"))
