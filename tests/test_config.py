@@ -296,6 +296,25 @@ def test_a_mistake_names_its_line_and_what_was_meant(tmp_path: Path, line: str, 
         load(tmp_path, BASE + line + "\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    heads: int
+    kv: int = 1
+    other: int = 0
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"Heads.heads={self.heads} is not a multiple of kv={self.kv}, whatever other settings are")
+
+
+def test_an_error_of_two_settings_names_the_lines_of_both(tmp_path: Path) -> None:
+    path = tmp_path / "run.gin"
+    lines = ["import test_config", *(f"test_config.Heads.{name} = 4" for name in ("other", "kv"))]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as raised:
+        config.load([path], ["test_config.Heads.heads = 6"], Heads)
+    assert str(raised.value).startswith(f"{path}:3, --gin.test_config.Heads.heads=6: Heads.heads=6 is not a multiple")
+
+
 @pytest.mark.parametrize(
     ("binding", "message"),
     [

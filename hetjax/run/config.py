@@ -20,7 +20,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hetjax.run.ginfile import Binding, Key, Reader, nearest, read_text, resolve, scoped
@@ -82,9 +82,16 @@ class _Builder:
         fields = {f: self._value(self.bindings[key], scope, hints.get(f, Any)) for f, key in keys.items()}
         try:
             return target(**fields)
-        except ValueError as error:  # it names a setting: point at its line
-            places = [self.bindings[key].where for f, key in keys.items() if re.search(rf"\b{f}\b", str(error))]
-            raise ConfigError(f"{places[0] if places else where}{error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{self._places(keys, str(error)) or where}{error}") from error
+
+    def _places(self, keys: Mapping[str, Key], said: str) -> str:
+        """The lines of the settings that an error names with their values or their class, else of the first whose word
+        is in it; as a prefix of the error."""
+        named = [key for field, key in keys.items() if re.search(rf"\.{field}\b|\b{field}=", said)]
+        named = named or [key for field, key in keys.items() if re.search(rf"\b{field}\b", said)][:1]
+        places = dict.fromkeys(self.bindings[key].where for key in named)
+        return "".join(places) if len(places) < 2 else ", ".join(p.removesuffix(": ") for p in places) + ": "
 
     def _bound(self, target: Any, scope: str, keys: Iterable[Key]) -> dict[str, Key]:
         """Field -> which of `keys` sets it for `target` in `scope`."""
