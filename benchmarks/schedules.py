@@ -72,9 +72,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints a line per schedule, and the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--micros", type=int, default=10_000, help="of a layer's forward; more on a busy machine"
-    )
+    parser.add_argument("--micros", type=int, default=10_000, help="of a layer's forward; more on a busy machine")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="schedules whose name has one of these")
     flags = parser.parse_args(argv)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # compiles sooner

@@ -18,7 +18,7 @@ from hf_folders import llava, text, vision
 from runs import ROOT, arguments, environment, records, settings
 
 from hetjax.launch import free_ports
-from hetjax.run import cluster, watchdog
+from hetjax.run import cluster, curves, watchdog
 from hetjax.run.checkpoint import steps_in
 from hetjax.run.metrics import SAMPLES
 
@@ -78,7 +78,7 @@ def children(launch: subprocess.Popen) -> list[int]:
 def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
     seen = runs.held_out(gin) | settings(eval_every=20, eval_microbatches=1, eval_samples=2, eval_sample_tokens=2)
-    many = APART | seen | settings(steps=10000)
+    many = APART | seen | settings(steps=10000, schedule_costs="measured", timeline_steps=[3])
     launch = start(gin, tmp_path / "run", many, restarts=1)
     saved(tmp_path / "run", 20, launch)
     first = children(launch)
@@ -106,6 +106,14 @@ def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path)
     assert launch.returncode == 0, said
     stopped = int(re.search(r"a signal to another process: saved step (\d+)", said)[1])
     assert stopped in steps_in(tmp_path / "run" / "checkpoints")
+    assert re.search(rf"as {tmp_path}/run/costs.json has them: vision/0 [\d.]+/[\d.]+, llm/0 [\d.]+/[\d.]+ ms", said), (
+        said
+    )
+    recorded = {f"step-3{whose}.{kind}" for whose in ("", "-process-1") for kind in ("svg", "png", "json")}
+    assert set(os.listdir(tmp_path / "run" / "timelines")) == recorded
+    measured = [records(tmp_path / "run", f"timeline/{name}")[3] for name in ("idle", "seconds/vision", "seconds/llm")]
+    assert 0 < measured[0] < 1 and min(measured[1:]) > 0, "both processes' devices, told to the first"
+    assert (tmp_path / "run" / curves.FILE).read_bytes().startswith(b"\x89PNG")
 
     runs.train(gin, tmp_path / "alone", APART | seen | settings(steps=stopped))
     for name in ("loss", "eval/loss", "eval/token_accuracy"):

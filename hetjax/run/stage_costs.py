@@ -34,7 +34,8 @@ def settle(trainer: Trainer, workdir: Path, phase: int, microbatch: Mapping[str,
         said, costs = f"as {path} has them", told.costs
     else:
         said = "measured" if told is None else f"measured anew, for other stages than in {path}"
-        costs = _of_all(measured(trainer, microbatch))
+        of_all = _of_all(measured(trainer, microbatch))
+        costs = {stage: of_all[stage] for stage in basis}
         if cluster.is_primary():
             _write(path, before | {name: Told(basis, costs)})
     words = (f"{stage} {'/'.join(f'{n / 1000:.3g}' for n in cost)}" for stage, cost in costs.items())
