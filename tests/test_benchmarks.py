@@ -1,6 +1,7 @@
 """The GPU run runs through with small sizes on any device, so that nothing silly fails where there is a GPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,14 @@ def test_a_part_that_runs_out_of_time_costs_no_other(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert {r["part"]: r["status"] for r in results} == dict.fromkeys(QUICK)
     assert "| kernels | out of time |" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_loop_keeps_to_the_plan() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("without a C++ compiler nothing can sleep natively")
+    line = [sys.executable, str(runs.ROOT / "benchmarks" / "schedules.py"), "--micros=40000", "--repeats=2"]
+    words = ["1f1b, pp", "frozen llm", "one device"]
+    ran = subprocess.run([*line, "--only", *words], env=runs.environment(), capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    assert "5 schedules: rank correlation" in ran.stdout

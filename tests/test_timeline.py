@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import threading
+import time
 import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_a_task_begins_when_its_devices_are_free_and_its_inputs_are_there(monkey
         recorder.see(task, result)
     for task, result in results.items():  # through at 4 to 7, each when it is told to
         result.there.set()
-        recorder._ends[task].result(10)
+        while task not in recorder._ends:
+            time.sleep(0.001)
     found = recorder.timeline(Needs(nodes, 2), {node.key: node.devices for node in nodes})
     assert found.spans == {v0: (0, 4), v1: (4, 6), l0: (6, 7)}  # the last waits for device 0, not for its input of 5
     assert found.crossings == {crosses: (4, 5)} and found.makespan == 8

@@ -1,7 +1,9 @@
 """When the tasks of a step really began and ended, seen by threads that wait for their results."""
 
-import concurrent.futures
+import contextlib
 import dataclasses
+import queue
+import threading
 import time
 from collections.abc import Mapping
 
@@ -40,24 +42,32 @@ class Recorder:
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
-        self._threads: dict[tuple, concurrent.futures.ThreadPoolExecutor] = {}
+        self._threads: dict[tuple, threading.Thread] = {}
+        self._queues: dict[tuple, queue.SimpleQueue] = {}  # lighter than an executor's futures
         self._handed: dict[Task, int] = {}
-        self._ends: dict[Task, concurrent.futures.Future[int]] = {}
+        self._ends: dict[Task, int] = {}
 
     def see(self, task: Task, result: jax.Array) -> None:
         """The host has handed out a task, whose end is the arrival of `result`. It is kept until then."""
         where = (task.stage, task.to)
-        if where not in self._threads:
-            self._threads[where] = concurrent.futures.ThreadPoolExecutor(1, "watch")
+        if where not in self._queues:
+            self._queues[where] = queue.SimpleQueue()
+            self._threads[where] = threading.Thread(target=self._watch, args=(self._queues[where],), daemon=True)
+            self._threads[where].start()
         self._handed[task] = self._now()
-        self._ends[task] = self._threads[where].submit(self._end, result)
+        self._queues[where].put((task, result))
+
+    def close(self) -> None:
+        """No more will come: the threads end once they have seen what did."""
+        for waiting in self._queues.values():
+            waiting.put(None)
 
     def timeline(self, needs: Needs, devices: Mapping[StageKey, frozenset[int]]) -> Timeline:
         """What was seen, now that all of the step is over."""
-        makespan = self._now()
+        makespan, ends = self._now(), self._ends
+        self.close()
         for thread in self._threads.values():
-            thread.shutdown()
-        ends = {task: end.result() for task, end in self._ends.items()}
+            thread.join()
         spans: dict[Task, Span] = {}
         free = dict.fromkeys(frozenset().union(*devices.values()), 0)
         for task in sorted((t for t in ends if t.kind in COMPUTING), key=ends.__getitem__):
@@ -72,9 +82,12 @@ class Recorder:
         here = {task.stage for task in spans}
         return Timeline({key: ids for key, ids in devices.items() if key in here}, spans, crossings, makespan)
 
-    def _end(self, result: jax.Array) -> int:
-        result.block_until_ready()
-        return self._now()
+    def _watch(self, waiting: queue.SimpleQueue) -> None:
+        while (handed := waiting.get()) is not None:
+            task, result = handed
+            with contextlib.suppress(Exception):  # the step's own thread meets it too
+                result.block_until_ready()
+            self._ends[task] = self._now()
 
     def _now(self) -> int:
         return round((time.perf_counter() - self._begin) * MICRO)

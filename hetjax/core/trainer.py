@@ -179,6 +179,7 @@ class Trainer:
             needs = Needs(pipeline.nodes, self.spec.num_microbatches)
             return state, outcome, pipeline.recorder.timeline(needs, pipeline.schedule.forecast.devices)
         finally:
+            pipeline.recorder.close()
             pipeline.recorder = None
 
     def gradients(self, state: State, microbatches: Microbatches) -> StepGradients:
