@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import answering
@@ -35,18 +36,22 @@ APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2
 
 
 def start(gin: Path, workdir: Path, changes: runs.Changes, *, restarts: int = 0) -> subprocess.Popen:
-    """A launch of two processes that train with four devices together."""
-    return launched("train", *arguments(gin, workdir, changes), devices=4, restarts=restarts)
+    """A launch of two processes that train with four devices together, and keep their programs beside `workdir`."""
+    kept = dict(JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "programs"))
+    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return launched("train", *arguments(gin, workdir, changes), devices=4, restarts=restarts, env=kept)
 
 
-def launched(*command: str, devices: int, cwd: Path = ROOT, restarts: int = 0) -> subprocess.Popen:
+def launched(
+    *command: str, devices: int, cwd: Path = ROOT, restarts: int = 0, env: Mapping[str, str] | None = None
+) -> subprocess.Popen:
     """Two processes that run a command with so many devices together, and the code in `cwd`."""
     line = [sys.executable, "-m", "hetjax", "launch", "-n", "2", "--devices-per-process", str(devices // 2)]
     line += [f"--max-restarts={restarts}", "--"]
     never = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9", PYTHONUNBUFFERED="1", PYTHONPATH=str(cwd))
     return subprocess.Popen(
         [*line, *command],
-        env=environment() | never,
+        env=environment() | never | (env or {}),
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -98,6 +103,8 @@ def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path)
     assert f"[0] error: process 0: nothing has happened for Experiment.step_limit={LIMIT:g} s, in" in said
     assert "[0]   the host's thread is" in said and "[0]   vision/0 (process 0)" in said
     killed = max(steps_in(tmp_path / "run" / "checkpoints"))
+    kept = list((tmp_path / "programs").glob("jit__forward-*-cache"))
+    assert len(kept) == 2, "each process has programs of its own, and keeps them"
 
     launch = start(gin, tmp_path / "run", many)
     saved(tmp_path / "run", killed + 20, launch)
