@@ -18,6 +18,7 @@ import test_mutants as mutants
 from hf_folders import llava, text, vision
 from runs import ROOT, arguments, environment, records, settings
 
+from hetjax import launch as launcher
 from hetjax.launch import free_ports
 from hetjax.run import cluster, watchdog
 from hetjax.run.checkpoint import steps_in
@@ -175,9 +176,25 @@ def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.Ca
         "-n 2 -- convert": "'convert' is none of the commands that run in several processes",
         "-n 2 --devices-per-process=-1 -- train": "--devices-per-process=-1; it must be at least 0",
         "-n 2 --max-restarts=-1 -- train": "--max-restarts=-1; it must be at least 0",
+        "-n 2 -- train": "--devices-per-process=0, but there is no GPU; give each process CPU devices to emulate",
     }.items():
-        ran = subprocess.run([sys.executable, "-m", "hetjax", "launch", *line.split()], cwd=ROOT, capture_output=True)
+        start = [sys.executable, "-m", "hetjax", "launch", *line.split()]
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        ran = subprocess.run(start, cwd=ROOT, env=env, capture_output=True)
         assert ran.returncode == 2 and says in ran.stderr.decode(), ran
+
+
+def test_processes_share_the_machines_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7,6")
+    named = [each["CUDA_VISIBLE_DEVICES"] for each in launcher.real(2)]
+    assert named == ["4,5", "7,6"]
+    with pytest.raises(ValueError, match=r"-n=3 processes cannot share 4 GPUs \(4,5,7,6\) evenly; start as many as"):
+        launcher.real(3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for bus in ("0000:1b:00.0", "0000:43:00.0"):
+        (tmp_path / bus).mkdir()
+    monkeypatch.setattr(launcher, "GPUS", tmp_path)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in launcher.real(2)] == ["0", "1"]
 
 
 @pytest.mark.parametrize(
