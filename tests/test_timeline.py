@@ -100,7 +100,7 @@ def test_a_recorded_step_is_the_step(trainer: Trainer, tmp_path: Path, capsys: p
         assert one["ts"] + one["dur"] <= other["ts"]
 
 
-def test_what_is_recorded_keeps_to_what_tasks_need(trainer: Trainer) -> None:
+def test_what_is_recorded_keeps_to_what_tasks_need(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     microbatches = tiny.microbatches(tiny.Shape(microbatches=3), ("vision",), seed=0)
     _, _, found = trainer.recorded(trainer.init(), microbatches)
     spans: dict[Task, Any] = {**found.spans, **found.crossings}
@@ -110,6 +110,11 @@ def test_what_is_recorded_keeps_to_what_tasks_need(trainer: Trainer) -> None:
         # threads see what happens a little late, so an end may be noted behind that of what followed
         assert all(min(spans[need].end, span.end) <= span.begin for need in needs.of(task) if need in spans)
         assert 0 <= span.begin <= span.end <= found.makespan
+    monkeypatch.setattr(timelines.flops, "peak_flops", lambda kind: 1e9)
+    numbers, computed = timelines.numbers(trainer, found), trainer.step_flops()
+    for name, devices in {"vision": 1, "llm": 2}.items():
+        rate = computed[name] / (devices * numbers[f"timeline/seconds/{name}"])
+        assert numbers[f"timeline/mfu/{name}"] == pytest.approx(rate / 1e9)
 
 
 def test_a_profiled_step_is_the_step_with_the_name_of_each_task(trainer: Trainer, tmp_path: Path) -> None:
@@ -118,8 +123,10 @@ def test_a_profiled_step_is_the_step_with_the_name_of_each_task(trainer: Trainer
     found, _ = profiles.step(trainer, trainer.init(), microbatches, tmp_path, trainer.step)
     jax.tree.map(np.testing.assert_array_equal, plain.params, found.params)
     (trace,) = tmp_path.glob("profiles/step-1/**/perfetto_trace.json.gz")
-    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
-    assert {names.count(told(task)) for task in trainer.pipeline.schedule.order} == {1} and "step" in names
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert {names.count(told(task)) for task in trainer.pipeline.schedule.order} == {1}
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "step"] == ["1"]
     assert not trainer.pipeline.annotates
 
 

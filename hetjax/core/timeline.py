@@ -68,6 +68,7 @@ class Recorder:
         self.close()
         for thread in self._threads.values():
             thread.join()
+        makespan = max(makespan, *ends.values())  # the last end may be noted a little late
         spans: dict[Task, Span] = {}
         free = dict.fromkeys(frozenset().union(*devices.values()), 0)
         for task in sorted((t for t in ends if t.kind in COMPUTING), key=ends.__getitem__):
