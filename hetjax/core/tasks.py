@@ -97,6 +97,8 @@ class StageNode:
 
     `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `offload`: what of
     it leaves its devices between two uses. `moves`: the step's end moves some of its parameters without gradients.
+    `replica` of `replicas`: of so many stages that do the same, each with its share of the microbatches, it is this
+    one; the step's end updates the first alone.
     """
 
     module: str
@@ -107,11 +109,22 @@ class StageNode:
     end: Kind | None = None
     offload: frozenset[What] = frozenset()
     moves: bool = False
+    replica: int = 0
+    replicas: int = 1
 
     @property
     def key(self) -> StageKey:
         """Its name."""
         return self.module, self.stage
+
+    @property
+    def updates(self) -> bool:
+        """Whether the step's end changes its parameters in a task of its own."""
+        return self.replica == 0 and (self.end is not None or self.moves)
+
+    def takes(self, microbatch: int) -> bool:
+        """Whether a microbatch is of its share."""
+        return microbatch % self.replicas == self.replica
 
 
 class Needs:
@@ -129,6 +142,14 @@ class Needs:
         self._num, self._ties = num_microbatches, list(ties)
         self.decide = Task(Kind.DECIDE, nodes[-1].key)
 
+    def share(self, key: StageKey) -> range:
+        """The microbatches of a stage."""
+        return range(self.nodes[key].replica, self._num, self.nodes[key].replicas)
+
+    def upstream(self, key: StageKey, microbatch: int) -> list[StageKey]:
+        """The stages whose output a stage takes for a microbatch."""
+        return [source for source in self.nodes[key].upstream if self.nodes[source].takes(microbatch)]
+
     def of_microbatches(self) -> list[Task]:
         """Every forward and backward."""
         return [
@@ -136,7 +157,7 @@ class Needs:
             for node in self.nodes.values()
             for kind in (Kind.FORWARD, Kind.BACKWARD)
             if kind is Kind.FORWARD or node.backward
-            for i in range(self._num)
+            for i in self.share(node.key)
         ]
 
     def boundaries_behind(self, task: Task) -> list[Task]:
@@ -144,7 +165,7 @@ class Needs:
         if task.kind is Kind.FORWARD:
             to = self.consumers[task.stage]
         else:
-            to = [key for key in self.nodes[task.stage].upstream if self.nodes[key].backward]
+            to = [key for key in self.upstream(task.stage, task.microbatch) if self.nodes[key].backward]
         return [Task(Kind.BOUNDARY, task.stage, task.microbatch, key) for key in to]
 
     def finished(self, key: StageKey) -> list[Task]:
@@ -154,7 +175,7 @@ class Needs:
 
     def behind_gradients(self) -> list[Task]:
         """Ties' gradients, the decision, updates, ties' values: what follows when every stage is finished."""
-        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.end is not None or node.moves]
+        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.updates]
         there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
         back = [Task(Kind.TIE, owner, to=copy) for copy, owner in self._ties]
         return [*there, self.decide, *updates, *back]
@@ -163,18 +184,18 @@ class Needs:
         """The tasks whose results `task` takes."""
         kind, key, i, to, _ = task
         if kind is Kind.FORWARD:
-            return [Task(Kind.BOUNDARY, source, i, key) for source in self.nodes[key].upstream]
+            return [Task(Kind.BOUNDARY, source, i, key) for source in self.upstream(key, i)]
         if kind is Kind.BACKWARD:
             later = [Task(Kind.BOUNDARY, consumer, i, key) for consumer in self.consumers[key]]
             return [Task(Kind.FORWARD, key, i), *later]
         if kind is Kind.BOUNDARY:
             return [Task(Kind.FORWARD if to in self.consumers[key] else Kind.BACKWARD, key, i)]
         if kind in (Kind.REDUCE, Kind.MEASURE):
-            return [Task(Kind.BACKWARD, key, n) for n in range(self._num)]
+            return [Task(Kind.BACKWARD, key, n) for n in self.share(key)]
         if kind is Kind.TIE and to is not None:
             if (key, to) in self._ties:
                 return [*self.finished(key), *self.finished(to)]
-            return [Task(Kind.UPDATE, key), Task(Kind.UPDATE, to)]
+            return [Task(Kind.UPDATE, end) for end in (key, to) if self.nodes[end].updates]
         if kind is Kind.DECIDE:
             losses = [Task(Kind.BACKWARD, key, n) for n in range(self._num)]
             there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
@@ -201,7 +222,7 @@ class Needs:
         """What must be on the devices for `task`, beside what it makes."""
         kind, key, i, to, _ = task
         if kind in (Kind.FORWARD, Kind.BACKWARD):
-            given = [Thing(What.WEIGHTS, key), *(Thing(What.INPUTS, key, i, k) for k in self.nodes[key].upstream)]
+            given = [Thing(What.WEIGHTS, key), *(Thing(What.INPUTS, key, i, k) for k in self.upstream(key, i))]
             if kind is Kind.FORWARD:
                 return given
             cotangents = (Thing(What.COTANGENTS, key, i, consumer) for consumer in self.consumers[key])
