@@ -10,13 +10,13 @@ from test_schedule import all_tasks, chain, text
 
 from hetjax.core.forecast import Forecast, forecast
 from hetjax.core.schedule import build_schedule
-from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
+from hetjax.core.tasks import Cost, Kind, Needs, Share, StageKey, StageNode, Task
 
 
 def replicas(module: str, devices: list[list[int]], *, backward: bool = True) -> list[StageNode]:
     end = Kind.MEASURE if backward else None
     alike = [StageNode(module, n, frozenset(ids), backward, (), end) for n, ids in enumerate(devices)]
-    return [dataclasses.replace(node, replica=node.stage, replicas=len(devices)) for node in alike]
+    return [dataclasses.replace(node, share=Share(node.stage, len(devices))) for node in alike]
 
 
 def pipeline(lanes: int, *, backward: bool = True) -> list[StageNode]:

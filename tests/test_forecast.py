@@ -108,7 +108,7 @@ def check_bounds(found: Forecast, nodes: list[StageNode], num: int) -> None:
     needs = Needs(nodes, num)
     for node in nodes:
         assert found.in_flight[node.key] <= found.bounds[node.key] <= num
-        mine = range(node.replica, num, node.replicas)
+        mine = range(node.share.replica, num, node.share.replicas)
         for count, i in enumerate(mine, 1):
             begin = found.spans[Task(Kind.FORWARD, node.key, i)].begin
             frees = [Task(Kind.BACKWARD, node.key, n) for n in mine if node.backward]

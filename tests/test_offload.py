@@ -117,7 +117,7 @@ def test_a_run_has_the_same_bits_with_everything_offloaded(name: str, tmp_path: 
 
 
 def needs_of(pipeline: Pipeline) -> Needs:
-    ties = list(dict.fromkeys((tie.copy, tie.owner) for tie in pipeline.ties if tie.gradient is not None))
+    ties = list(dict.fromkeys((tie.copy, tie.owner) for tie in pipeline.ties if tie.gradients is not None))
     return Needs(pipeline.nodes, pipeline.spec.num_microbatches, ties)
 
 

@@ -30,7 +30,7 @@ def filled(orders: Orders, without: Mapping[Task, Span], costs: Mapping[StageKey
 def _leads(orders: Orders) -> list[int]:
     """How many microbatches the replicas may be ahead before the language model goes first: from none to as many as
     there may be, since behind a window's forwards come backwards, for which the language model has to go on."""
-    first = max(node.replicas for node in orders.nodes.values())
+    first = max(node.share.replicas for node in orders.nodes.values())
     most = orders.num if orders.most == orders.num else orders.most - max(map(orders.bounds.__getitem__, orders.sink))
     return [0, *(first * 2**n for n in range(most.bit_length()) if first * 2**n < most), *[most] * (most > 0)]
 
@@ -38,9 +38,9 @@ def _leads(orders: Orders) -> list[int]:
 def _ahead(orders: Orders, needs: Mapping[Task, Sequence[Task]], lead: int) -> dict[Task, list[Task]]:
     """What tasks need, and beside it that replicas be so far ahead."""
     found = {task: list(others) for task, others in needs.items()}
-    for key in (key for key, node in orders.nodes.items() if node.replicas > 1):
+    for key in (key for key, node in orders.nodes.items() if node.share.replicas > 1):
         taker = orders.graph.consumers[key][0]
-        for i in orders.graph.share(key):
+        for i in orders.graph.microbatches(key):
             found[Task(Kind.FORWARD, taker, max(i - lead, 0))].append(Task(Kind.FORWARD, key, i))
     return found
 

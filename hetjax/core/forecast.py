@@ -82,7 +82,7 @@ def forecast(
 
     def step(of_step: Sequence[StageNode]) -> tuple[Orders, dict[Task, Span]]:
         orders = Orders(Needs(of_step, num_microbatches), num_microbatches, kind=kind, window=window)
-        others = _only(of_step, {node.module for node in of_step if node.replicas == 1})
+        others = _only(of_step, {node.module for node in of_step if node.share.replicas == 1})
         if len(others) == len(of_step):
             return orders, simulate(orders.lanes, orders.needs(), costs)
         return orders, filled(orders, step(others)[1], costs)

@@ -55,7 +55,7 @@ class Orders:
         nodes = list(self.nodes.values())
         sink = needs.decide.stage[0]
         of_sink = frozenset().union(*(n.devices for n in nodes if n.module == sink))
-        windowed = {n.module for n in nodes if n.module != sink and n.devices & of_sink and n.replicas == 1}
+        windowed = {n.module for n in nodes if n.module != sink and n.devices & of_sink and n.share.replicas == 1}
         self.sink = [n.key for n in nodes if n.module == sink]
         self.sharing = [n.key for n in nodes if n.module in windowed]
         self.window, self.most = window if windowed else num_microbatches, window
@@ -72,7 +72,11 @@ class Orders:
         """That nearest to the loss first."""
         found = []
         for turns in reversed(self.turns):
-            forwards, backwards, fills = self._forwards(turns), self._backwards(turns), turns.stages[0].replicas > 1
+            forwards, backwards, fills = (
+                self._forwards(turns),
+                self._backwards(turns),
+                turns.stages[0].share.replicas > 1,
+            )
             backwards_first = self.kind == "1f1b" and len(turns.stages) == 1 and not fills
             orders = (backwards, forwards) if backwards_first else (forwards, backwards)
             found.append(Lane(turns.stages[0].devices, orders, fills))
@@ -88,7 +92,7 @@ class Orders:
 
     def _tasks(self, kind: Kind, turns: Turns, keys: Sequence[StageKey]) -> list[Task]:
         groups = self._groups(turns)
-        return [Task(kind, key, i) for group in groups for key in keys for i in group if self.nodes[key].takes(i)]
+        return [Task(kind, key, i) for group in groups for key in keys for i in group if self.nodes[key].share.takes(i)]
 
     def _groups(self, turns: Turns) -> Iterator[range]:
         """Microbatches that take their turn together: at least one for each lane where a window has so many."""
@@ -108,7 +112,7 @@ class Orders:
         keys = sorted((node.key for turns in lanes for node in turns.stages), reverse=True)
         taken = lambda key: max((self.bounds[k] for k in self.graph.consumers[key] if k in self.bounds), default=0)
         outside = max(map(taken, keys))
-        if self.nodes[keys[0]].replicas > 1:
+        if self.nodes[keys[0]].share.replicas > 1:
             self._bind_replicas(keys, max(map(taken, keys)))
             return
         if self.kind == "gpipe" or keys[0] in self.sharing:
@@ -132,7 +136,7 @@ class Orders:
                 f"{keys[0][0]}; set at least {least}, or None"
             )
         for key in keys:
-            self.bounds[key] = self._ahead[key] = min(-(-self.most // replicas), len(self.graph.share(key)))
+            self.bounds[key] = self._ahead[key] = min(-(-self.most // replicas), len(self.graph.microbatches(key)))
 
     def _far(self, turns: Turns, outside: int) -> int:
         """Forwards without their backwards that keep the devices of several stages busy, where `outside` microbatches
@@ -169,11 +173,11 @@ class Orders:
     def _rules(self, task: Task) -> list[Task]:
         kind, key, i = task.kind, task.stage, task.microbatch
         found = []
-        before = i - self.bounds[key] * self.nodes[key].replicas
+        before = i - self.bounds[key] * self.nodes[key].share.replicas
         if kind is Kind.FORWARD and not self.nodes[key].backward and before >= 0:
             found += [Task(kind, k, before) for k in self.graph.consumers[key]]
         last = self._last_of_window(i)
-        if kind is Kind.BACKWARD and self.kind == "gpipe" and self.nodes[key].replicas == 1:
+        if kind is Kind.BACKWARD and self.kind == "gpipe" and self.nodes[key].share.replicas == 1:
             found.append(Task(Kind.FORWARD, key, last))
         if kind is Kind.FORWARD and key in self.sharing and i >= self.window:
             found += self._back([*self.sink, *self.sharing], i - i % self.window - 1)

@@ -92,13 +92,28 @@ class HostTimes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """Of `replicas` that do the same, each with every so many-th microbatch, those of number `replica`."""
+
+    replica: int = 0
+    replicas: int = 1
+
+    def takes(self, microbatch: int) -> bool:
+        """Whether a microbatch is one of them."""
+        return microbatch % self.replicas == self.replica
+
+    def of(self, num_microbatches: int) -> range:
+        """Those of a step."""
+        return range(self.replica, num_microbatches, self.replicas)
+
+
+@dataclasses.dataclass(frozen=True)
 class StageNode:
     """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks.
 
     `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `offload`: what of
     it leaves its devices between two uses. `moves`: the step's end moves some of its parameters without gradients.
-    `replica` of `replicas`: of so many stages that do the same, each with its share of the microbatches, it is this
-    one; the step's end updates the first alone.
+    `share`: of which replica, and so of which microbatches, it is; the step's end updates the first replica alone.
     """
 
     module: str
@@ -109,8 +124,7 @@ class StageNode:
     end: Kind | None = None
     offload: frozenset[What] = frozenset()
     moves: bool = False
-    replica: int = 0
-    replicas: int = 1
+    share: Share = Share()
 
     @property
     def key(self) -> StageKey:
@@ -120,11 +134,7 @@ class StageNode:
     @property
     def updates(self) -> bool:
         """Whether the step's end changes its parameters in a task of its own."""
-        return self.replica == 0 and (self.end is not None or self.moves)
-
-    def takes(self, microbatch: int) -> bool:
-        """Whether a microbatch is of its share."""
-        return microbatch % self.replicas == self.replica
+        return self.share.replica == 0 and (self.end is not None or self.moves)
 
 
 class Needs:
@@ -142,13 +152,13 @@ class Needs:
         self._num, self._ties = num_microbatches, list(ties)
         self.decide = Task(Kind.DECIDE, nodes[-1].key)
 
-    def share(self, key: StageKey) -> range:
-        """The microbatches of a stage."""
-        return range(self.nodes[key].replica, self._num, self.nodes[key].replicas)
+    def microbatches(self, key: StageKey) -> range:
+        """Those of a stage."""
+        return self.nodes[key].share.of(self._num)
 
     def upstream(self, key: StageKey, microbatch: int) -> list[StageKey]:
         """The stages whose output a stage takes for a microbatch."""
-        return [source for source in self.nodes[key].upstream if self.nodes[source].takes(microbatch)]
+        return [source for source in self.nodes[key].upstream if self.nodes[source].share.takes(microbatch)]
 
     def of_microbatches(self) -> list[Task]:
         """Every forward and backward."""
@@ -157,7 +167,7 @@ class Needs:
             for node in self.nodes.values()
             for kind in (Kind.FORWARD, Kind.BACKWARD)
             if kind is Kind.FORWARD or node.backward
-            for i in self.share(node.key)
+            for i in self.microbatches(node.key)
         ]
 
     def boundaries_behind(self, task: Task) -> list[Task]:
@@ -191,7 +201,7 @@ class Needs:
         if kind is Kind.BOUNDARY:
             return [Task(Kind.FORWARD if to in self.consumers[key] else Kind.BACKWARD, key, i)]
         if kind in (Kind.REDUCE, Kind.MEASURE):
-            return [Task(Kind.BACKWARD, key, n) for n in self.share(key)]
+            return [Task(Kind.BACKWARD, key, n) for n in self.microbatches(key)]
         if kind is Kind.TIE and to is not None:
             if (key, to) in self._ties:
                 return [*self.finished(key), *self.finished(to)]
