@@ -174,6 +174,7 @@ def picture(stages: Sequence[StagePlan], num_devices: int) -> str:
     for stage in stages:
         held = ",".join(ranges[stage.module, stage.device_ids])
         held = f"layer {held}" if held.isdigit() else f"layers {held}"
+        held += f" replica{stage.share.replica}" * (stage.share.replicas > 1)
         sizes = {axis: stage.grid.size(stage.grid.parts[axis]) for axis in AXES}
         for place, device in zip(np.ndindex(*sizes.values()), stage.device_ids, strict=True):
             part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if sizes[a] > 1]

@@ -28,6 +28,11 @@ class Link(NamedTuple):
     names: dict[str, str]  # output key -> input key, of what the target takes
     boundary: Boundary
 
+    @property
+    def name(self) -> str:
+        """Such as "vision/0 -> llm/0"."""
+        return " -> ".join(f"{module}/{number}" for module, number in (self.source, self.target))
+
     def forward(self, y: Tree | None) -> dict[str, jax.Array]:
         """What the target takes of the source's outputs, as its inputs; None: these are another process's."""
         moved = self.boundary.forward(None if y is None else {k: y[k] for k in self.names})
@@ -208,9 +213,8 @@ class Wiring:
 
     @property
     def boundaries(self) -> dict[str, Boundary]:
-        """Every boundary, by "vision/0 -> llm/0"."""
-        links = [link for links in self.links.values() for link in links]
-        return {f"{a}/{i} -> {b}/{j}": boundary for (a, i), (b, j), _, boundary in links}
+        """Every boundary, by the name of its edge."""
+        return {link.name: link.boundary for link in self.between.values()}
 
     def thunks(self, *, evaluate: bool) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program of stages and boundaries that this process runs."""
