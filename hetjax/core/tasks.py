@@ -23,6 +23,8 @@ class Kind(enum.Enum):
     GONE = "gone"  # ... which is waited for: its memory on the device is free
     RETURN = "return"  # the thing is on the device again
 
+    __hash__ = object.__hash__  # that of `Enum` is Python's, asked some twenty times per task
+
 
 COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.REDUCE, Kind.MEASURE, Kind.UPDATE})
 
@@ -37,6 +39,8 @@ class What(enum.Enum):
     INPUTS = "inputs"  # of a microbatch, from another stage
     COTANGENTS = "cotangents"  # of the outputs of a microbatch
     SUMS = "sums"  # of gradients over replicas, from their reduction to the step's end
+
+    __hash__ = object.__hash__
 
 
 OFFLOADS = {
