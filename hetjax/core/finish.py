@@ -73,7 +73,7 @@ class Finish:
         balanced = {key: where for key, where in here.items() if self.moved[key].parameters.loads}
         self.spread_loads = {
             name: Spreading(
-                jax.ShapeDtypeStruct(self.telling[name].scores[ROUTED].shape, self.dtype),
+                jax.ShapeDtypeStruct(self._scores[name][ROUTED].shape, self.dtype),
                 {key: where for key, where in balanced.items() if key[0] == name},
             )
             for name in dict.fromkeys(name for name, _ in balanced)

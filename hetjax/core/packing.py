@@ -62,7 +62,7 @@ class Packing:
         words = sum(part.words for part in self.parts)
         return jax.ShapeDtypeStruct((*self.counts, words), WORD, sharding=self.sharding)
 
-    @property
+    @functools.cached_property
     def alike(self) -> tuple:
         """Of all packings that make the same words."""
         return self.counts, self.parts, tuple(self._here)

@@ -91,7 +91,7 @@ def _places(trainer: Trainer, key: StageKey, stored: Sequence[Stored]) -> list[N
 def from_names(trainer: Trainer, names: Names, step: int) -> State:
     """A state from arrays by name."""
     params: dict[StageKey, Any] = {key: {} for key in trainer.pipeline.stages_here}
-    states: dict[StageKey, Any] = {key: () for key in trainer.pipeline.stages_here}
+    states: dict[StageKey, Any] = dict.fromkeys(params, ())
     for key, stage in _storing(trainer).items():
         abstract = (stage.parameters.params, stage.parameters.state)
         leaves, stored = tuple(jax.tree.leaves(abstract)), _stored(key, stage)
