@@ -43,6 +43,10 @@ CASES = {
     "pp 2 vpp 2 across, tied": Case(
         dict(pp=2, vpp=2, dp=2, devices="2-5"), dict(dp=2, devices=OWN), model=dict(tied=True)
     ),
+    "replicas on two processes": Case(
+        dict(pp=2, dp=2, devices="2-5"), dict(replicas=2, dp=2, devices="2-5"), model=dict(tied=True)
+    ),
+    "replicas across, gpipe": Case(dict(pp=2, dp=4), dict(replicas=2, dp=4, zero=2), schedule="gpipe"),
     "tp inside, dp across": Case(dict(dp=4, tp=2), dict(dp=8)),
     "tp across": Case(dict(tp=4, devices="0-3"), dict(tp=4, devices="4-7")),
     "cp across, ring": Case(dict(cp=4, context="ring", devices="2-5"), dict(dp=2, devices="0,7")),

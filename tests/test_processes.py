@@ -22,6 +22,7 @@ SAME_BITS = [  # no stage spans two of four processes, or sums over more than tw
     "pp 2 across, tied",
     "pp 4 across, tied; encoder on its own",
     "pp 2 vpp 2 across, tied",
+    "replicas on two processes",
     "1 process and 3",
 ]
 

@@ -60,6 +60,8 @@ class Finish:
         self.trained_ties = [tie for tie in self.ties if tie.gradients is not None]
         self.owners = list(dict.fromkeys(tie.owner for tie in self.trained_ties))
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
+        complete = {k: s.parameters.complete(s.parameters.grads) for k, s in self.stages.items()}
+        self.measured = {k: grads for k, grads in complete.items() if jax.tree.leaves(grads)}  # by their own programs
         self.moved = {k: s for k, s in wiring.stages.items() if s.parameters.moves}
         self.telling: dict[str, list[Stage]] = {}  # by module; of replicas each
         for (name, _), stage in wiring.stages.items():
@@ -117,11 +119,10 @@ class Finish:
 
     def _paths(self) -> list[tuple[str, list[str]]]:
         """(module, paths of the gradients) for each array of `Reduced.squares`."""
-        complete = {key: stage.parameters.complete(stage.parameters.grads) for key, stage in self.stages.items()}
         lent = [(key[0], ["/".join((key[0], *path)) for path in self._lent(key)]) for key in self.owners]
         leaves = jax.tree_util.tree_leaves_with_path
         return [
-            (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in complete.items()
+            (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in self.measured.items()
         ] + lent
 
     def _compile_add(self, owner: StageKey) -> None:
@@ -157,7 +158,7 @@ class Finish:
             return told, jnp.stack([scale, ok.astype(self.dtype), rate])
 
         squares = [jax.ShapeDtypeStruct((len(paths),), self.dtype) for _, paths in self.paths]
-        measured = [*self.stages.values(), *(self.stages[owner] for owner in self.owners)]
+        measured = [self.stages[key] for key in (*self.measured, *self.owners)]
         teller = lambda name, i: self.telling[name][i % len(self.telling[name])]
         told_by = [
             {name: dict.fromkeys(of, teller(name, i)) for name, of in self._scores.items()}

@@ -51,7 +51,7 @@ class Gradients:
             key: optimizer.merge(stages[key].parameters.repeated(mine), self.grads[key])
             for key, mine in self.acc.items()
         }
-        squares = [*map(self.squares.get, stages), *map(self.shared.get, self.finish.owners)]
+        squares = [*map(self.squares.get, self.finish.measured), *map(self.shared.get, self.finish.owners)]
         return Reduced(self.grads, acc, squares, self.alive)
 
     def _inputs(self, key: StageKey, i: int) -> dict[Thing, dict[str, jax.Array]]:
