@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step; "compiled": stages;
-# "reads": rows that are read from files, by array; "whole": leaves of all processes, by module
+# "replicas": stages that own nothing; "reads": rows that are read from files, by array; "whole": leaves of all
+# processes, by module
 STEPS = 2
 ITEMS = {"vision.pixels", "audio.mel"}  # what is read from files
 
@@ -99,6 +100,9 @@ def run(case: Case, checkpoints: str = "") -> Found:
         "tasks": [o.host.tasks for o in outcomes],
         "compiled": [
             f"{module}/{index}" for (module, index), stage in trainer.pipeline.stages.items() if stage.programs
+        ],
+        "replicas": [
+            f"{module}/{index}" for (module, index), s in trainer.pipeline.stages.items() if s.plan.share.replica
         ],
         "reads": {name: sorted(trainer.pipeline.rows_here(name)) for name in ITEMS & trainer.spec.batch.keys()},
         "whole": {},

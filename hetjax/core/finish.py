@@ -112,14 +112,14 @@ class Finish:
                 found.append((f"tied {owner[0]} add", functools.partial(self._compile_add, owner)))
         return found
 
-    def _lent(self, owner: StageKey) -> dict[Path, jax.ShapeDtypeStruct]:
+    def lent(self, owner: StageKey) -> dict[Path, jax.ShapeDtypeStruct]:
         """The gradients of an owner to which copies add theirs."""
         mine = self.stages[owner].parameters
         return {path: at(mine.grads, path) for path in sorted(mine.lent) if at(mine.grads, path) is not None}
 
     def _paths(self) -> list[tuple[str, list[str]]]:
         """(module, paths of the gradients) for each array of `Reduced.squares`."""
-        lent = [(key[0], ["/".join((key[0], *path)) for path in self._lent(key)]) for key in self.owners]
+        lent = [(key[0], ["/".join((key[0], *path)) for path in self.lent(key)]) for key in self.owners]
         leaves = jax.tree_util.tree_leaves_with_path
         return [
             (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in self.measured.items()
@@ -130,7 +130,7 @@ class Finish:
             total = jax.tree.map(jnp.add, mine, others)
             return total, jnp.stack([jnp.sum(jnp.square(a.astype(self.dtype))) for a in jax.tree.leaves(total)])
 
-        leaves = self._lent(owner)
+        leaves = self.lent(owner)
         out = shardings(leaves), NamedSharding(self.stages[owner].plan.mesh, P())
         self.add[owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaves, leaves).compile()
 

@@ -128,10 +128,13 @@ class Gradients:
         return self.squares[key]
 
     def _tie(self, task: Task) -> None:
-        """The gradients of a copy's leaves, added to the owner's; where it is the last copy's, they are complete."""
+        """The gradients of a copy's leaves, added to the owner's; where it is the last copy's, they are complete.
+
+        One copy's at a time, since the owner's devices have room for no more."""
         mine = self.wiring.mine
         for tie in self.finish.trained_ties:
             if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradients is not None:
+                jax.block_until_ready(self.shared.get(tie.owner))
                 given = tie.gradients.forward(self.grads[tie.copy] if tie.copy in mine else None)
                 if tie.owner in mine:
                     owners = {path: at(self.grads[tie.owner], path) for path in given}
