@@ -25,7 +25,7 @@ from hetjax.run.named import to_names
 SHAPE = tiny.Shape(samples=2, groups=2, slots=4, microbatches=5)
 MOMENTUM = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, frozen=("vision/first/*",))
 LLM, REPLICAS, ONE = Layout(pp=2, devices="0-1"), Layout(replicas=2, devices="0-1"), Layout(devices="0")
-SCHEDULES: list[dict[str, Any]] = [dict(encoder_window=2), dict(encoder_window=3), dict(schedule="gpipe")]
+SCHEDULES: list[dict[str, Any]] = [dict(encoder_window=2), dict(schedule="gpipe")]
 
 
 def graph(vision: Layout = REPLICAS, llm: Layout = LLM) -> Any:
