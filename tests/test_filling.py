@@ -66,6 +66,13 @@ def test_an_encoder_that_fits_the_holes_costs_less_than_a_fiftieth(lanes: int, r
     assert found.throughput > in_windows.throughput
 
 
+def test_a_forward_goes_first_where_the_language_model_would_wait_longer_for_it() -> None:
+    """A frozen encoder whose work is less than half of the holes, though some of its forwards are due before these."""
+    nodes = pipeline(4, backward=False)
+    found = forecast(nodes, 32, costs=costs(nodes, Cost(50, 1), Cost(100, 200)))
+    assert found.makespan <= found.text_only + 2 * 50
+
+
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize(("forward", "window"), [(4, 8), (40, 8), (400, 8), (4, None), (400, None), (4000, None)])
 def test_no_encoder_is_too_large_to_be_worth_it(forward: int, window: int | None, backward: bool) -> None:

@@ -138,8 +138,12 @@ def test_checkpoints_know_no_processes(tmp_path: Path) -> None:
     (first, *_) = launch(["colocated over all"], 4, tmp_path / "four", seconds=600, checkpoints=saved)
     np.testing.assert_allclose(first["colocated over all"]["loss"], whole[0]["loss"], rtol=1e-6)
     shutil.copytree(saved, tmp_path / "one")
+    shutil.copytree(saved, tmp_path / "replicas")
     one = run(CASES["encoder on its own process"], str(tmp_path / "one"))
     np.testing.assert_allclose(one["loss"], whole[1]["loss"], rtol=1e-6)
     parts = launch(["overlapping"], 3, tmp_path / "three", seconds=600, devices=6, checkpoints=saved)
     for part in parts:
         np.testing.assert_allclose(part["overlapping"]["loss"], whole[1]["loss"], rtol=1e-6)
+    replicas = "replicas across, gpipe"
+    for part in launch([replicas], 4, tmp_path / "more", seconds=600, checkpoints=str(tmp_path / "replicas")):
+        np.testing.assert_allclose(part[replicas]["loss"], whole[1]["loss"], rtol=1e-6)

@@ -18,6 +18,7 @@ from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.packing import Prepared
 from hetjax.core.pipeline import Pipeline
+from hetjax.core.plan import picture, plan_stages
 from hetjax.core.trainer import State, Trainer
 from hetjax.run.checkpoint import Checkpoints
 from hetjax.run.named import to_names
@@ -58,6 +59,15 @@ def steps(of: Trainer, state: State, seeds: range) -> tuple[State, list[float]]:
         state, outcome = of.step(state, tiny.microbatches(SHAPE, seed=seed))
         told += [float(outcome.loss), float(outcome.norm)]
     return state, told
+
+
+def test_each_replica_has_its_own_devices_and_all_layers() -> None:
+    definition = graph().encoders[0].definition
+    plans = plan_stages("vision", definition, Layout(replicas=2, dp=2, devices="2,3,6,7"), jax.devices())
+    assert [(plan.key, plan.device_ids) for plan in plans] == [(("vision", 0), (2, 3)), (("vision", 1), (6, 7))]
+    assert all(plan.first and plan.last and (plan.lo, plan.hi) == (0, 2) for plan in plans)
+    assert picture(plans, 8).splitlines()[3:5] == ["2       layers 0-1 replica0 dp0", "3       layers 0-1 replica0 dp1"]
+    assert picture(plans, 8).splitlines()[7:] == ["6       layers 0-1 replica1 dp0", "7       layers 0-1 replica1 dp1"]
 
 
 def test_every_schedule_gives_the_same_bits() -> None:

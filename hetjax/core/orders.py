@@ -72,11 +72,8 @@ class Orders:
         """That nearest to the loss first."""
         found = []
         for turns in reversed(self.turns):
-            forwards, backwards, fills = (
-                self._forwards(turns),
-                self._backwards(turns),
-                turns.stages[0].share.replicas > 1,
-            )
+            forwards, backwards = self._forwards(turns), self._backwards(turns)
+            fills = turns.stages[0].share.replicas > 1
             backwards_first = self.kind == "1f1b" and len(turns.stages) == 1 and not fills
             orders = (backwards, forwards) if backwards_first else (forwards, backwards)
             found.append(Lane(turns.stages[0].devices, orders, fills))

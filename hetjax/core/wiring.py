@@ -123,10 +123,10 @@ class Wiring:
             return self._ties_of_replica(owner_key, key)
         found = []
         for path in sorted(mine.borrowed):
-            paths, gradients = [(("first", mine.tied[path[1]]), path)], None
+            owners, gradients = ("first", mine.tied[path[1]]), None
             if at(mine.trainable, path) is not None:
-                gradients = self._sharing(key, owner_key, "grads", [pair[::-1] for pair in paths])
-            found.append(Tie(owner_key, key, gradients, self._sharing(owner_key, key, "weights", paths)))
+                gradients = self._sharing(key, owner_key, "grads", [(path, owners)])
+            found.append(Tie(owner_key, key, gradients, self._sharing(owner_key, key, "weights", [(owners, path)])))
         return found
 
     def _ties_of_replica(self, owner: StageKey, key: StageKey) -> list[Tie]:
