@@ -23,8 +23,8 @@ SHAPE = tiny.Shape(microbatches=3)
 
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
-    """An encoder beside two stages."""
-    graph = tiny.graph(Layout(pp=2, devices="0-1"), {"vision": Layout(devices="2")}, jnp.float32)
+    """Two replicas of an encoder, each on the device of one of two stages."""
+    graph = tiny.graph(Layout(pp=2, devices="0-1"), {"vision": Layout(replicas=2, devices="0-1")}, jnp.float32)
     config = OptimizerConfig(name="sgd", learning_rate=0.1)
     found = tiny.trainer(graph, SHAPE, config, dtype=jnp.float32)
     found.compile()
@@ -57,9 +57,10 @@ def test_each_stage_has_its_own_time(trainer: Trainer, microbatches: list, monke
     slowed(trainer, monkeypatch, ("llm", 0), "backward", 0.3)
     slowed(trainer, monkeypatch, ("vision", 0), "forward", 0.2)
     found = measured.measured(trainer, microbatches[0])
-    assert found.keys() == {("vision", 0), ("llm", 0), ("llm", 1)}
+    assert found.keys() == {("vision", 0), ("vision", 1), ("llm", 0), ("llm", 1)}
     assert found["llm", 0].backward >= 300_000 and found["vision", 0].forward >= 200_000
-    assert max(found["llm", 0].forward, *found["llm", 1], found["vision", 0].backward) < 150_000
+    others = [found["llm", 0].forward, *found["llm", 1], found["vision", 0].backward, *found["vision", 1]]
+    assert max(others) < 150_000 and min(others) > 1
 
 
 def test_other_costs_order_the_tasks_otherwise_and_give_the_same_bits(trainer: Trainer, microbatches: list) -> None:
@@ -86,7 +87,7 @@ def test_a_run_that_resumes_reads_what_was_measured(
     monkeypatch.setattr(stage_costs, "measured", count)
     stage_costs.settle(trainer, tmp_path, 0, microbatches[0])
     said, order, forecast = capsys.readouterr().out, trainer.pipeline.schedule.order, trainer.pipeline.schedule.forecast
-    assert "measured: vision/0 0.1/0.007, llm/0 0.1/0.007" in said and "schedule 1f1b, 3 microbatches" in said
+    assert "measured: vision/0 0.1/0.007, vision/1 0.1/0.007, llm/0 0.1/0.007" in said and "schedule 1f1b, 3 microbatches" in said
     trainer.pipeline.reschedule(dict.fromkeys(trainer.pipeline.stages, Cost(1, 5)))
     assert trainer.pipeline.schedule.order != order
     stage_costs.settle(trainer, tmp_path, 0, microbatches[0])

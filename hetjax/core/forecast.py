@@ -1,9 +1,10 @@
 """What a schedule promises of a step: how long it takes, who waits, and what is kept meanwhile. Imports no jax."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from hetjax.core.filling import filled
 from hetjax.core.orders import Orders
 from hetjax.core.simulation import Span, idle, simulate
 from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
@@ -30,7 +31,7 @@ class Forecast:
     @property
     def makespan(self) -> int:
         """From the first task's begin to the last one's end."""
-        return max(span.end for span in self.spans.values())
+        return _end(self.spans)
 
     @property
     def bubble(self) -> float:
@@ -89,23 +90,30 @@ def forecast(
             f"encoder_window={window} is outside of 1 to num_microbatches={num_microbatches}; None means all of them"
         )
     costs = {node.key: Cost() for node in nodes} if costs is None else costs
-    needs = Needs(nodes, num_microbatches)
-    orders = Orders(needs, num_microbatches, kind=kind, window=window)
-    spans = simulate(orders.lanes, orders.needs(), costs)
-    alone = _alone(nodes)
-    text_only = max(span.end for span in spans.values())
-    if len(alone) < len(nodes):
-        text_only = forecast(alone, num_microbatches, kind=kind, costs=costs).makespan
-    devices = {node.key: node.devices for node in nodes}
-    shortest = _longest_chain(needs, spans)
-    return Forecast(devices, spans, shortest, _in_flight(nodes, spans), orders.bounds, text_only)
-
-
-def _alone(nodes: Sequence[StageNode]) -> list[StageNode]:
-    """The language model's stages, with the tasks that they have, and nothing that enters them."""
     sink = nodes[-1].module
-    mine = [node for node in nodes if node.module == sink]
-    return [dataclasses.replace(n, upstream=tuple(k for k in n.upstream if k[0] == sink)) for n in mine]
+
+    def step(of_step: Sequence[StageNode]) -> tuple[Orders, dict[Task, Span]]:
+        orders = Orders(Needs(of_step, num_microbatches), num_microbatches, kind=kind, window=window)
+        others = _only(of_step, {node.module for node in of_step if node.share.replicas == 1})
+        if len(others) == len(of_step):
+            return orders, simulate(orders.lanes, orders.needs(), costs)
+        return orders, filled(orders, step(others)[1], costs)
+
+    orders, spans = step(nodes)
+    alone = step(_only(nodes, {sink}))[1]
+    devices = {node.key: node.devices for node in nodes}
+    shortest = _longest_chain(orders.graph, spans)
+    return Forecast(devices, spans, shortest, _in_flight(nodes, spans), orders.bounds, _end(alone))
+
+
+def _only(nodes: Sequence[StageNode], modules: Container[str]) -> list[StageNode]:
+    """The stages of some modules, with the tasks that they have, and nothing else that enters them."""
+    mine = [node for node in nodes if node.module in modules]
+    return [dataclasses.replace(n, upstream=tuple(k for k in n.upstream if k[0] in modules)) for n in mine]
+
+
+def _end(spans: Mapping[Task, Span]) -> int:
+    return max(span.end for span in spans.values())
 
 
 def _longest_chain(needs: Needs, spans: Mapping[Task, Span]) -> int:

@@ -60,7 +60,8 @@ def numbers(trainer: Trainer, timeline: Timeline) -> dict[str, float]:
     }
     peak, flops_of = flops.peak_flops(jax.devices()[0].device_kind), trainer.step_flops()
     for name, device_seconds in worked.items():
-        found[f"timeline/seconds/{name}"] = device_seconds / trainer.graph.module(name).layout.num_devices
+        held = frozenset().union(*(devices for key, devices in planned.devices.items() if key[0] == name))
+        found[f"timeline/seconds/{name}"] = device_seconds / len(held)
         if peak is not None and name in flops_of:
             found[f"timeline/mfu/{name}"] = flops_of[name] / device_seconds / peak
     return found
