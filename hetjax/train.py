@@ -134,7 +134,9 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
                 microbatches = loader.next_step(run.num_microbatches)
                 if state.step + 1 in (*run.timeline_steps, *run.profile_steps):
                     log.settle()  # writes its line before that step's
-                state, outcome = profiles.taken(run, trainer, workdir, writer, state.step + 1)(state, microbatches)
+                state, outcome = profiles.taken(run, trainer, workdir, writer, loader.last_wait, state.step + 1)(
+                    state, microbatches
+                )
                 last.keep(trainer, state, loader.state())
                 log.step(state.step, microbatches, outcome)
                 if state.step % run.save_every == 0:

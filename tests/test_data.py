@@ -259,6 +259,9 @@ def test_blank_fill_and_waiting_time(tmp_path: Path) -> None:
         assert all(np.array_equal(empty[k], batch[k]) for k in batch if k != "vision.pixels")
         assert loader.fill() == {"tokens": 6 / 12, "vision": 2 / 4}
         assert loader.seconds_waited > 0
+        before = loader.seconds_waited
+        loader.next_step(1)
+        assert 0 < loader.last_wait == loader.seconds_waited - before
         state = loader.state()
         loader.close()
         assert loader.state() == state

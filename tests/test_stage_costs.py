@@ -87,7 +87,10 @@ def test_a_run_that_resumes_reads_what_was_measured(
     monkeypatch.setattr(stage_costs, "measured", count)
     stage_costs.settle(trainer, tmp_path, 0, microbatches[0])
     said, order, forecast = capsys.readouterr().out, trainer.pipeline.schedule.order, trainer.pipeline.schedule.forecast
-    assert "measured: vision/0 0.1/0.007, vision/1 0.1/0.007, llm/0 0.1/0.007" in said and "schedule 1f1b, 3 microbatches" in said
+    assert (
+        "measured: vision/0 0.1/0.007, vision/1 0.1/0.007, llm/0 0.1/0.007" in said
+        and "schedule 1f1b, 3 microbatches" in said
+    )
     trainer.pipeline.reschedule(dict.fromkeys(trainer.pipeline.stages, Cost(1, 5)))
     assert trainer.pipeline.schedule.order != order
     stage_costs.settle(trainer, tmp_path, 0, microbatches[0])

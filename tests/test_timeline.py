@@ -74,7 +74,7 @@ def test_a_recorded_step_is_the_step(trainer: Trainer, tmp_path: Path, capsys: p
     plain, _ = trainer.step(trainer.init(), microbatches)
     written: list[tuple[int, Any]] = []
     writer: Any = types.SimpleNamespace(write=lambda *line: written.append(line))
-    recorded, _ = timelines.step(trainer, trainer.init(), microbatches, tmp_path, writer)
+    recorded, _ = timelines.step(trainer, trainer.init(), microbatches, tmp_path, writer, 0.25)
     jax.tree.map(np.testing.assert_array_equal, plain.params, recorded.params)
     assert trainer.pipeline.recorder is None
     assert "recorded step 1, " in capsys.readouterr().out
@@ -85,7 +85,8 @@ def test_a_recorded_step_is_the_step(trainer: Trainer, tmp_path: Path, capsys: p
     assert len(tree.findall(BOX)) == 2 * told_twice + ends + legend
     assert Image.open(folder / "step-1.png").width == 2 * int(tree.attrib["width"])
     ((step, found),) = written
-    names = ["seconds", "idle", "idle_planned", "seconds/vision", "seconds/llm"]
+    names = ["seconds", "idle", "idle_planned", "seconds/vision", "seconds/llm", "data_wait_seconds"]
+    assert found["timeline/data_wait_seconds"] == 0.25
     assert step == 1 and list(found) == [f"timeline/{name}" for name in names]
     assert found["timeline/idle_planned"] == trainer.pipeline.schedule.forecast.bubble
     worked = (found["timeline/seconds/vision"] + 2 * found["timeline/seconds/llm"]) / found["timeline/seconds"]
@@ -137,10 +138,10 @@ def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
         def step(self, *_: object) -> list[str]:
             return []
 
-    monkeypatch.setattr(timelines, "step", lambda trainer, *_, workdir, writer: ["recorded", *trainer.step()])
+    monkeypatch.setattr(timelines, "step", lambda trainer, *_, workdir, writer, waited: ["recorded", *trainer.step()])
     monkeypatch.setattr(profiles, "step", lambda trainer, *_, workdir, take: ["profiled", *take()])
     run = runs.load(runs.write(tmp_path), runs.settings(timeline_steps=[2, 4], profile_steps=[3, 4]))
-    taken: Any = [profiles.taken(run, Plain(), tmp_path, None, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
+    taken: Any = [profiles.taken(run, Plain(), tmp_path, None, 0.0, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
     assert taken == [[], ["recorded"], ["profiled"], ["profiled", "recorded"]]
 
 

@@ -48,7 +48,7 @@ class Loader:
         self.tally = Tally(config, len(self._entries))
         self._position = Position()
         self._ahead: Ahead[Made] | None = None
-        self._waited = 0.0
+        self._waited = self.last_wait = 0.0  # seconds, in all before the threads that read now, and for the last step
         self.media_bytes: list[int] = []  # of the files read for what was handed out, by process
         self._used = dict.fromkeys(["tokens", *(item.name for item in self.items)], 0)
         self._handed_out = 0
@@ -102,7 +102,9 @@ class Loader:
             raise ValueError(f"num_microbatches={num_microbatches}; a step needs at least 1")
         if self._ahead is None:
             self._ahead = Ahead(self._prepared(), self.config.prefetch)
+        before = self.seconds_waited
         step = self._take(self._ahead, num_microbatches)
+        self.last_wait = self.seconds_waited - before
         self._position = step[-1].after
         for made in step:
             self._count(made.arrays)

@@ -18,11 +18,11 @@ FOLDER = "profiles"
 Take = Callable[[State, Microbatches], tuple[State, Outcome]]
 
 
-def taken(run: Experiment, trainer: Trainer, workdir: Path, writer: metrics.Writer, number: int) -> Take:
-    """How step `number` is done: recorded or profiled, or both, if the run asks for it."""
+def taken(run: Experiment, trainer: Trainer, workdir: Path, writer: metrics.Writer, waited: float, number: int) -> Take:
+    """How step `number`, which `waited` seconds for its data, is done: recorded, profiled, or both, as the run asks."""
     how: Take = trainer.step
     if number in run.timeline_steps:
-        how = functools.partial(timelines.step, trainer, workdir=workdir, writer=writer)
+        how = functools.partial(timelines.step, trainer, workdir=workdir, writer=writer, waited=waited)
     if number in run.profile_steps:
         how = functools.partial(step, trainer, workdir=workdir, take=how)
     return how

@@ -23,14 +23,15 @@ FOLDER = "timelines"
 
 
 def step(
-    trainer: Trainer, state: State, microbatches: Microbatches, workdir: Path, writer: metrics.Writer
+    trainer: Trainer, state: State, microbatches: Microbatches, workdir: Path, writer: metrics.Writer, waited: float
 ) -> tuple[State, Outcome]:
-    """A step of `trainer` that is recorded in `workdir`, and its numbers in `writer`."""
+    """A step of `trainer` that is recorded in `workdir`, and its numbers in `writer`; it `waited` seconds for data."""
     state, outcome, timeline = trainer.recorded(state, microbatches)
-    found = numbers(trainer, timeline)
+    found = numbers(trainer, timeline) | {"timeline/data_wait_seconds": waited}
     name = f"step-{state.step}{cluster.of_others()}"
     planned = trainer.pipeline.schedule.forecast
-    real = f"step {state.step}, {timeline.makespan / 1e6:.3f} s: devices idle {timeline.bubble:.1%}"
+    real = f"step {state.step}, {timeline.makespan / MICRO:.3f} s: devices idle {timeline.bubble:.1%}"
+    real += f", after {waited:.3f} s without data"
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     drawing = chart.draw({f"planned: {trainer.pipeline.promise()}": planned, real: timeline})
