@@ -51,7 +51,7 @@ def test_the_loop_keeps_to_the_plan() -> None:
     if shutil.which("c++") is None:
         pytest.skip("without a C++ compiler nothing can sleep natively")
     line = [sys.executable, str(runs.ROOT / "benchmarks" / "schedules.py"), "--micros=40000", "--repeats=2"]
-    words = ["1f1b, pp", "frozen llm", "one device"]
+    words = ["gpipe, pp", "phases, encoder", "one device"]  # far apart, whatever else the machine does
     ran = subprocess.run([*line, "--only", *words], env=runs.environment(), capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    assert "5 schedules: rank correlation" in ran.stdout
+    assert "4 schedules: rank correlation" in ran.stdout
