@@ -72,7 +72,7 @@ class Orders:
         found = []
         for turns in reversed(self.turns):
             forwards, backwards = self._forwards(turns), self._backwards(turns)
-            backwards_first = self.kind == "1f1b" and len(turns.stages) == 1
+            backwards_first = self.kind != "gpipe" and len(turns.stages) == 1
             orders = (backwards, forwards) if backwards_first else (forwards, backwards)
             found.append(Lane(turns.stages[0].devices, orders))
         return found
@@ -135,14 +135,19 @@ class Orders:
             most[key] = max(most[key], counts[key])
         return most
 
+    def ahead(self, lane: Turns) -> int:
+        """Forwards without their backwards that a lane may have, of all its stages together."""
+        return self._ahead[lane.stages[0].key]
+
     # -- needs ---------------------------------------------------------------------------------------------------
 
     def needs(self) -> dict[Task, list[Task]]:
         """Of every forward and backward, what must have ended."""
-        found = {task: self.graph.computed(task) + self._rules(task) for task in self.graph.of_microbatches()}
+        tasks = [task for task in self.graph.of_microbatches() if task.kind is not Kind.WEIGHTS]
+        found = {task: self.graph.computed(task) + self._rules(task) for task in tasks}
         for turns in self.turns:
             forwards = [task for task in self._forwards(turns) if self.nodes[task.stage].backward]
-            ahead = self._ahead[turns.stages[0].key]
+            ahead = self.ahead(turns)
             for forward, backward in zip(forwards[ahead:], self._backwards(turns), strict=False):
                 found[forward].append(backward)
         return {task: list(dict.fromkeys(before)) for task, before in found.items()}

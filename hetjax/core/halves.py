@@ -1,0 +1,59 @@
+"""Where the halves of backwards go that give the weights' gradients: zero-bubble, ZB-H1 (arXiv:2401.10241).
+
+Nobody waits for such a half, so it may stand where a stage would wait for others. Forwards and backwards keep the order
+that 1F1B has for them. Behind a backward comes the oldest half that is still to do, once as many are left as the stage
+has fewer microbatches in flight than the first one of its module; what is left behind the last backward fills the hole
+there. So each stage keeps something of as many microbatches as that first one under 1F1B, and no more. Three stages,
+five microbatches, tasks that take equally long:
+
+    stage 0   F0 F1 F2 .  .  B0 W0 F3 B1 W1 F4 B2 W2 B3 W3 B4 W4
+    stage 1   .  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 F4 B3 W2 B4 W3 W4
+    stage 2   .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 F4 B4 W2 W3 W4
+"""
+
+from collections.abc import Mapping, Sequence
+
+from hetjax.core.orders import Orders
+from hetjax.core.simulation import Lane, Span
+from hetjax.core.tasks import Kind, StageKey, Task
+
+
+class Halves:
+    """The `lanes` of all tasks of a step, and what these need, from those of `orders` without the weights' halves and
+    their simulated `spans`.
+
+    `bounds`: of each stage that splits its backwards the most microbatches of which the forward is done and the
+    weights' gradients are not; of several stages on the same devices, all of these together.
+    """
+
+    def __init__(self, orders: Orders, spans: Mapping[Task, Span]) -> None:
+        self._splits = {key for key, node in orders.nodes.items() if node.splits}
+        self.needs = {**orders.needs(), **{half: [half._replace(kind=Kind.BACKWARD)] for half in self._all(orders)}}
+        most: dict[str, int] = {}
+        for turns in orders.turns:
+            module = turns.stages[0].module
+            most[module] = max(most.get(module, 0), orders.ahead(turns))
+        self.lanes: list[Lane] = []
+        self.bounds: dict[StageKey, int] = {}
+        for turns, lane in zip(reversed(orders.turns), orders.lanes, strict=True):
+            mine = {node.key for node in turns.stages}
+            together = most[turns.stages[0].module]
+            order = [task for task in spans if task.stage in mine]
+            late = together - orders.ahead(turns)
+            self.lanes.append(Lane(lane.devices, (self._in_turn(order, late),)) if mine & self._splits else lane)
+            self.bounds |= dict.fromkeys(mine & self._splits, min(together, orders.num * len(mine)))
+
+    def _all(self, orders: Orders) -> list[Task]:
+        return [task for task in orders.graph.of_microbatches() if task.kind is Kind.WEIGHTS]
+
+    def _in_turn(self, order: Sequence[Task], late: int) -> list[Task]:
+        """A lane's tasks with the halves between them, of which so many are left for later."""
+        found: list[Task] = []
+        left: list[Task] = []
+        for task in order:
+            found.append(task)
+            if task.kind is Kind.BACKWARD and task.stage in self._splits:
+                left.append(task._replace(kind=Kind.WEIGHTS))
+                if len(left) > late:
+                    found.append(left.pop(0))
+        return found + left
