@@ -53,7 +53,7 @@ def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Ar
 def grouped_dots(x: jax.Array, sizes: jax.Array, *weights: jax.Array | Weight) -> list[jax.Array]:
     """`grouped_dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
     found = []
-    for value, taps, shapes, places in products(weights):
+    for value, taps, shapes, places, _ in products(weights):
         x = vary_like(x, value)
         like = functools.partial(vary_like, other=x)
         widths = tuple(shape[-1] for shape in shapes)

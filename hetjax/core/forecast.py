@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from hetjax.core.halves import Halves
 from hetjax.core.orders import Orders
 from hetjax.core.simulation import Span, idle, simulate
-from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
+from hetjax.core.tasks import ZERO_BUBBLE, Cost, Kind, Needs, StageKey, StageNode, Task
 
-ZERO_BUBBLE = "zerobubble"
 KINDS = ("1f1b", "gpipe", ZERO_BUBBLE)
 
 

@@ -41,6 +41,7 @@ COLUMNS = {
     What.RESIDUALS: "activations",
     What.INPUTS: "activations",
     What.COTANGENTS: "activations",
+    What.PAIRS: "activations",
     What.SUMS: "gradients",
 }
 BETWEEN = {  # programs that run between steps, and what of their stage they are given
@@ -61,7 +62,11 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
 def _workspace(stage: Stage, name: str) -> int:
     """What a program takes beside what is counted of what it is given and puts out."""
     found, mine = stage.memory[name], stage.parameters
-    counted = {"forward": local_bytes(stage.kept), "cast": local_bytes(mine.copies)}
+    counted = {
+        "forward": local_bytes(stage.kept),
+        "backward": local_bytes(stage.pairs),
+        "cast": local_bytes(mine.copies),
+    }
     if name == "reduce":
         counted["reduce"] = local_bytes(mine.repeated(mine.grads))
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes - counted.get(name, 0)
@@ -114,6 +119,7 @@ def things(pipeline: Pipeline, key: StageKey, kept: int) -> dict[Thing, int]:
         Thing(What.MASTERS, key): local_bytes(mine.masters(mine.params)),
         Thing(What.STATE, key): local_bytes(mine.state),
         Thing(What.RESIDUALS, key): local_bytes(stage.packed) + kept,
+        Thing(What.PAIRS, key): local_bytes(stage.pairs),
         Thing(What.SUMS, key): local_bytes(mine.repeated(mine.grads)) if mine.trains else 0,
     }
     for link in pipeline.links[key]:

@@ -1,7 +1,8 @@
 """One pipeline stage: a range of a module's layers on one mesh, as compiled programs.
 
     forward   (weights, x, packed)                       -> (y, residuals, done) no y where the stage ends in the loss
-    backward  (weights, x, packed, residuals, g, acc, first) -> (gx, acc, done)  acc is donated; done: scores
+    backward  (weights, x, packed, residuals, g, acc, first) -> (acc, gx, done, pairs)  acc is donated; done: scores
+    weights   (pairs, acc, first)                        -> (acc, done)          the rest of a backward that is split
     evaluate  (weights, x, packed)                       -> y                    nothing kept; the sink: scores, ids
     reduce    (acc)                                      -> (grads, squares)     once a step, where leaves have replicas
     measure   (acc)                                      -> squares              once a step, where none has
@@ -12,7 +13,7 @@ All but the last two are per-device programs, ONE `jax.shard_map` over all axes,
 replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1); under ZeRO-2
 and 3 `acc` lies in shards. `squares` are the sums of squares of the gradients that are complete, by leaf. `packed` is
 what the stage reads of the microbatch (`packing.py`); `done` a number that is there when the program is through, or all
-scores where it makes the loss (`Local.backward`); `copies` are the working weights that are no parameters
+scores where it makes the loss (`Local.backward`); `pairs` what is left for `weights` (`pairs.py`); `copies` are the working weights that are no parameters
 (`working.py`); `decision` is [scale, 1 if the step counts, rate]; `loads` those that move a parameter (`balance.py`).
 """
 
@@ -45,7 +46,8 @@ class Stage:
     """The programs of one stage.
 
     `x`: the abstract inputs that boundaries bring (empty for the first stage of an encoder). `x_wanted`: those whose
-    producers train. `batch`: the abstract global microbatch, of which the stage takes what its code reads.
+    producers train. `batch`: the abstract global microbatch, of which the stage takes what its code reads. `splits`: a
+    backward is two programs, if anything of it can be left for the second.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class Stage:
         x: Abstract,
         x_wanted: frozenset[str],
         batch: Abstract,
+        splits: bool = False,
     ) -> None:
         self.module, self.plan, self.parameters = module, plan, parameters
         self.ends_in_loss = is_sink and plan.last
         self.has_backward = bool(x_wanted) or parameters.trains
-        self.x, self.x_wanted = dict(x), x_wanted
+        self.x, self.x_wanted, self._asked_to_split = dict(x), x_wanted, splits
         self.keep = Keep(Remat.NONE if module.remat is Remat.AUTO else module.remat)  # until `budget.py` has chosen
         self.local = self._local(self.keep.policy)
         reads = module.definition.reads
@@ -72,6 +75,7 @@ class Stage:
         self.packed = [p.struct for p in self.packings]
         self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # what a module's last stage says of a microbatch to the step
         self.y, self.ends = self._find_outputs()
+        self.pairs = self._find_pairs()  # of one microbatch
         self.consumers: list[tuple[str, ...]] = []  # keys of `y` that each stage takes which takes some, in their order
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
@@ -85,7 +89,13 @@ class Stage:
             x_wanted=self.x_wanted,
             ends_in_loss=self.ends_in_loss,
             policy=policy,
+            splits=self._asked_to_split,
         )
+
+    @property
+    def splits(self) -> bool:
+        """Whether a backward is two programs."""
+        return bool(self.pairs)
 
     def set_keep(self, keep: Keep) -> None:
         """What the layers keep from now on; the programs are not compiled yet."""
@@ -135,6 +145,7 @@ class Stage:
 
             def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
                 self._crossing = Crossing.of(self.local.forward(weights, dict(x), batch)[1])
+                self._leaves = Crossing.of(self.local.no_pairs())
                 return jnp.zeros(())
 
             self._trace(probe, P(), self.batch)
@@ -144,6 +155,14 @@ class Stage:
         if not self.ends_in_loss:
             return found, found
         return {}, {k: v for k, v in self.scores.items() if k != ROUTED}
+
+    def _find_pairs(self) -> list[jax.ShapeDtypeStruct]:
+        """Abstract, what a backward that is split leaves for the second half; none where it is not."""
+        if not self.has_backward:
+            return []
+        specs = self._leaves.specs
+        found = self._trace(lambda *_: self._leaves.out(self.local.no_pairs()), specs, self.batch)
+        return [_at(a, NamedSharding(self.plan.mesh, where)) for a, where in zip(found, specs, strict=True)]
 
     def _trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
         inputs = (self.parameters.weights, self.x, dict(batch))
@@ -170,10 +189,13 @@ class Stage:
         g: list[Tree],
         acc: Tree,
         first: jax.Array,
-    ) -> tuple[Tree, Tree, Tree]:
+    ) -> tuple[Tree, Tree, Tree, list[jax.Array]]:
         batch = packing.unpack(self.packings, packed)
-        g_x, acc, scores = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, self._summed(scores) if scores else _done()
+        g_x, acc, scores, pairs = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
+        return acc, g_x, self._summed(scores) if scores else _done(), self._leaves.out(pairs)
+
+    def _weights(self, pairs: list[jax.Array], acc: Tree, first: jax.Array) -> tuple[Tree, jax.Array]:
+        return self.local.gradients(self._leaves.back(pairs), acc, first), _done()
 
     def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
         return self._scores(weights, x, packing.unpack(self.packings, packed))
@@ -234,9 +256,13 @@ class Stage:
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
             returned = [{k: self.ends[k] for k in keys} for keys in self.consumers]
             returned += [told] if (told := {k: v for k, v in self.ends.items() if k in self.scores}) else []
+            g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
+            out = g_x, P(), self._leaves.specs
             args = (*inputs, self.kept, returned, mine.acc, self._whole((), jnp.bool_))
-            backward = self._whole_backward((*specs, kept_specs, spec_tree(returned)))
-            found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
+            found["backward"] = self._adding("backward", self._backward, args, out)
+        if self.splits:
+            args = (self.pairs, mine.acc, self._whole((), jnp.bool_))
+            found["weights"] = self._adding("weights", self._weights, args, (P(),))
         if mine.trains:
             acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.repeated(mine.grads))
             if mine.are_repeated:
@@ -264,21 +290,13 @@ class Stage:
         mine = self.parameters
         self._compile("cast", mine.working.copies, (mine.params,), out=shardings(mine.copies))
 
-    def _whole_backward(self, specs: tuple) -> Callable[..., Tree]:
-        """The backward program; `specs` are those of its arguments in front of the accumulators."""
-        mine = self.parameters
-        g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
-        acc_specs = jax.tree.map(lambda spread: spread.accumulator, mine.spreads)
-        backward = self._on_devices(self._backward, (*specs, acc_specs, P()), (g_x, acc_specs, P()))
-
-        def with_replicas(*args: Tree) -> Tree:
-            """An accumulator of one replica gets its leading dim out here, where that is no operation."""
-            *given, acc, first = args
-            lead = lambda a, spread: a if spread.count > 1 else a[None]
-            g_x, acc, done = backward(*given, jax.tree.map(lead, acc, mine.spreads), first)
-            return g_x, jax.tree.map(lambda a, spread: a if spread.count > 1 else a[0], acc, mine.spreads), done
-
-        return with_replicas
+    def _adding(self, name: str, program: Callable[..., tuple], args: tuple, out: tuple) -> Callable[[], None]:
+        """Compiles a program that adds to accumulators, the last but one of its arguments and its first result."""
+        spreads, at = self.parameters.spreads, len(args) - 2
+        acc_specs = jax.tree.map(lambda spread: spread.accumulator, spreads)
+        specs = tuple(acc_specs if n == at else spec_tree(given) for n, given in enumerate(args))
+        whole = accumulators.with_replicas(self._on_devices(program, specs, (acc_specs, *out)), spreads)
+        return functools.partial(self._compile, name, whole, args, donate=(at,))
 
     def _whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.plan.mesh, P()))

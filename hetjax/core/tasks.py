@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 StageKey = tuple[str, int]  # module and number of the stage
+ZERO_BUBBLE = "zerobubble"  # the schedule under which backwards are split
 
 
 class Kind(enum.Enum):

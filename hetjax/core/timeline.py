@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import jax
 
 from hetjax.core.simulation import Span, idle
-from hetjax.core.tasks import Kind, Needs, StageKey, Task
+from hetjax.core.tasks import OF_MICROBATCHES, Kind, Needs, StageKey, Task
 
 MICRO = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """A recorded step: `spans` of forwards and backwards in microseconds from its begin, `crossings` of boundaries
+    """A recorded step: `spans` of the tasks of microbatches in microseconds from its begin, `crossings` of boundaries
     from the end of what gives to the arrival. `devices`: of each stage. `makespan`: to the new parameters."""
 
     devices: Mapping[StageKey, frozenset[int]]
@@ -25,7 +25,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """The share of all devices' time in which they have no forward or backward."""
+        """The share of all devices' time in which they have no task of a microbatch."""
         return idle(self.spans, self.devices, self.makespan)
 
     def seconds(self, module: str) -> float:
@@ -60,7 +60,7 @@ class Recorder:
         ends = {task: end.result() for task, end in self._ends.items()}
         spans: dict[Task, Span] = {}
         free = dict.fromkeys(frozenset().union(*devices.values()), 0)
-        for task in sorted((t for t in ends if t.kind in (Kind.FORWARD, Kind.BACKWARD)), key=ends.__getitem__):
+        for task in sorted((t for t in ends if t.kind in OF_MICROBATCHES), key=ends.__getitem__):
             came = [ends[need] for need in needs.of(task) if need in ends]
             began = max(self._handed[task], *came, *(free[device] for device in devices[task.stage]))
             spans[task] = Span(min(began, ends[task]), ends[task])

@@ -1,0 +1,93 @@
+"""Which products of a layer leave their weights' gradients to another program, and what they leave for it.
+
+A backward that is split (arXiv:2401.10241) takes no gradient of a weight that enters one product: it gives that
+product's pair (`models/weight.py`), its input and the cotangent of its output, and the other half makes the gradient of
+these. What a pair looks like is known from one abstract run of the layer, in which products tell.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models.axes import vary, varying_axes
+from models.contract import Params
+from models.layers import How, gradients
+from models.paths import Path, flat
+from models.weight import Pair
+
+Tree = Any
+CALLS = frozenset({"remat2", "checkpoint", "jit", "pjit", "closed_call"})
+CASTS = frozenset({"pvary", "pcast"})
+PRODUCT = "custom_vjp_call"
+
+
+class Paired(NamedTuple):
+    """A product with a pair: how it multiplies, its weights in the order of their columns, and what its input and its
+    output are: shape, precision, and the mesh axes over which both vary."""
+
+    how: How
+    paths: tuple[Path, ...]
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    dtype: Any
+    axes: frozenset[str]
+
+    @property
+    def path(self) -> Path:
+        """Of the weight that has the pair."""
+        return self.paths[0]
+
+    def zeros(self, *lead: int) -> Pair:
+        """The pair itself, or the cotangents that come of it, stacked over repetitions if `lead` says how many."""
+        return Pair(*(vary(jnp.zeros((*lead, *shape), self.dtype), self.axes) for shape in (self.x, self.y)))
+
+    def is_made_by(self, equation: Any) -> bool:
+        """Whether an equation is this very product, and not one of a loop or of a batch of them."""
+        shapes = [atom.aval.shape for atom in equation.invars]
+        return equation.primitive.name == PRODUCT and self.x in shapes
+
+    def gradients(self, pair: Pair) -> dict[Path, jax.Array]:
+        """Of its weights, by path; they vary as the pair does."""
+        return dict(zip(self.paths, gradients(self.how, pair), strict=True))
+
+
+class Telling:
+    """An abstract run of a layer, in which its products tell about themselves."""
+
+    def __init__(self) -> None:
+        self._found: list[Paired] = []
+
+    def tell(self, paths: tuple[Path, ...], how: How, x: jax.Array, y: jax.Array) -> None:
+        """See `Told` in `models/weight.py`."""
+        if how.gradient is not None:
+            self._found.append(Paired(how, paths, x.shape, y.shape, x.dtype, varying_axes(x)))
+
+    def run(self, layer: Callable[[Any, Tree], Tree], given: tuple[Params, ...], carry: Tree) -> tuple[Paired, ...]:
+        """The products of a layer that can leave gradients for later: each computed once, of weights that no other
+        takes. `given`: taps and other parameters by path, and what else `layer` is given beside the carry."""
+        jaxpr = jax.make_jaxpr(layer)(given, carry).jaxpr
+        taps = dict(zip(sorted(flat(given[0])), jaxpr.invars, strict=False))
+
+        def is_alone(paired: Paired) -> bool:
+            takers = [list(_takers(jaxpr, taps[path])) for path in paired.paths]
+            return all(len(found) == 1 and paired.is_made_by(found[0]) for found in takers)
+
+        return tuple(filter(is_alone, self._found))
+
+
+def _takers(jaxpr: Any, variable: Any) -> Iterator[Any]:
+    """The equations that take a variable, however it comes to them."""
+    for equation in jaxpr.eqns:
+        for place, atom in enumerate(equation.invars):
+            if atom is not variable:
+                continue
+            if equation.primitive.name in CASTS:
+                yield from _takers(jaxpr, equation.outvars[0])
+            elif equation.primitive.name in CALLS:
+                inner = equation.params["jaxpr"]
+                inner = getattr(inner, "jaxpr", inner)
+                yield from _takers(inner, inner.invars[place])
+            else:
+                yield equation
