@@ -54,11 +54,11 @@ class Told(NamedTuple):
 class Weight:
     """A weight of `shape`: all of `value`, or the columns from `column` on of a `value` [*lead, columns].
 
-    `tap`: None where no gradient is wanted; of weights of one product the first may have a pair, and then no other has
-    a tap. `told`: who hears of the product."""
+    `tap`: an array, or None where no gradient is wanted; of the weights of one product the first may have a pair, and
+    then no other has a tap. `told`: who hears of the product."""
 
     value: jax.Array
-    tap: jax.Array | Pair | None
+    tap: Any
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
     column: int | None = dataclasses.field(default=None, metadata=STATIC)
     lead: int = dataclasses.field(default=1, metadata=STATIC)
@@ -78,7 +78,7 @@ class Product(NamedTuple):
     it, by weight."""
 
     value: jax.Array
-    taps: tuple[jax.Array | Pair, ...]
+    taps: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]
     places: tuple[int, ...]
     told: tuple[Told, ...] = ()

@@ -101,7 +101,7 @@ def forecast(
     devices = {node.key: node.devices for node in nodes}
     shortest = _longest_chain(needs, spans)
     in_flight = _most(spans, {node.key: Kind.BACKWARD for node in nodes if node.backward})
-    held = _most(spans, dict.fromkeys(held_bounds, Kind.WEIGHTS))
+    held = _most(spans, {node.key: Kind.WEIGHTS for node in nodes if node.splits})
     none = {node.key: 0 for node in nodes}
     return Forecast(devices, spans, shortest, none | in_flight, orders.bounds, held, held_bounds, text_only)
 

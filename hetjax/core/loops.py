@@ -47,9 +47,7 @@ class Back(NamedTuple):
     acc: Tree  # accumulators of the stage's layers
 
 
-Pairs = list[
-    dict[Path, Pair]
-]  # of a run by place of its period, by path; with a dim over repetitions, if it has several
+Pairs = list[dict[Path, Pair]]  # by place of a run's period, by path; with a dim over repetitions, if it has several
 
 
 class Loops:

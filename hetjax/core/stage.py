@@ -13,8 +13,9 @@ All but the last two are per-device programs, ONE `jax.shard_map` over all axes,
 replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1); under ZeRO-2
 and 3 `acc` lies in shards. `squares` are the sums of squares of the gradients that are complete, by leaf. `packed` is
 what the stage reads of the microbatch (`packing.py`); `done` a number that is there when the program is through, or all
-scores where it makes the loss (`Local.backward`); `pairs` what is left for `weights` (`pairs.py`); `copies` are the working weights that are no parameters
-(`working.py`); `decision` is [scale, 1 if the step counts, rate]; `loads` those that move a parameter (`balance.py`).
+scores where it makes the loss (`Local.backward`); `pairs` what is left for `weights` (`pairs.py`); `copies` are the
+working weights that are no parameters (`working.py`); `decision` is [scale, 1 if the step counts, rate]; `loads` those
+that move a parameter (`balance.py`).
 """
 
 import functools
