@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from hetjax.core.orders import Orders
 from hetjax.core.simulation import Lane, Span
-from hetjax.core.tasks import Kind, StageKey, Task
+from hetjax.core.tasks import Kind, Task
 
 
 class Halves:
@@ -23,28 +23,24 @@ class Halves:
     their simulated `spans`.
 
     `bounds`: of each stage that splits its backwards the most microbatches of which the forward is done and the
-    weights' gradients are not; of several stages on the same devices, all of these together.
+    weights' gradients are not; several stages on the same devices have so many together, or less.
     """
 
     def __init__(self, orders: Orders, spans: Mapping[Task, Span]) -> None:
         self._splits = {key for key, node in orders.nodes.items() if node.splits}
-        self.needs = {**orders.needs(), **{half: [half._replace(kind=Kind.BACKWARD)] for half in self._all(orders)}}
+        halves = [task for task in orders.graph.of_microbatches() if task.kind is Kind.WEIGHTS]
+        self.needs = {**orders.needs(), **{half: orders.graph.of(half) for half in halves}}
         most: dict[str, int] = {}
         for turns in orders.turns:
-            module = turns.stages[0].module
-            most[module] = max(most.get(module, 0), orders.ahead(turns))
+            if not self._splits.isdisjoint(turns.trained):
+                most[turns.module] = max(most.get(turns.module, 0), orders.ahead(turns))
+        self.bounds = {key: min(most[key[0]], orders.num) for key in self._splits}
         self.lanes: list[Lane] = []
-        self.bounds: dict[StageKey, int] = {}
         for turns, lane in zip(reversed(orders.turns), orders.lanes, strict=True):
-            mine = {node.key for node in turns.stages}
-            together = most[turns.stages[0].module]
-            order = [task for task in spans if task.stage in mine]
-            late = together - orders.ahead(turns)
-            self.lanes.append(Lane(lane.devices, (self._in_turn(order, late),)) if mine & self._splits else lane)
-            self.bounds |= dict.fromkeys(mine & self._splits, min(together, orders.num * len(mine)))
-
-    def _all(self, orders: Orders) -> list[Task]:
-        return [task for task in orders.graph.of_microbatches() if task.kind is Kind.WEIGHTS]
+            if not self._splits.isdisjoint(turns.trained):
+                mine, late = {node.key for node in turns.stages}, most[turns.module] - orders.ahead(turns)
+                lane = lane._replace(orders=(self._in_turn([task for task in spans if task.stage in mine], late),))
+            self.lanes.append(lane)
 
     def _in_turn(self, order: Sequence[Task], late: int) -> list[Task]:
         """A lane's tasks with the halves between them, of which so many are left for later."""

@@ -36,6 +36,11 @@ class Turns:
     size: int
 
     @property
+    def module(self) -> str:
+        """Theirs."""
+        return self.stages[0].module
+
+    @property
     def trained(self) -> list[StageKey]:
         """Those with a backward."""
         return [node.key for node in self.stages if node.backward]
@@ -62,7 +67,7 @@ class Orders:
         self.bounds: dict[StageKey, int] = {}
         self._ahead: dict[StageKey, int] = {}  # by a lane's first stage: forwards without their backwards
         for module in reversed(dict.fromkeys(n.module for n in nodes)):
-            self._bind([turns for turns in self.turns if turns.stages[0].module == module])
+            self._bind([turns for turns in self.turns if turns.module == module])
 
     # -- orders --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 from hetjax.core.simulation import Span
 from hetjax.core.tasks import Kind, StageKey, Task
 
-FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "="}
+FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "=", Kind.WEIGHTS: "+"}
+SHADE = {Kind.FORWARD: 0.0, Kind.BACKWARD: 0.3, Kind.WEIGHTS: 0.5}  # how much darker than its module's colour
 COLOURS = ("#4c8cb8", "#d98c3f", "#6aa84f", "#a46ab0", "#b85c5c")  # of modules, forward; a backward's are darker
 WIDTH, HEIGHT, LEFT, TOP = 1200, 26, 140, 34  # pixels of the time, a row, the rows' names and the title
 
@@ -56,7 +57,8 @@ def rows(step: Step) -> list[Row]:
 
 def text(step: Step, width: int) -> str:
     """A line of about `width` characters per row: l3---- is a forward of module l and microbatch 3, L3==== its
-    backward; l'3 one of the second stage that a module has on these devices."""
+    backward, L+3+++ what of that gives weights' gradients; l'3 one of the second stage that a module has on these
+    devices."""
     names = _letters(step)
     margin = max(len(row.name) for row in rows(step))
     columns = max(width - margin - 3, 20)
@@ -67,11 +69,14 @@ def text(step: Step, width: int) -> str:
         for task, span in row.spans.items():
             room = at(span.end) - at(span.begin)
             letter = names[task.stage[0]] if task.kind is Kind.FORWARD else names[task.stage[0]].upper()
+            letter += "+" * (task.kind is Kind.WEIGHTS)
             label = f"{letter}{_turn(row, task)}{task.microbatch}"
             line[at(span.begin) : at(span.end)] = label[:room].ljust(room, FILL[task.kind])
         lines.append(f"{row.name:<{margin}} |{''.join(line)}|")
     said = ", ".join(f"{letter} {module}" for module, letter in names.items())
-    return "\n".join([*lines, f"{said}; small letters are forwards, capitals backwards, each with its microbatch"])
+    split = ", + weights' gradients" if any(task.kind is Kind.WEIGHTS for task in step.spans) else ""
+    said += f"; small letters are forwards, capitals backwards{split}, each with its microbatch"
+    return "\n".join([*lines, said])
 
 
 def svg(pictures: Mapping[str, Step]) -> str:
@@ -90,10 +95,12 @@ def svg(pictures: Mapping[str, Step]) -> str:
             y = above + TOP + HEIGHT * number
             lines.append(f'<text x="4" y="{y + 17}">{html.escape(row.name)}</text>')
             lines += _boxes(step, row, y, modules)
+    halves = any(task.kind is Kind.WEIGHTS for step in pictures.values() for task in step.spans)
+    split = ", darkest: weights&#39; gradients" if halves else ""
     for number, module in enumerate(modules):
-        x, y = LEFT + 150 * number, sum(heights) + 4
+        x, y = LEFT + (300 if halves else 150) * number, sum(heights) + 4
         lines.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        lines.append(f'<text x="{x + 18}" y="{y + 11}">{html.escape(module)}; darker: backward</text>')
+        lines.append(f'<text x="{x + 18}" y="{y + 11}">{html.escape(module)}; darker: backward{split}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
@@ -104,14 +111,12 @@ def _boxes(step: Step, row: Row, y: int, modules: list[str]) -> Iterator[str]:
         x, wide = LEFT + span.begin * scale, (span.end - span.begin) * scale
         colour = COLOURS[modules.index(module) % len(COLOURS)]
         box = f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{HEIGHT - 4}" fill="{colour}" stroke="white"/>'
-        shade = f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{HEIGHT - 4}" opacity="0.3"/>'
+        opacity = SHADE[task.kind]
+        shade = f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{HEIGHT - 4}" opacity="{opacity}"/>'
         label = f"{task.microbatch}{_turn(row, task)}"
         written = f'<text x="{x + wide / 2:.1f}" y="{y + 16}">{label}</text>' if wide > 8 * len(label) else ""
         what = f"{task.kind.name.lower()} of microbatch {task.microbatch}, {module}/{stage}"
-        yield (
-            f'<g class="box"><title>{html.escape(what)}</title>{box}'
-            f"{shade if task.kind is Kind.BACKWARD else ''}{written}</g>"
-        )
+        yield (f'<g class="box"><title>{html.escape(what)}</title>{box}{shade if opacity else ""}{written}</g>')
 
 
 def _turn(row: Row, task: Task) -> str:
