@@ -53,14 +53,14 @@ def dots(
     for product in joint:
         x = vary_like(x, product.value)  # before the first: one all-reduce of the gradient over tp
     for product in joint:
-        (value, taps, shapes, places, _), paired = product, any(isinstance(tap, Pair) for tap in product.taps)
+        (value, taps, shapes, places, _), paired = product, product.has_pair
         # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
         # A pair is no sum, and has what `x` varies over of itself.
         like = functools.partial(vary_like, other=x)
         gradient = taps[0].dtype if taps and not paired else None
         how = How(contract, jnp.dtype(dtype or x.dtype), shapes, gradient, gathers, paired)
         y = _dot(how, x, like(value), taps if paired else tuple(map(like, taps)))
-        product.tell(how, x, y)
+        product.tell(functools.partial(gradients, how), Pair(x, y.astype(x.dtype)))
         trailing = [shape[contract:] for shape in shapes]
         parts = split(y, [math.prod(dims) for dims in trailing])
         rows = tuple(n * gathers.size if dim == 1 else n for dim, n in enumerate(x.shape[: x.ndim - contract]))
@@ -105,7 +105,7 @@ def _dot_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, 
 
 def gradients(how: How, pair: Pair) -> tuple[jax.Array, ...]:
     """Those of the weights of a product."""
-    x, g = pair
+    x, g, _ = pair
     precise = wide(jnp.promote_types(x.dtype, how.gradient))
     g_w = lax.dot_general(_rows(how, x), g, (((0,), (0,)), ((), ())), preferred_element_type=precise)
     parts = split(g_w.astype(how.gradient), [math.prod(shape[how.contract :]) for shape in how.shapes])

@@ -5,9 +5,9 @@ share an input side by side in one array. Such a weight is not differentiated, w
 precision. Beside it lies a *tap*, zeros in the precision of the optimizer that nobody reads: the gradient is its
 cotangent. Elsewhere (the reference, generation) a weight is an array, and `products` treats both alike.
 
-Where another program is to make the gradient, a *pair* lies in place of the taps of all weights of a product: zeros
+Where another program is to make the gradients, a *pair* lies in place of the taps of all weights of a product: zeros
 like the product's input and its output. Their cotangents are that input and the output's cotangent, of which the
-gradient is the product.
+gradients are the product.
 """
 
 import dataclasses
@@ -33,13 +33,16 @@ class Use(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Of a product the input, and the output's cotangent."""
+    """Of a product the input, and the output's cotangent; of a grouped one the rows of each group, as floating-point
+    numbers, which alone have cotangents."""
 
     x: jax.Array
     g: jax.Array
+    sizes: jax.Array | None = None
 
 
-Tell = Callable[[tuple[Path, ...], Any, jax.Array, jax.Array], None]  # of the weights at these paths: how x gave y
+Make = Callable[[Pair], Sequence[jax.Array]]  # gradients of the weights of a product, in the order of their columns
+Tell = Callable[[tuple[Path, ...], Make, Pair], None]  # of the weights at these paths, and something like their pair
 
 
 class Told(NamedTuple):
@@ -83,10 +86,15 @@ class Product(NamedTuple):
     places: tuple[int, ...]
     told: tuple[Told, ...] = ()
 
-    def tell(self, how: Any, x: jax.Array, y: jax.Array) -> None:
-        """Says that it is `how` `x` gave `y`, if anybody wants to hear."""
+    @property
+    def has_pair(self) -> bool:
+        """Whether a pair is in place of its taps."""
+        return any(isinstance(tap, Pair) for tap in self.taps)
+
+    def tell(self, make: Make, like: Pair) -> None:
+        """Says how the gradients come of a pair, and what that is like, if anybody wants to hear."""
         if self.told:
-            self.told[0].tell(tuple(told.path for told in self.told), how, x, y)
+            self.told[0].tell(tuple(told.path for told in self.told), make, like)
 
 
 def products(weights: Sequence[jax.Array | Weight]) -> list[Product]:

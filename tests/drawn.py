@@ -62,7 +62,7 @@ def draw(rng: random.Random) -> Case | None:
     except ValueError:
         return None
     changes = rng.choice([(), (), FROZEN_LLM, FROZEN_VISION, PROJECTOR])
-    how = dict(remat=rng.choice(list(Remat)[:3]), schedule=rng.choice(["1f1b", "gpipe"]))
+    how = dict(remat=rng.choice(list(Remat)[:3]), schedule=rng.choice(["1f1b", "gpipe", "zerobubble"]))
     audio = placed.get("audio")
     return Case(placed["llm"], placed["vision"], audio, shape=SHAPE, changes=changes, **how, **MODELS[number])
 

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.axes import vary, varying_axes
+from models.axes import vary
 from models.contract import Params
-from models.layers import How, gradients
 from models.paths import Path, flat
-from models.weight import Pair
+from models.weight import Make, Pair
 
 Tree = Any
 CALLS = frozenset({"remat2", "checkpoint", "jit", "pjit", "closed_call"})
@@ -24,15 +23,12 @@ PRODUCT = "custom_vjp_call"
 
 
 class Paired(NamedTuple):
-    """A product with a pair: how it multiplies, its weights in the order of their columns, and what its input and its
-    output are: shape, precision, and the mesh axes over which both vary."""
+    """A product with a pair: its weights in the order of their columns, how their gradients come of a pair, and the
+    types of its arrays."""
 
-    how: How
     paths: tuple[Path, ...]
-    x: tuple[int, ...]
-    y: tuple[int, ...]
-    dtype: Any
-    axes: frozenset[str]
+    make: Make
+    like: Pair
 
     @property
     def path(self) -> Path:
@@ -41,16 +37,20 @@ class Paired(NamedTuple):
 
     def zeros(self, *lead: int) -> Pair:
         """The pair itself, or the cotangents that come of it, stacked over repetitions if `lead` says how many."""
-        return Pair(*(vary(jnp.zeros((*lead, *shape), self.dtype), self.axes) for shape in (self.x, self.y)))
+
+        def stacked(like: Any) -> jax.Array:
+            return vary(jnp.zeros((*lead, *like.shape), like.dtype), like.manual_axis_type.varying)
+
+        return jax.tree.map(stacked, self.like)
+
+    def gradients(self, pair: Pair) -> dict[Path, jax.Array]:
+        """Of its weights, by path; they vary as the pair does."""
+        return dict(zip(self.paths, self.make(pair), strict=True))
 
     def is_made_by(self, equation: Any) -> bool:
         """Whether an equation is this very product, and not one of a loop or of a batch of them."""
         shapes = [atom.aval.shape for atom in equation.invars]
-        return equation.primitive.name == PRODUCT and self.x in shapes
-
-    def gradients(self, pair: Pair) -> dict[Path, jax.Array]:
-        """Of its weights, by path; they vary as the pair does."""
-        return dict(zip(self.paths, gradients(self.how, pair), strict=True))
+        return equation.primitive.name == PRODUCT and self.like.x.shape in shapes
 
 
 class Telling:
@@ -59,10 +59,9 @@ class Telling:
     def __init__(self) -> None:
         self._found: list[Paired] = []
 
-    def tell(self, paths: tuple[Path, ...], how: How, x: jax.Array, y: jax.Array) -> None:
+    def tell(self, paths: tuple[Path, ...], make: Make, like: Pair) -> None:
         """See `Told` in `models/weight.py`."""
-        if how.gradient is not None:
-            self._found.append(Paired(how, paths, x.shape, y.shape, x.dtype, varying_axes(x)))
+        self._found.append(Paired(paths, make, jax.tree.map(jax.typeof, like)))
 
     def run(self, layer: Callable[[Any, Tree], Tree], given: tuple[Params, ...], carry: Tree) -> tuple[Paired, ...]:
         """The products of a layer that can leave gradients for later: each computed once, of weights that no other
