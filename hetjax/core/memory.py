@@ -119,9 +119,10 @@ def things(pipeline: Pipeline, key: StageKey, kept: int) -> dict[Thing, int]:
         Thing(What.MASTERS, key): local_bytes(mine.masters(mine.params)),
         Thing(What.STATE, key): local_bytes(mine.state),
         Thing(What.RESIDUALS, key): local_bytes(stage.packed) + kept,
-        Thing(What.PAIRS, key): local_bytes(stage.pairs),
         Thing(What.SUMS, key): local_bytes(mine.repeated(mine.grads)) if mine.trains else 0,
     }
+    if stage.splits:
+        found[Thing(What.PAIRS, key)] = local_bytes(stage.pairs)
     for link in pipeline.links[key]:
         of_link = local_bytes([link.boundary.source[k] for k in link.boundary.gradients])
         found[Thing(What.COTANGENTS, key, -1, link.target)] = of_link
