@@ -108,7 +108,7 @@ def _attends(program: Program, op: Operation) -> bool:
 
 def _grouped(op: Operation) -> bool:
     """Whether this is a kernel of grouped products; they visit each row once, but for parts of tiles."""
-    return _target(op).startswith("mosaic") and "ragged" in op.source
+    return _target(op).startswith("mosaic") and any(word in op.source for word in ("ragged", "grouped"))
 
 
 def _attention(computation: Computation, op: Operation, half: bool) -> float:

@@ -18,11 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from hetjax.run import cluster, signals
 
 COMMANDS = ("train", "verify", "generate")  # that several processes run together
+GPUS = Path("/proc/driver/nvidia/gpus")  # has an entry for each
 GRACE = 10.0  # seconds in which the others may end, and say why, by themselves
 
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("-n", type=int, required=True, metavar="N", help="processes")
     parser.add_argument(
-        "--devices-per-process", type=int, default=0, metavar="N", help="CPU devices to emulate in each; 0: real ones"
+        "--devices-per-process", type=int, default=0, metavar="N", help="CPU devices to emulate in each; 0: GPUs"
     )
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="times that all start again when one died"
@@ -52,22 +54,52 @@ def main(argv: Sequence[str]) -> int:
         parser.error("no command; write -- train ... behind the flags")
     if command[0] not in COMMANDS:
         parser.error(f"{command[0]!r} is none of the commands that run in several processes: {', '.join(COMMANDS)}")
+    try:
+        devices = [emulated(flags.devices_per_process)] * flags.n if flags.devices_per_process else real(flags.n)
+    except ValueError as error:
+        parser.error(str(error))
     for restart in range(1 + flags.max_restarts):
         if restart:
             print(f"restart {restart} of {flags.max_restarts}", file=sys.stderr, flush=True)
-        status, stopped = run(command, flags.n, flags.devices_per_process)
+        status, stopped = run(command, devices)
         if status in (0, 2) or stopped:  # 2: what only the user can mend
             break
     return status
 
 
-def run(command: Sequence[str], count: int, devices: int) -> tuple[int, bool]:
-    """(exit status, whether a signal asked for the end) of `count` processes of one run."""
+def emulated(count: int) -> dict[str, str]:
+    """The environment of a process that emulates so many devices."""
+    return {cluster.DEVICES: str(count)}
+
+
+def real(count: int) -> list[dict[str, str]]:
+    """The environments of so many processes that share this machine's GPUs, each with as many, one behind another.
+
+    Raises ValueError where there are none, or they cannot be shared evenly."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (
+        list(map(str, range(len(list(GPUS.glob("*")))))) if visible is None else list(filter(None, visible.split(",")))
+    )
+    if not gpus:
+        raise ValueError("--devices-per-process=0, but there is no GPU; give each process CPU devices to emulate")
+    if len(gpus) % count:
+        raise ValueError(
+            f"-n={count} processes cannot share {len(gpus)} GPUs ({','.join(gpus)}) evenly; start as many as divide "
+            "them, or name some in CUDA_VISIBLE_DEVICES"
+        )
+    each = len(gpus) // count
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[n * each : (n + 1) * each])} for n in range(count)]
+
+
+def run(command: Sequence[str], devices: Sequence[Mapping[str, str]]) -> tuple[int, bool]:
+    """(exit status, whether a signal asked for the end) of the processes of one run; `devices`: what tells each its
+    own."""
+    count = len(devices)
     port = free_ports(1 + count)
-    told = {cluster.COORDINATOR: f"127.0.0.1:{port}", cluster.PROCESSES: str(count), cluster.DEVICES: str(devices)}
+    told = {cluster.COORDINATOR: f"127.0.0.1:{port}", cluster.PROCESSES: str(count)}
     running = []
-    for number in range(count):
-        env = os.environ | told | {cluster.PROCESS: str(number)}
+    for number, own in enumerate(devices):
+        env = os.environ | told | {cluster.PROCESS: str(number), cluster.DEVICES: "0", **own}
         start = [sys.executable, "-m", "hetjax", *command]
         process = subprocess.Popen(
             start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent

@@ -43,6 +43,7 @@ from hetjax.run import (
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
 from hetjax.run.log import Log
+from hetjax.run.stragglers import Stragglers
 from hetjax.run.watchdog import Watch
 
 
@@ -111,7 +112,8 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         last = stack.enter_context(ending.saved(checkpoints, watch))
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
             state = state if trainer is trainers[first] else trainer.begin(state)
-            log = Log(run, trainer, loader, writer)
+            log, stragglers = Log(run, trainer, loader, writer), Stragglers(trainer)
+            stragglers.look(state.step, state.weights)
             watch.follow(trainer.pipeline.progress)
             while state.step < end and not (over := cluster.ends(state.step, signalled=bool(signalled))):
                 due = run.eval_every and state.step and state.step % run.eval_every == 0 and state.step != evaluated
@@ -133,6 +135,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
                 if state.step % run.save_every == 0:
                     watch.steps(f"the save of step {state.step}")
                     checkpoints.save(trainer, state, loader.state())
+                    stragglers.look(state.step, state.weights)
             log.settle()
             watch.steps(f"the save of step {state.step}")
             checkpoints.save(trainer, state, loader.state())

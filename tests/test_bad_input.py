@@ -291,7 +291,8 @@ def test_the_command_line_ends_with_one_line_and_status_2(gin: Path) -> None:
     line = [sys.executable, "-m", "hetjax.train", *arguments]
     ran = subprocess.run(line, env=runs.environment(), cwd=ROOT, capture_output=True, text=True, timeout=100)
     rule = "llm: cp=2 x tp=2 stands on device 4, but there are 4 (0 to 3); use fewer devices, or emulate more"
-    assert (ran.returncode, ran.stderr) == (2, f"error: {rule} (emulated_devices)\n")
+    way = "(emulated_devices; under hetjax launch --devices-per-process)"
+    assert (ran.returncode, ran.stderr) == (2, f"error: {rule} {way}\n")
 
 
 def test_verify_is_as_strict(gin: Path, capsys: pytest.CaptureFixture) -> None:

@@ -97,5 +97,5 @@ def test_what_is_held_is_what_the_forecast_says_and_does_not_grow(
     assert watch.held == forecast.in_flight
     assert forecast.in_flight == {("vision", 0): 0, **{("llm", n): most for n, most in enumerate((4, 3, 2, 1))}}
     assert all(most <= forecast.bounds[key] for key, most in watch.held.items())
-    assert frozen.pipeline.in_flight(("llm", 0)) * 2 == frozen.pipeline.in_flight(("vision", 0)) == IN_FLIGHT
+    assert frozen.pipeline.in_flight["llm", 0] * 2 == frozen.pipeline.in_flight["vision", 0] == IN_FLIGHT
     assert watch.arrays[3] == watch.arrays[5] == watch.arrays[7]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import answering
@@ -17,6 +18,7 @@ import test_mutants as mutants
 from hf_folders import llava, text, vision
 from runs import ROOT, arguments, environment, records, settings
 
+from hetjax import launch as launcher
 from hetjax.launch import free_ports
 from hetjax.run import cluster, watchdog
 from hetjax.run.checkpoint import steps_in
@@ -35,18 +37,22 @@ APART = runs.layouts(vision=dict(dp=2, devices="0-1"), llm=dict(dp=2, devices="2
 
 
 def start(gin: Path, workdir: Path, changes: runs.Changes, *, restarts: int = 0) -> subprocess.Popen:
-    """A launch of two processes that train with four devices together."""
-    return launched("train", *arguments(gin, workdir, changes), devices=4, restarts=restarts)
+    """A launch of two processes that train with four devices together, and keep their programs beside `workdir`."""
+    kept = dict(JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "programs"))
+    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return launched("train", *arguments(gin, workdir, changes), devices=4, restarts=restarts, env=kept)
 
 
-def launched(*command: str, devices: int, cwd: Path = ROOT, restarts: int = 0) -> subprocess.Popen:
+def launched(
+    *command: str, devices: int, cwd: Path = ROOT, restarts: int = 0, env: Mapping[str, str] | None = None
+) -> subprocess.Popen:
     """Two processes that run a command with so many devices together, and the code in `cwd`."""
     line = [sys.executable, "-m", "hetjax", "launch", "-n", "2", "--devices-per-process", str(devices // 2)]
     line += [f"--max-restarts={restarts}", "--"]
     never = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9", PYTHONUNBUFFERED="1", PYTHONPATH=str(cwd))
     return subprocess.Popen(
         [*line, *command],
-        env=environment() | never,
+        env=environment() | never | (env or {}),
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -98,6 +104,8 @@ def test_two_processes_are_killed_restarted_hang_resume_and_stop(tmp_path: Path)
     assert f"[0] error: process 0: nothing has happened for Experiment.step_limit={LIMIT:g} s, in" in said
     assert "[0]   the host's thread is" in said and "[0]   vision/0 (process 0)" in said
     killed = max(steps_in(tmp_path / "run" / "checkpoints"))
+    kept = list((tmp_path / "programs").glob("jit__forward-*-cache"))
+    assert len(kept) == 2, "each process has programs of its own, and keeps them"
 
     launch = start(gin, tmp_path / "run", many)
     saved(tmp_path / "run", killed + 20, launch)
@@ -168,9 +176,25 @@ def test_what_cannot_be_launched_is_said_before_anything_starts(capfd: pytest.Ca
         "-n 2 -- convert": "'convert' is none of the commands that run in several processes",
         "-n 2 --devices-per-process=-1 -- train": "--devices-per-process=-1; it must be at least 0",
         "-n 2 --max-restarts=-1 -- train": "--max-restarts=-1; it must be at least 0",
+        "-n 2 -- train": "--devices-per-process=0, but there is no GPU; give each process CPU devices to emulate",
     }.items():
-        ran = subprocess.run([sys.executable, "-m", "hetjax", "launch", *line.split()], cwd=ROOT, capture_output=True)
+        start = [sys.executable, "-m", "hetjax", "launch", *line.split()]
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        ran = subprocess.run(start, cwd=ROOT, env=env, capture_output=True)
         assert ran.returncode == 2 and says in ran.stderr.decode(), ran
+
+
+def test_processes_share_the_machines_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7,6")
+    named = [each["CUDA_VISIBLE_DEVICES"] for each in launcher.real(2)]
+    assert named == ["4,5", "7,6"]
+    with pytest.raises(ValueError, match=r"-n=3 processes cannot share 4 GPUs \(4,5,7,6\) evenly; start as many as"):
+        launcher.real(3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for bus in ("0000:1b:00.0", "0000:43:00.0"):
+        (tmp_path / bus).mkdir()
+    monkeypatch.setattr(launcher, "GPUS", tmp_path)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in launcher.real(2)] == ["0", "1"]
 
 
 @pytest.mark.parametrize(

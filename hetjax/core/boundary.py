@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 from hetjax.core import processes, wire
 from hetjax.core.mesh import axis_names
+from hetjax.core.put import Put
 from hetjax.core.route import Leaf, Program, Route, landing
 from hetjax.core.transfer import Pieces
 
@@ -119,8 +120,8 @@ def make_route(leaves: tuple[Leaf, ...]) -> Route:
 
     - Arrays whose blocks are where they are wanted are wrapped in their new sharding. All others together take one of:
     - colocated (same devices in the same order, grids that nest): one jitted reshard;
-    - equal grids on disjoint devices of this process (position by position the same block, no replicas): one plain
-      `jax.device_put`, which is direct for these; between other shardings it goes through the host;
+    - equal grids on disjoint devices of this process (position by position the same block, no replicas): each shard is
+      put on its device;
     - anything else: in pieces.
 
     A process that drives no device of either side does nothing, but for what it takes to let others send.
@@ -152,9 +153,9 @@ def _route_of_moving(leaves: tuple[Leaf, ...]) -> Route:
         and set(source).isdisjoint(destination)
         and all(map(_equal_grids, leaves))
     ):
-        shardings = [leaf.destination for leaf in leaves]
+        puts = [Put(leaf.landed) for leaf in leaves]
         size = sum(wire.payload(leaf.held, leaf.wanted) * leaf.dtype.itemsize for leaf in leaves)
-        return Route(lambda arrays: jax.device_put(arrays, shardings), (), size)
+        return Route(lambda arrays: [put(_shards(a)) for put, a in zip(puts, arrays, strict=True)], (), size)
     return Pieces(leaves).route()
 
 
@@ -167,8 +168,12 @@ def _devices(leaves: Sequence[Leaf]) -> list[jax.Device]:
 
 def _wrap(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`array`, in place, under another name for how it is laid out."""
-    shards = [shard.data for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=array.dtype)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, _shards(array), dtype=array.dtype)
+
+
+def _shards(array: jax.Array) -> list[jax.Array]:
+    """Those of this process."""
+    return [shard.data for shard in array.addressable_shards]
 
 
 def _equal_grids(leaf: Leaf) -> bool:
@@ -243,12 +248,18 @@ def _run(route: Route, inputs: Mapping[str, jax.ShapeDtypeStruct], tree: Mapping
                 f"boundary: {name!r} is {array.dtype}{list(array.shape)}, was built for "
                 f"{struct.dtype}{list(struct.shape)}; build a boundary per shape"
             )
-        if not array.sharding.is_equivalent_to(struct.sharding, array.ndim):
+        if not _equivalent(array.sharding, struct.sharding, array.ndim):
             raise ValueError(
                 f"boundary: {name!r} arrives as {array.sharding}, was built for {struct.sharding}; "
                 "pin the producer's out_shardings (or out_specs) to the boundary's source"
             )
     return dict(zip(inputs, route.run([tree[name] for name in inputs]), strict=True))
+
+
+@functools.cache
+def _equivalent(one: Sharding, other: Sharding, ndim: int) -> bool:
+    """Asked with the same pairs in every step: jax compares them anew each time."""
+    return one.is_equivalent_to(other, ndim)
 
 
 def _check_edge(source: Mapping[str, jax.ShapeDtypeStruct], destination: Mapping[str, NamedSharding]) -> None:

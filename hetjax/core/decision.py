@@ -1,6 +1,5 @@
 """A step's decision: small arrays of all stages come to one device, a program there decides, every process hears."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from hetjax.core import processes
+from hetjax.core.put import Put
 from hetjax.core.sends import Send, Sends
 
 Tree = Any
@@ -89,14 +89,11 @@ class Telling:
 
 
 class Spreading:
-    """A value on one device, on all devices of this process in each of these shardings, which repeat it."""
+    """A value like the abstract one, on all devices of this process in each of these shardings, which repeat it."""
 
-    def __init__(self, shardings: Mapping[Any, NamedSharding]) -> None:
-        devices = {key: [d for d in s.mesh.devices.flat if processes.is_mine(d)] for key, s in shardings.items()}
-        self._shardings, self._devices = shardings, devices
-        self._all = list(dict.fromkeys(device for mine in devices.values() for device in mine))
+    def __init__(self, value: Any, shardings: Mapping[Any, NamedSharding]) -> None:
+        at = lambda sharding: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        self._puts = {key: Put(at(sharding)) for key, sharding in shardings.items()}
 
     def __call__(self, value: jax.Array) -> dict[Any, jax.Array]:
-        copies = dict(zip(self._all, jax.device_put([value] * len(self._all), self._all), strict=True))
-        make = functools.partial(jax.make_array_from_single_device_arrays, value.shape)
-        return {key: make(where, [copies[d] for d in self._devices[key]]) for key, where in self._shardings.items()}
+        return {key: put([value] * len(put.devices)) for key, put in self._puts.items()}

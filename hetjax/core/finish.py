@@ -63,10 +63,13 @@ class Finish:
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
         here = {k: NamedSharding(s.plan.mesh, P()) for k, s in self.moved.items() if k in wiring.mine}
-        self.spread = Spreading(here)
+        self.spread = Spreading(jax.ShapeDtypeStruct((3,), self.dtype), here)
         balanced = {key: where for key, where in here.items() if self.moved[key].parameters.loads}
         self.spread_loads = {
-            name: Spreading({key: where for key, where in balanced.items() if key[0] == name})
+            name: Spreading(
+                jax.ShapeDtypeStruct(self.telling[name].scores[ROUTED].shape, self.dtype),
+                {key: where for key, where in balanced.items() if key[0] == name},
+            )
             for name in dict.fromkeys(name for name, _ in balanced)
         }
         self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])

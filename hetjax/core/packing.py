@@ -19,9 +19,9 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hetjax.core import processes
 from hetjax.core.layout import zigzag
 from hetjax.core.mesh import axis_names
+from hetjax.core.put import Put
 from hetjax.core.tasks import StageKey
 
 WORD = np.dtype(np.uint32)
@@ -63,10 +63,19 @@ class Packing:
         return jax.ShapeDtypeStruct((*self.counts, words), WORD, sharding=self.sharding)
 
     @functools.cached_property
+    def _put(self) -> Put:
+        return Put(self.struct)
+
+    @functools.cached_property
+    def _parts_here(self) -> list[tuple[slice, ...]]:
+        """What of the packed array each of this process's devices wants."""
+        places = self.sharding.devices_indices_map(self.struct.shape)
+        return [places[device] for device in self._put.devices]
+
+    @functools.cached_property
     def _here(self) -> list[tuple[int, ...]]:
         """Where along `counts` this process's devices stand."""
-        places = processes.places_here(self.struct.shape, self.sharding)
-        return sorted({tuple(part.start or 0 for part in place[: len(self.axes)]) for place in places})
+        return sorted({tuple(part.start or 0 for part in place[: len(self.axes)]) for place in self._parts_here})
 
     def pack(self, microbatch: Mapping[str, np.ndarray]) -> np.ndarray:
         """The arrays of a global microbatch in one, with the rows of this process's devices alone; zeros elsewhere.
@@ -85,7 +94,7 @@ class Packing:
 
     def place(self, packed: np.ndarray) -> jax.Array:
         """A packed microbatch on the stage's devices."""
-        return jax.make_array_from_callback(packed.shape, self.sharding, packed.__getitem__)
+        return self._put([packed[part] for part in self._parts_here])
 
     def unpack(self, words: jax.Array) -> dict[str, jax.Array]:
         """The shards of one device by name, from its words [1, ..., 1, words]; inside of a per-device program."""

@@ -8,10 +8,9 @@ thread, and every idle mesh would starve behind one busy mesh.
 """
 
 import collections
-import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -54,9 +53,10 @@ class Pipeline(Wiring):
         self._leaving: dict[Thing, Tree] = {}  # across steps
         self.recorder: Recorder | None = None  # of the step that is recorded
 
-    def in_flight(self, key: StageKey) -> int:
-        """Tasks of a stage that may be handed out before they are through; stages on the same devices share them."""
-        return max(IN_FLIGHT // self.stages[key].module.layout.vpp, 1)
+    @functools.cached_property
+    def in_flight(self) -> dict[StageKey, int]:
+        """Tasks of each stage that may be handed out before they are through; stages on the same devices share them."""
+        return {key: max(IN_FLIGHT // stage.module.layout.vpp, 1) for key, stage in self.stages.items()}
 
     def promise(self) -> str:
         """A line with what the schedule promises."""
@@ -171,13 +171,17 @@ class Pipeline(Wiring):
         for task in tasks:
             start = time.perf_counter()
             given = self.progress.given[task.stage]
-            if len(given) == self.in_flight(task.stage):
-                with _named(given[0][0]):
+            at = given[0][0] if len(given) == self.in_flight[task.stage] else None
+            try:
+                if at is not None:
                     given[0][1].block_until_ready()
-                given.popleft()
-            begun = time.perf_counter()
-            with _named(task):
+                    given.popleft()
+                begun, at = time.perf_counter(), task
                 done = doing[task.kind](task)
+            except Exception as error:
+                assert at is not None
+                error.add_note(f"in the {told(at)}")
+                raise
             if done is not None and task.kind is not Kind.BOUNDARY:
                 given.append((task, done))
             if done is not None and self.recorder is not None:
@@ -188,12 +192,3 @@ class Pipeline(Wiring):
             waiting, working = waiting + begun - start + seconds * waits, working + seconds * (not waits)
             crossing += seconds if task.kind is Kind.BOUNDARY else 0.0
         return HostTimes(len(tasks), working, crossing, waiting)
-
-
-@contextlib.contextmanager
-def _named(task: Task) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in the {told(task)}")
-        raise

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from hetjax.core import processes
+from hetjax.core.put import Put
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,30 +21,26 @@ class Send:
     origin: int
     arrival: int
 
-    @property
-    def on_source(self) -> jax.ShapeDtypeStruct:
-        """The piece, where it comes from."""
-        where = SingleDeviceSharding(self.source)
-        return jax.ShapeDtypeStruct(self.piece.shape, self.piece.dtype, sharding=where)
+    def at(self, device: jax.Device) -> jax.ShapeDtypeStruct:
+        """The piece on one of its ends."""
+        return jax.ShapeDtypeStruct(self.piece.shape, self.piece.dtype, sharding=SingleDeviceSharding(device))
 
 
 class Sends:
-    """Pieces on their way: those between two devices of this process go together, and those that change their process
+    """Pieces on their way: those between two devices of this process, and those that change their process
     one by one, in the order that all processes share (see `processes.py`; a batch of them is lost in jax 0.10.2)."""
 
     def __init__(self, sends: Sequence[Send]) -> None:
         self.crossing = [send for send in sends if send.source.process_index != send.to.process_index]
-        self._inside = [send for send in sends if processes.is_mine(send.source) and processes.is_mine(send.to)]
-        self._receivers = [send.to for send in self._inside]
+        inside = [send for send in sends if processes.is_mine(send.source) and processes.is_mine(send.to)]
+        self._inside = [(send.origin, send.arrival, Put(send.at(send.to))) for send in inside]
         absent = [send for send in self.crossing if not processes.is_mine(send.source)]
-        self._absent = {send.origin: processes.elsewhere(send.on_source) for send in absent}
+        self._absent = {send.origin: processes.elsewhere(send.at(send.source)) for send in absent}
 
     def run(self, values: list[Any]) -> None:
         """Fills the places of arrival."""
-        if self._inside:
-            arrived = jax.device_put([values[send.origin] for send in self._inside], self._receivers)
-            for send, piece in zip(self._inside, arrived, strict=True):
-                values[send.arrival] = piece
+        for origin, arrival, put in self._inside:
+            values[arrival] = put([values[origin]])
         for send in self.crossing:
             piece = self._absent[send.origin] if send.origin in self._absent else values[send.origin]
             values[send.arrival] = jax.device_put(piece, SingleDeviceSharding(send.to))

@@ -25,6 +25,8 @@ class Kind(enum.Enum):
     GONE = "gone"  # ... which is waited for: its memory on the device is free
     RETURN = "return"  # the thing is on the device again
 
+    __hash__ = object.__hash__  # that of `Enum` is Python's, asked some twenty times per task
+
 
 OF_MICROBATCHES = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHTS)
 COMPUTING = frozenset({*OF_MICROBATCHES, Kind.REDUCE, Kind.MEASURE, Kind.UPDATE})
@@ -41,6 +43,8 @@ class What(enum.Enum):
     COTANGENTS = "cotangents"  # of the outputs of a microbatch
     PAIRS = "pairs"  # of a microbatch: of each product its input and the cotangent of its output (`WEIGHTS`)
     SUMS = "sums"  # of gradients over replicas, from their reduction to the step's end
+
+    __hash__ = object.__hash__
 
 
 OFFLOADS = {

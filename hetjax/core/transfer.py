@@ -1,7 +1,7 @@
 """Compiled programs that carry arrays between two meshes in pieces, without touching the host.
 
-`wire.py` says which pieces cross; this file runs them: static slices on each source device, ONE batched `device_put` of
-all pieces, a join on each destination device, and one all-gather inside the destination mesh where it wants replicas.
+`wire.py` says which pieces cross; this file runs them: static slices on each source device, a put of
+each piece, a join on each destination device, and one all-gather inside the destination mesh where it wants replicas.
 
 `jax.device_put` is direct and asynchronous for single-device pieces; between most shardings it pulls the array through
 numpy and blocks the host until the producer is done. Programs are per device, since the pieces of two devices differ.

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the one way to its barriers and keys
 
-from hetjax.run import command
+from hetjax.run import command, programs
 
 COORDINATOR, PROCESSES, PROCESS = "HETJAX_COORDINATOR", "HETJAX_NUM_PROCESSES", "HETJAX_PROCESS"
 DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
@@ -42,7 +42,10 @@ def join_as_told(step_limit: float = HEARTBEAT) -> None:
         missing = ", ".join(name for name, value in told.items() if not value)
         raise ValueError(f"of {', '.join(told)} the environment lacks {missing}; set all, or none")
     elif os.environ.get(CLUSTER) == "auto":
+        programs.compile_alone()
         jax.distributed.initialize(heartbeat_timeout_seconds=_heartbeat(step_limit))
+    if is_one_of_several():
+        programs.write_all()
     if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the end
 
@@ -66,6 +69,8 @@ def join(coordinator: str, num_processes: int, process: int, emulated: int, *, s
         command.ask_for_emulated(emulated)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cross_host_transfer_socket_address", f"127.0.0.1:{port + 1 + process}")
+    else:
+        programs.compile_alone()
     jax.distributed.initialize(coordinator, num_processes, process, heartbeat_timeout_seconds=_heartbeat(step_limit))
 
 
