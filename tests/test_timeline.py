@@ -16,7 +16,7 @@ import tiny
 
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
-from hetjax.core.tasks import Kind, Needs, StageNode, Task
+from hetjax.core.tasks import OF_MICROBATCHES, Kind, Needs, StageNode, Task
 from hetjax.core.timeline import Recorder
 from hetjax.core.trainer import Trainer
 from hetjax.run import timelines
@@ -60,7 +60,7 @@ def trainer() -> Trainer:
     """An encoder that shares a device with the second of two stages."""
     graph = tiny.graph(Layout(pp=2, devices="0-1"), {"vision": Layout(devices="1")}, jnp.float32)
     config = OptimizerConfig(name="sgd", learning_rate=0.1)
-    return tiny.trainer(graph, tiny.Shape(microbatches=3), config, dtype=jnp.float32)
+    return tiny.trainer(graph, tiny.Shape(microbatches=3), config, dtype=jnp.float32, schedule="zerobubble")
 
 
 def test_a_recorded_step_is_the_step(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -88,7 +88,7 @@ def test_what_is_recorded_keeps_to_what_tasks_need(trainer: Trainer) -> None:
     _, _, found = trainer.recorded(trainer.init(), microbatches)
     spans: dict[Task, Any] = {**found.spans, **found.crossings}
     order = trainer.pipeline.schedule.gradients
-    assert set(spans) == {t for t in order if t.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BOUNDARY)}
+    assert set(spans) == {t for t in order if t.kind in (*OF_MICROBATCHES, Kind.BOUNDARY)}
     needs = Needs(trainer.pipeline.nodes, 3)
     for task, span in found.spans.items():
         # threads see what happens a little late, so an end may be noted behind that of what followed
