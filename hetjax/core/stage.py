@@ -68,21 +68,23 @@ class Stage:
         self.has_backward = bool(x_wanted) or parameters.trains
         self.x, self.x_wanted, self._asked_to_split = dict(x), x_wanted, splits
         self.keep = Keep(Remat.NONE if module.remat is Remat.AUTO else module.remat)  # until `budget.py` has chosen
-        self.local = self._local(self.keep.policy)
+        self.local = self.local_with(self.keep.policy)
         reads = module.definition.reads
         self.batch = {k: _at(batch[k], plan.grid.sharding(reads[k])) for k in self._find_reads(batch)}
         zigzags = {k: reads[k].index("seq") for k in self.batch if plan.axes.cp.size > 1 and "seq" in reads[k]}
         self.packings = packing.packings(self.batch, zigzags)
         self.packed = [p.struct for p in self.packings]
         self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # what a module's last stage says of a microbatch to the step
+        self.pairs: list[jax.ShapeDtypeStruct] = []  # what a backward leaves of one microbatch for the second program
         self.y, self.ends = self._find_outputs()
-        self.pairs = self._find_pairs()  # of one microbatch
+        self.splits = bool(self.pairs)  # whether a backward is two programs
         self.consumers: list[tuple[str, ...]] = []  # keys of `y` that each stage takes which takes some, in their order
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
 
-    def _local(self, policy: Policy | None) -> Local:
+    def local_with(self, policy: Policy | None) -> Local:
+        """The stage's model, whose layers keep what the policy says."""
         return Local(
             self.module,
             self.plan,
@@ -93,28 +95,10 @@ class Stage:
             splits=self._asked_to_split,
         )
 
-    @property
-    def splits(self) -> bool:
-        """Whether a backward is two programs."""
-        return bool(self.pairs)
-
     def set_keep(self, keep: Keep) -> None:
         """What the layers keep from now on; the programs are not compiled yet."""
-        self.keep, self.local = keep, self._local(keep.policy)
+        self.keep, self.local = keep, self.local_with(keep.policy)
         self.y, self.ends = self._find_outputs()
-
-    def kept_bytes(self, policy: Policy | None) -> int:
-        """Bytes on each device of a microbatch's residuals, if the layers kept what `policy` says."""
-        local, found = self._local(policy), [0]
-
-        def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
-            kept = local.forward(weights, dict(x), batch)[1]
-            found.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)))
-            return jnp.zeros(())
-
-        if self.has_backward:
-            self._trace(probe, P(), self.batch)
-        return found[-1]
 
     # -- what the stage reads and yields -------------------------------------------------------------------------
 
@@ -130,18 +114,18 @@ class Stage:
             found.update(recording.read)
             return jnp.zeros(())
 
-        self._trace(probe, P(), located)
+        self.trace(probe, P(), located)
         return sorted(found)
 
     def _find_outputs(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
         """Abstract (outputs of `forward`, what `backward` takes the cotangents of); where the stage has a backward, how
-        each residual varies over the mesh is found too."""
+        each residual varies over the mesh is found too, and what is left for a second half."""
         self.evaluated = {k: self.plan.grid.spec(d) for k, d in self.local.dims.items()}
         if self.ends_in_loss:
             output = self.module.definition.output
             found_too = {k: self.plan.grid.spec(output[k]) for k in (AUXILIARY, ROUTED) if k in output}
             self.evaluated = {"loss": P(), "likeliest": self.plan.grid.spec(("batch", "seq")), **found_too}
-        found = self._trace(self._scores, self.evaluated, self.batch)
+        found = self.trace(self._scores, self.evaluated, self.batch)
         if self.has_backward:
 
             def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
@@ -149,7 +133,10 @@ class Stage:
                 self._leaves = Crossing.of(self.local.no_pairs())
                 return jnp.zeros(())
 
-            self._trace(probe, P(), self.batch)
+            self.trace(probe, P(), self.batch)
+            pairs = self.trace(lambda *_: self._leaves.out(self.local.no_pairs()), self._leaves.specs, self.batch)
+            where = (NamedSharding(self.plan.mesh, spec) for spec in self._leaves.specs)
+            self.pairs = [*map(_at, pairs, where)]
         found = {k: _at(v, NamedSharding(self.plan.mesh, self.evaluated[k])) for k, v in found.items()}
         self.scores = {k: v for k, v in found.items() if self.plan.last and k in SCORES}
         self.crosses = {k: v for k, v in found.items() if k not in self.scores}  # to other stages
@@ -157,15 +144,8 @@ class Stage:
             return found, found
         return {}, {k: v for k, v in self.scores.items() if k != ROUTED}
 
-    def _find_pairs(self) -> list[jax.ShapeDtypeStruct]:
-        """Abstract, what a backward that is split leaves for the second half; none where it is not."""
-        if not self.has_backward:
-            return []
-        specs = self._leaves.specs
-        found = self._trace(lambda *_: self._leaves.out(self.local.no_pairs()), specs, self.batch)
-        return [_at(a, NamedSharding(self.plan.mesh, where)) for a, where in zip(found, specs, strict=True)]
-
-    def _trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
+    def trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
+        """What a per-device function of (weights, inputs, batch) gives, abstractly."""
         inputs = (self.parameters.weights, self.x, dict(batch))
         return jax.eval_shape(self._on_devices(function, spec_tree(inputs), out_specs), *inputs)
 
