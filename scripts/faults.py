@@ -78,7 +78,8 @@ def in_step(run: Run, has: Settings) -> None:
 
 def in_start(run: Run, has: Settings) -> None:
     run.until(lambda: len(run.trainers) == has.processes, START)
-    time.sleep(has.draw.random() * has.seconds)
+    moment = time.monotonic() + has.draw.random() * has.seconds
+    run.until(lambda: time.monotonic() >= moment or run.step() > 0, START)  # what is compiled already starts sooner
 
 
 def in_save(run: Run, has: Settings) -> None:
