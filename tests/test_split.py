@@ -1,10 +1,9 @@
-"""Backwards in two programs: the gradients of whole ones, from what the forecast says is kept in between.
+"""Backwards in two programs: what is kept in between, and which products can be split.
 
-Drawn runs, some of them under zero-bubble, are judged in test_drawn.py.
+Gradients have the bits of whole backwards: test_accumulators.py. Drawn runs are judged in test_drawn.py.
 """
 
 import collections
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,30 +30,15 @@ from models.weight import Tell, Told, Weight
 CONFIG = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1)
 
 
-@functools.cache
-def built(schedule: str) -> Trainer:
-    """Two stages of two layers, whose head is the embedding, and an encoder behind a frozen start."""
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    """Two stages of two layers, whose head is the embedding, and an encoder."""
     graph = tiny.graph(Layout(pp=2, devices="0-1"), {"vision": Layout(devices="2")}, jnp.float32, tied=True)
-    return tiny.trainer(graph, SHAPE, CONFIG, schedule=schedule)
+    return tiny.trainer(graph, SHAPE, CONFIG, schedule="zerobubble")
 
 
-def test_gradients_are_those_of_whole_backwards() -> None:
-    """On the same stages, in float32, over three steps with momentum: to the bit, since products and sums are the
-    same and come in the same order."""
-    found = []
-    for schedule in ("1f1b", "zerobubble"):
-        trainer = built(schedule)
-        state = trainer.init()
-        for step in range(3):
-            state, outcome = trainer.step(state, tiny.microbatches(SHAPE, seed=step))
-        found.append([np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.optimizer, outcome.loss))])
-    assert all(stage.splits for stage in built("zerobubble").pipeline.stages.values())
-    for whole, split in zip(*found, strict=True):
-        np.testing.assert_array_equal(split, whole)
-
-
-def test_what_is_kept_is_what_the_forecast_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, walk = built("zerobubble"), Pipeline._walk
+def test_what_is_kept_is_what_the_forecast_says(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = Pipeline._walk
     most: dict[StageKey, int] = collections.Counter()
 
     def watched(pipeline: Pipeline, tasks: Sequence[Task], doing: Any) -> HostTimes:
@@ -75,10 +59,9 @@ def test_what_is_kept_is_what_the_forecast_says(monkeypatch: pytest.MonkeyPatch)
     assert all(most[key] <= bound for key, bound in forecast.held_bounds.items())
 
 
-def test_the_memory_table_counts_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_table_counts_pairs(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first device holds what the moments of the schedule say, to the byte but for a few scalars."""
-    trainer, key, checked = built("zerobubble"), ("llm", 0), 0
-    pipeline = trainer.pipeline
+    pipeline, key, checked = trainer.pipeline, ("llm", 0), 0
     sizes = memory.things(pipeline, key, memory.local_bytes(pipeline.stages[key].kept))
     seen = watched_step(monkeypatch, trainer)
     order, made = pipeline.schedule.order, {Kind.FORWARD: What.RESIDUALS, Kind.BACKWARD: What.PAIRS}
