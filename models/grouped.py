@@ -157,10 +157,10 @@ def _grouped_forward(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax
 def _grouped_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array | Pair, ...], None]:
     x, w, sizes = kept
     g = g.astype(x.dtype)
-    g_x, pair = _multiply(how, g, w, sizes, transposed=True), Pair(x, g, sizes.astype(wide(x.dtype)))
+    g_x = _multiply(how, g, w, sizes, transposed=True)
     if how.paired:
-        return g_x, None, (pair,), None
-    return g_x, None, () if how.gradient is None else gradients(how, pair), None
+        return g_x, None, (Pair(x, g, sizes.astype(wide(x.dtype))),), None
+    return g_x, None, () if how.gradient is None else gradients(how, Pair(x, g, sizes)), None
 
 
 def gradients(how: How, pair: Pair) -> tuple[jax.Array, ...]:

@@ -4,6 +4,7 @@ Gradients have the bits of whole backwards: test_accumulators.py. Drawn runs are
 """
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,6 +98,13 @@ def found(layer: Layer) -> dict[tuple[Path, ...], Paired]:
     return {paired.paths: paired for paired in pairs}
 
 
+@jax.custom_vjp
+def own(x: jax.Array, w: Weight) -> jax.Array:
+    """A product inside of a function with a VJP of its own."""
+    return dot(x, w)
+
+
+own.defvjp(functools.partial(jax.vjp, dot), lambda pull, g: pull(g))
 A, B = ("a",), ("b",)
 LAYERS: dict[str, tuple[Layer, set[tuple[Path, ...]]]] = {
     "side by side": (lambda x, a, b: dots(x, a, b), {(A, B)}),
@@ -105,6 +113,7 @@ LAYERS: dict[str, tuple[Layer, set[tuple[Path, ...]]]] = {
     "twice": (lambda x, a, b: (dot(x, a) + dot(2 * x, a), dot(x, b)), {(B,)}),
     "beside another": (lambda x, a, b: (dots(x, a, b), dot(2 * x, b)), set()),
     "in a loop": (lambda x, a, b: (lax.map(lambda row: dot(row, a), x), dot(x, b)), {(B,)}),
+    "in another's VJP": (lambda x, a, b: (own(x, a), dot(x, b)), {(B,)}),
     "in a batch": (lambda x, a, b: (jax.vmap(lambda row: dot(row, a))(x), dot(x, b)), {(B,)}),
 }
 

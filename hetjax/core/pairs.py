@@ -48,9 +48,11 @@ class Paired(NamedTuple):
         return dict(zip(self.paths, self.make(pair), strict=True))
 
     def is_made_by(self, equation: Any) -> bool:
-        """Whether an equation is this very product, and not one of a loop or of a batch of them."""
-        shapes = [atom.aval.shape for atom in equation.invars]
-        return equation.primitive.name == PRODUCT and self.like.x.shape in shapes
+        """Whether an equation is this very product, and not a loop, a batch or a function with a VJP of its own that
+        has it inside."""
+        if equation.primitive.name != PRODUCT or self.like.x.shape not in [atom.aval.shape for atom in equation.invars]:
+            return False
+        return PRODUCT not in [inside.primitive.name for inside in _inside(equation, "call_jaxpr").eqns]
 
 
 class Telling:
@@ -85,8 +87,12 @@ def _takers(jaxpr: Any, variable: Any) -> Iterator[Any]:
             if equation.primitive.name in CASTS:
                 yield from _takers(jaxpr, equation.outvars[0])
             elif equation.primitive.name in CALLS:
-                inner = equation.params["jaxpr"]
-                inner = getattr(inner, "jaxpr", inner)
-                yield from _takers(inner, inner.invars[place])
+                inside = _inside(equation, "jaxpr")
+                yield from _takers(inside, inside.invars[place])
             else:
                 yield equation
+
+
+def _inside(equation: Any, name: str) -> Any:
+    jaxpr = equation.params[name]
+    return getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
