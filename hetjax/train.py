@@ -166,11 +166,12 @@ def _say_stopped(signalled: Sequence[signal.Signals], step: int, where: Path) ->
 def _draw(trainer: Trainer) -> None:
     """Prints which device holds what, what crosses between modules in a step, and what the schedule promises."""
     print(trainer.picture(), flush=True)
-    for name, boundary in trainer.pipeline.boundaries.items():
-        sizes = (boundary.payload_bytes, boundary.wire_bytes)
-        payload, wire = (n * trainer.spec.num_microbatches / 2**20 for n in sizes)
-        print(f"{name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB are put between devices")
-    print(trainer.pipeline.promise(), flush=True)
+    pipeline = trainer.pipeline
+    for link in pipeline.between.values():
+        times = len(pipeline.stages[link.source].plan.share.of(trainer.spec.num_microbatches))
+        payload, wire = (n * times / 2**20 for n in (link.boundary.payload_bytes, link.boundary.wire_bytes))
+        print(f"{link.name}: {payload:.2f} MiB cross in a step each way, {wire:.2f} MiB are put between devices")
+    print(pipeline.promise(), flush=True)
 
 
 def _starts(run: Experiment, trainer: Trainer) -> Mapping[str, initial.Start]:

@@ -22,7 +22,7 @@ from hetjax.core.tasks import OFFLOADS
 from models.context import CONTEXTS, GATHER
 from models.contract import ModuleDef
 
-SHAPE = tiny.Shape(microbatches=2)
+SHAPE, SHARED = tiny.Shape(microbatches=2), tiny.Shape(microbatches=3)
 EXPERTS = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5, z_loss=0.1)
 BIASED = dataclasses.replace(
     tiny.EXPERTS,
@@ -54,6 +54,7 @@ def draw(rng: random.Random) -> Case | None:
     names = ("vision", "audio") if rng.random() < 0.25 else ("vision",)
     try:
         layouts = {name: layout(rng, most=4 if name == "audio" else 8) for name in ("llm", *names)}
+        layouts["vision"] = replicated(rng, layouts["vision"])
         placed = place(rng, layouts)
         for name, mine in placed.items():
             plan_stages(name, definition(name, number), mine, jax.devices())
@@ -63,8 +64,8 @@ def draw(rng: random.Random) -> Case | None:
         return None
     changes = rng.choice([(), (), FROZEN_LLM, FROZEN_VISION, PROJECTOR])
     how = dict(remat=rng.choice(list(Remat)[:3]), schedule=rng.choice(["1f1b", "gpipe", "zerobubble"]))
-    audio = placed.get("audio")
-    return Case(placed["llm"], placed["vision"], audio, shape=SHAPE, changes=changes, **how, **MODELS[number])
+    audio, shape = placed.get("audio"), SHAPE if placed["vision"].replicas == 1 else SHARED
+    return Case(placed["llm"], placed["vision"], audio, shape=shape, changes=changes, **how, **MODELS[number])
 
 
 @functools.cache
@@ -88,6 +89,12 @@ def layout(rng: random.Random, most: int) -> Layout:
     share = rng.choice([None, None, 1, 2])
     cut = dict(sp=rng.random() < 0.4, zero=rng.choice([1, 1, 2, 3]), zero_size=share, context=context)
     return Layout(**sizes, **cut, offload=tuple(kind for kind in OFFLOADS if rng.random() < 0.3))
+
+
+def replicated(rng: random.Random, encoder: Layout) -> Layout:
+    """The layout, or one of two replicas."""
+    can = encoder.pp == 1 and encoder.num_devices <= 4
+    return dataclasses.replace(encoder, replicas=2) if can and rng.random() < 0.4 else encoder
 
 
 def place(rng: random.Random, layouts: dict[str, Layout]) -> dict[str, Layout]:
@@ -117,7 +124,7 @@ def kinds(case: Case) -> set[str]:
     found |= {name for name, given in (("deepstack", case.deepstack), ("cross-attention", case.cross)) if given}
     found |= {"padded vocabulary"} if case.vocab % case.llm.tp else set()
     for side, mine in (("llm", case.llm), ("vision", case.vision)):
-        found |= {f"{side} {name}" for name in (*SIZES, "vpp") if getattr(mine, name) > 1}
+        found |= {f"{side} {name}" for name in (*SIZES, "vpp", "replicas") if getattr(mine, name) > 1}
         found |= {f"{side} sp"} if mine.sp else set()
         found |= {f"{side} zero {mine.zero}"} if mine.zero > 1 else set()
         found |= {f"{side} shards over a part"} if mine.zero_size not in (None, mine.dp) else set()

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step; "compiled": stages;
-# "reads": rows that are read from files, by array; "whole": leaves of all processes, by module
+# "replicas": stages that own nothing; "reads": rows that are read from files, by array; "whole": leaves of all
+# processes, by module
 STEPS = 2
 ITEMS = {"vision.pixels", "audio.mel"}  # what is read from files
 
@@ -43,6 +44,10 @@ CASES = {
     "pp 2 vpp 2 across, tied": Case(
         dict(pp=2, vpp=2, dp=2, devices="2-5"), dict(dp=2, devices=OWN), model=dict(tied=True)
     ),
+    "replicas on two processes": Case(
+        dict(pp=2, dp=2, devices="2-5"), dict(replicas=2, dp=2, devices="2-5"), model=dict(tied=True)
+    ),
+    "replicas across, gpipe": Case(dict(pp=2, dp=4), dict(replicas=2, dp=4, zero=2), schedule="gpipe"),
     "tp inside, dp across": Case(dict(dp=4, tp=2), dict(dp=8)),
     "tp across": Case(dict(tp=4, devices="0-3"), dict(tp=4, devices="4-7")),
     "cp across, ring": Case(dict(cp=4, context="ring", devices="2-5"), dict(dp=2, devices="0,7")),
@@ -95,6 +100,9 @@ def run(case: Case, checkpoints: str = "") -> Found:
         "tasks": [o.host.tasks for o in outcomes],
         "compiled": [
             f"{module}/{index}" for (module, index), stage in trainer.pipeline.stages.items() if stage.programs
+        ],
+        "replicas": [
+            f"{module}/{index}" for (module, index), s in trainer.pipeline.stages.items() if s.plan.share.replica
         ],
         "reads": {name: sorted(trainer.pipeline.rows_here(name)) for name in ITEMS & trainer.spec.batch.keys()},
         "whole": {},

@@ -149,15 +149,16 @@ def check_bounds(found: Forecast, nodes: list[StageNode], num: int) -> None:
         assert found.in_flight[node.key] <= found.bounds[node.key] <= num
         if node.splits:
             assert kept(found, node) <= found.held_bounds[node.key] <= num
-        for i in range(num):
+        mine = range(node.share.replica, num, node.share.replicas)
+        for count, i in enumerate(mine, 1):
             begin = found.spans[Task(Kind.FORWARD, node.key, i)].begin
-            frees = [Task(Kind.BACKWARD, node.key, n) for n in range(num) if node.backward]
+            frees = [Task(Kind.BACKWARD, node.key, n) for n in mine if node.backward]
             if node.backward:
                 done = sum(found.spans[task].end <= begin for task in frees)
             else:
-                taken = [[Task(Kind.FORWARD, k, n) for k in needs.consumers[node.key]] for n in range(num)]
+                taken = [[Task(Kind.FORWARD, k, n) for k in needs.consumers[node.key]] for n in mine]
                 done = sum(all(found.spans[task].end <= begin for task in tasks) for tasks in taken)
-            assert i + 1 - done <= found.bounds[node.key], (node.key, i)
+            assert count - done <= found.bounds[node.key], (node.key, i)
 
 
 def kept(found: Forecast, node: StageNode) -> int:

@@ -82,6 +82,7 @@ ROUTERS = (
 )
 CLIP = (("clip_norm", 0.05),)
 LOW, HIGH = "0-3", "4-7"
+MANY = tiny.Shape(microbatches=6)
 
 
 def paper_case(text: str, *, colocated: bool) -> Case:
@@ -234,6 +235,43 @@ KINDS = {
     "zero 3: sp alone; audio tp 2": Case(
         Layout(tp=4, sp=True, zero=3), Layout(dp=2, zero=2), Layout(dp=2, tp=2, zero=3, devices=LOW)
     ),
+    "replicas 2 on pp 2, tied, uneven shares": Case(
+        Layout(pp=2, dp=2, devices=LOW),
+        Layout(replicas=2, dp=2, devices=LOW),
+        tied=True,
+        shape=tiny.Shape(microbatches=3),
+        changes=CLIP,
+    ),
+    "replicas 4 on pp 4, frozen encoder, a window of 4": Case(
+        Layout(pp=4, dp=2), Layout(replicas=4, dp=2), shape=MANY, changes=FROZEN_VISION, encoder_window=4
+    ),
+    "replicas 4 on pp 4, a window of 4, projector alone": Case(
+        Layout(pp=4, tp=2), Layout(replicas=4, tp=2), shape=MANY, changes=PROJECTOR, encoder_window=4
+    ),
+    "replicas 2 with zero 3 on pp 2 vpp 2": Case(
+        Layout(pp=2, vpp=2, tp=4), Layout(replicas=2, dp=4, zero=3), shape=MANY, remat=Remat.NONE
+    ),
+    "replicas 2 with zero 2 on two stages each of pp 4, gpipe": Case(
+        Layout(pp=4, dp=2), Layout(replicas=2, dp=2, cp=2, zero=2), schedule="gpipe"
+    ),
+    "replicas 2 of seeing experts with a bias, tp 2, frozen llm": Case(
+        Layout(pp=2, tp=2, devices=LOW),
+        Layout(replicas=2, tp=2, sp=True, devices=LOW),
+        seeing=dataclasses.replace(
+            tiny.EXPERTS, count=8, dense_layers=(0,), balance_loss=0.5, selection_bias=True, bias_rate=0.05
+        ),
+        changes=FROZEN_LLM,
+    ),
+    "replicas of two encoders, which enter both stages of pp 2": Case(
+        Layout(pp=2, dp=2, devices=LOW),
+        Layout(replicas=2, dp=2, devices=LOW),
+        Layout(replicas=2, tp=2, devices=LOW),
+        deepstack=(1, 0, -1),
+        cross=(1, 3),
+    ),
+    "replicas 3 in another order, beside and on pp 2": Case(
+        Layout(pp=2, tp=2, devices=LOW), Layout(replicas=3, tp=2, devices="4,5,3,2,0,1"), shape=MANY
+    ),
     "uneven stages, tied": Case(Layout(pp=2, layers=(1, 3), dp=2, devices=LOW), Layout(tp=4, devices=HIGH), tied=True),
 }
 PAPER_CASES = {
@@ -245,6 +283,7 @@ DEFAULT = [  # beside the runs of test_drawn.py
     "llm cp 4 pp 2 tied", "ratio 3 to 2", "text-only microbatches, and some without targets",
     "llm cp 2 ring, encoder cp 2 by heads", "llm cp 4 tp 2 by heads, fewer key heads, encoder cp 2 ring",
     "zero 2: dp 2 cp 2, tied; encoder dp 4, two share", "zero 3: tp 2 pp 2, tied; encoder dp 4, two share",
+    "replicas 2 on pp 2, tied, uneven shares",
 ]  # fmt: skip
 ALL = KINDS | PAPER_CASES
 

@@ -22,6 +22,7 @@ SAME_BITS = [  # no stage spans two of four processes, or sums over more than tw
     "pp 2 across, tied",
     "pp 4 across, tied; encoder on its own",
     "pp 2 vpp 2 across, tied",
+    "replicas on two processes",
     "1 process and 3",
 ]
 
@@ -81,7 +82,8 @@ def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None
             close = 0.0 if same_bits else (1e-6 if key.startswith("params") else 1e-5) * sizes[owner(key)]
             for block, values in part[key].items():
                 np.testing.assert_allclose(values, one[key][block], rtol=0, atol=close, err_msg=f"{name}: {key}")
-        assert {owner(key).partition("/")[2] for key in filter(is_leaf, part)} == set(part["compiled"]), name
+        owned = set(part["compiled"]) - set(part["replicas"])
+        assert {owner(key).partition("/")[2] for key in filter(is_leaf, part)} == owned, name
     assert held == set(filter(is_leaf, one)), name
     for part in parts:
         assert part["whole"].keys() == one["whole"].keys() != set()
@@ -91,8 +93,9 @@ def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None
             np.testing.assert_allclose(values, one["whole"][key], rtol=0, atol=close, err_msg=f"{name}: {key}")
     for array, rows in one["reads"].items():
         assert sorted({row for part in parts for row in part["reads"][array]}) == rows
-        for part in parts:  # who has none of an encoder's first stage reads none of its files
-            assert bool(part["reads"][array]) == (f"{array.partition('.')[0]}/0" in part["compiled"])
+        for part in parts:  # who has none of an encoder's first stages reads none of its files
+            first = {f"{array.partition('.')[0]}/0", *part["replicas"]}
+            assert bool(part["reads"][array]) == bool(first & set(part["compiled"]))
 
 
 def is_leaf(key: str) -> bool:
@@ -135,8 +138,12 @@ def test_checkpoints_know_no_processes(tmp_path: Path) -> None:
     (first, *_) = launch(["colocated over all"], 4, tmp_path / "four", seconds=600, checkpoints=saved)
     np.testing.assert_allclose(first["colocated over all"]["loss"], whole[0]["loss"], rtol=1e-6)
     shutil.copytree(saved, tmp_path / "one")
+    shutil.copytree(saved, tmp_path / "replicas")
     one = run(CASES["encoder on its own process"], str(tmp_path / "one"))
     np.testing.assert_allclose(one["loss"], whole[1]["loss"], rtol=1e-6)
     parts = launch(["overlapping"], 3, tmp_path / "three", seconds=600, devices=6, checkpoints=saved)
     for part in parts:
         np.testing.assert_allclose(part["overlapping"]["loss"], whole[1]["loss"], rtol=1e-6)
+    replicas = "replicas across, gpipe"
+    for part in launch([replicas], 4, tmp_path / "more", seconds=600, checkpoints=str(tmp_path / "replicas")):
+        np.testing.assert_allclose(part[replicas]["loss"], whole[1]["loss"], rtol=1e-6)

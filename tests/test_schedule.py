@@ -94,13 +94,15 @@ def all_tasks(nodes: list[StageNode], num: int, ties: list) -> set[Task]:
     found = {Task(Kind.DECIDE, nodes[-1].key)}
     found |= {Task(Kind.TIE, a, to=b) for pair in ties for a, b in (pair, pair[::-1])}
     for node in nodes:
-        found |= {Task(kind, node.key) for kind in (node.end, Kind.UPDATE) if kind and node.end}
-        for i in range(num):
+        ends = (node.end,) if node.share.replica else (node.end, Kind.UPDATE)
+        found |= {Task(kind, node.key) for kind in ends if kind and node.end}
+        for i in range(node.share.replica, num, node.share.replicas):
+            upstream = [key for key in node.upstream if i % by_key[key].share.replicas == by_key[key].share.replica]
             found.add(Task(Kind.FORWARD, node.key, i))
-            found |= {Task(Kind.BOUNDARY, source, i, node.key) for source in node.upstream}
+            found |= {Task(Kind.BOUNDARY, source, i, node.key) for source in upstream}
             if node.backward:
                 found.add(Task(Kind.BACKWARD, node.key, i))
-                found |= {Task(Kind.BOUNDARY, node.key, i, key) for key in node.upstream if by_key[key].backward}
+                found |= {Task(Kind.BOUNDARY, node.key, i, key) for key in upstream if by_key[key].backward}
             if node.splits:
                 found.add(Task(Kind.WEIGHTS, node.key, i))
     return found

@@ -19,10 +19,12 @@ from jax.sharding import PartitionSpec as P
 from hetjax.core import optimizer, processes
 from hetjax.core.alive import Alive
 from hetjax.core.decision import Decision, Spreading
+from hetjax.core.parameters import shardings
 from hetjax.core.stage import Stage
 from hetjax.core.tasks import HostTimes, StageKey
-from hetjax.core.wiring import Tie, Wiring
+from hetjax.core.wiring import Wiring
 from models.contract import AUXILIARY, ROUTED
+from models.paths import Path, at
 
 Tree = Any
 # of a microbatch, by module: "loss", the sum over its targets, of the language model, and what a model tells beside
@@ -55,10 +57,16 @@ class Finish:
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring, self.ties = wiring, wiring.ties
-        self.trained_ties = [tie for tie in self.ties if tie.gradient is not None]
+        self.trained_ties = [tie for tie in self.ties if tie.gradients is not None]
+        self.owners = list(dict.fromkeys(tie.owner for tie in self.trained_ties))
         self.stages = {k: s for k, s in wiring.stages.items() if s.parameters.trains}
+        complete = {k: s.parameters.complete(s.parameters.grads) for k, s in self.stages.items()}
+        self.measured = {k: grads for k, grads in complete.items() if jax.tree.leaves(grads)}  # by their own programs
         self.moved = {k: s for k, s in wiring.stages.items() if s.parameters.moves}
-        self.telling = {name: stage for (name, _), stage in wiring.stages.items() if stage.scores}
+        self.telling: dict[str, list[Stage]] = {}  # by module; of replicas each
+        for (name, _), stage in wiring.stages.items():
+            if stage.scores:
+                self.telling.setdefault(name, []).append(stage)
         self.home = _first_device(wiring.stages[wiring.last])  # where it is decided
         self.dtype = jnp.promote_types(next(iter(self.stages.values())).parameters.dtype, jnp.float32)
         self.paths = self._paths()
@@ -67,12 +75,12 @@ class Finish:
         balanced = {key: where for key, where in here.items() if self.moved[key].parameters.loads}
         self.spread_loads = {
             name: Spreading(
-                jax.ShapeDtypeStruct(self.telling[name].scores[ROUTED].shape, self.dtype),
+                jax.ShapeDtypeStruct(self._scores[name][ROUTED].shape, self.dtype),
                 {key: where for key, where in balanced.items() if key[0] == name},
             )
             for name in dict.fromkeys(name for name, _ in balanced)
         }
-        self.add: dict[StageKey, Any] = {}  # (gradient of the owner, of the copy) -> (sum, [its sum of squares])
+        self.add: dict[StageKey, Any] = {}  # (gradients of the owner, of a copy) -> (sums, sums of their squares)
         self.decide = self._decision()  # (parts, [count, rate]) -> (fields of the outcome, decision)
 
     def seeds(self, count: float) -> dict[StageKey, dict[str, jax.Array]]:
@@ -97,30 +105,34 @@ class Finish:
         """(name, function that compiles it) of every program."""
         found: list[tuple[str, Callable[[], object]]] = [("decide", self.decide.compile)]
         for tie in self.ties:
-            for direction in (tie.gradient, tie.value):
-                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in direction.programs()] if direction else []
-        for tie in self.trained_ties:
-            if tie.owner in self.wiring.mine:
-                found.append((f"tied {tie.owner[0]} add", functools.partial(self._compile_add, tie)))
+            for way in (tie.gradients, tie.values):
+                found += [(f"tied {tie.owner[0]} {n}", thunk) for n, thunk in way.boundary.programs()] if way else []
+        for owner in self.owners:
+            if owner in self.wiring.mine:
+                found.append((f"tied {owner[0]} add", functools.partial(self._compile_add, owner)))
         return found
+
+    def lent(self, owner: StageKey) -> dict[Path, jax.ShapeDtypeStruct]:
+        """The gradients of an owner to which copies add theirs."""
+        mine = self.stages[owner].parameters
+        return {path: at(mine.grads, path) for path in sorted(mine.lent) if at(mine.grads, path) is not None}
 
     def _paths(self) -> list[tuple[str, list[str]]]:
         """(module, paths of the gradients) for each array of `Reduced.squares`."""
-        complete = {key: stage.parameters.complete(stage.parameters.grads) for key, stage in self.stages.items()}
-        lent = [(tie.owner[0], ["/".join((tie.owner[0], *tie.owner_path))]) for tie in self.trained_ties]
+        lent = [(key[0], ["/".join((key[0], *path)) for path in self.lent(key)]) for key in self.owners]
         leaves = jax.tree_util.tree_leaves_with_path
         return [
-            (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in complete.items()
+            (key[0], [optimizer.path_of(key[0], p) for p, _ in leaves(tree)]) for key, tree in self.measured.items()
         ] + lent
 
-    def _compile_add(self, tie: Tie) -> None:
-        def add(mine: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-            total = mine + other
-            return total, jnp.sum(jnp.square(total.astype(self.dtype)))[None]
+    def _compile_add(self, owner: StageKey) -> None:
+        def add(mine: Tree, others: Tree) -> tuple[Tree, jax.Array]:
+            total = jax.tree.map(jnp.add, mine, others)
+            return total, jnp.stack([jnp.sum(jnp.square(a.astype(self.dtype))) for a in jax.tree.leaves(total)])
 
-        leaf = self.stages[tie.owner].parameters.grads["first"][tie.owner_path[1]]
-        out = leaf.sharding, NamedSharding(self.stages[tie.owner].plan.mesh, P())
-        self.add[tie.owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaf, leaf).compile()
+        leaves = self.lent(owner)
+        out = shardings(leaves), NamedSharding(self.stages[owner].plan.mesh, P())
+        self.add[owner] = jax.jit(add, out_shardings=out, donate_argnums=0).lower(leaves, leaves).compile()
 
     def _decision(self) -> Decision:
         spec, sink = self.wiring.spec, self.wiring.last[0]
@@ -146,9 +158,13 @@ class Finish:
             return told, jnp.stack([scale, ok.astype(self.dtype), rate])
 
         squares = [jax.ShapeDtypeStruct((len(paths),), self.dtype) for _, paths in self.paths]
-        measured = [*self.stages.values(), *(self.stages[tie.owner] for tie in self.trained_ties)]
-        told_by = [{name: dict.fromkeys(of, self.telling[name]) for name, of in self._scores.items()}]
-        sources = [*measured, *jax.tree.leaves(told_by * spec.num_microbatches)]
+        measured = [self.stages[key] for key in (*self.measured, *self.owners)]
+        teller = lambda name, i: self.telling[name][i % len(self.telling[name])]
+        told_by = [
+            {name: dict.fromkeys(of, teller(name, i)) for name, of in self._scores.items()}
+            for i in range(spec.num_microbatches)
+        ]
+        sources = [*measured, *jax.tree.leaves(told_by)]
         home = SingleDeviceSharding(self.home)
         rest = (jax.ShapeDtypeStruct((2,), self.scalars(0, 0).dtype, sharding=home),)
         return Decision(
@@ -162,7 +178,7 @@ class Finish:
 
     @property
     def _scores(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        return {name: stage.scores for name, stage in self.telling.items()}
+        return {name: stages[0].scores for name, stages in self.telling.items()}
 
     def parts(self, squares: list[jax.Array | None], scores: list[Scores]) -> list[jax.Array | None]:
         """What `decide` takes: arrays of this process as they lie on their stages' first devices, None for others."""

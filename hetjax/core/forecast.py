@@ -1,9 +1,10 @@
 """What a schedule promises of a step: how long it takes, who waits, and what is kept meanwhile. Imports no jax."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
-from hetjax.core.halves import Halves
+from hetjax.core import halves
+from hetjax.core.filling import filled
 from hetjax.core.orders import Orders
 from hetjax.core.simulation import Span, idle, simulate
 from hetjax.core.tasks import ZERO_BUBBLE, Cost, Kind, Needs, StageKey, StageNode, Task
@@ -18,8 +19,8 @@ class Forecast:
     `devices`: of each stage. `spans`: the tasks by their begin. `shortest`: the longest chain of tasks that need each
     other, which no schedule is faster than. `in_flight`: per stage, the most microbatches whose forward is done and
     backward is not, never more than `bounds` (see `Orders`). `held`: of stages that split their backwards, the most
-    whose forward is done and the weights' gradients are not, never more than `held_bounds` (see `Halves`). `text_only`:
-    the time of the step without encoders.
+    whose forward is done and the weights' gradients are not, never more than `held_bounds` (see `halves.py`).
+    `text_only`: the time of the step without encoders.
     """
 
     devices: Mapping[StageKey, frozenset[int]]
@@ -34,7 +35,7 @@ class Forecast:
     @property
     def makespan(self) -> int:
         """From the first task's begin to the last one's end."""
-        return max(span.end for span in self.spans.values())
+        return _end(self.spans)
 
     @property
     def bubble(self) -> float:
@@ -88,29 +89,36 @@ def forecast(
             f"encoder_window={window} is outside of 1 to num_microbatches={num_microbatches}; None means all of them"
         )
     costs = {node.key: Cost(weights=int(node.splits)) for node in nodes} if costs is None else costs
-    needs = Needs(nodes, num_microbatches)
-    orders = Orders(needs, num_microbatches, kind=kind, window=window)
-    spans, held_bounds = simulate(orders.lanes, orders.needs(), costs), {}
-    if any(node.splits for node in nodes):
-        halves = Halves(orders, spans)
-        spans, held_bounds = simulate(halves.lanes, halves.needs, costs), halves.bounds
-    alone = _alone(nodes)
-    text_only = max(span.end for span in spans.values())
-    if len(alone) < len(nodes):
-        text_only = forecast(alone, num_microbatches, kind=kind, costs=costs).makespan
+    sink = nodes[-1].module
+
+    def step(of_step: Sequence[StageNode]) -> tuple[Orders, dict[Task, Span]]:
+        orders = Orders(Needs(of_step, num_microbatches), num_microbatches, kind=kind, window=window)
+        others = _only(of_step, {node.module for node in of_step if node.share.replicas == 1})
+        if len(others) < len(of_step):
+            return orders, filled(orders, step(others)[1], costs)
+        spans = simulate(orders.lanes, orders.needs(), costs)
+        if later := halves.needs(orders.graph):
+            spans = simulate(halves.lanes(orders, spans), orders.needs() | later, costs)
+        return orders, spans
+
+    orders, spans = step(nodes)
+    alone = step(_only(nodes, {sink}))[1]
     devices = {node.key: node.devices for node in nodes}
-    shortest = _longest_chain(needs, spans)
+    shortest = _longest_chain(orders.graph, spans)
     in_flight = _most(spans, {node.key: Kind.BACKWARD for node in nodes if node.backward})
     held = _most(spans, {node.key: Kind.WEIGHTS for node in nodes if node.splits})
-    none = {node.key: 0 for node in nodes}
-    return Forecast(devices, spans, shortest, none | in_flight, orders.bounds, held, held_bounds, text_only)
+    kept = {node.key: 0 for node in nodes} | in_flight
+    return Forecast(devices, spans, shortest, kept, orders.bounds, held, halves.bounds(orders), _end(alone))
 
 
-def _alone(nodes: Sequence[StageNode]) -> list[StageNode]:
-    """The language model's stages, with the tasks that they have, and nothing that enters them."""
-    sink = nodes[-1].module
-    mine = [node for node in nodes if node.module == sink]
-    return [dataclasses.replace(n, upstream=tuple(k for k in n.upstream if k[0] == sink)) for n in mine]
+def _only(nodes: Sequence[StageNode], modules: Container[str]) -> list[StageNode]:
+    """The stages of some modules, with the tasks that they have, and nothing else that enters them."""
+    mine = [node for node in nodes if node.module in modules]
+    return [dataclasses.replace(n, upstream=tuple(k for k in n.upstream if k[0] in modules)) for n in mine]
+
+
+def _end(spans: Mapping[Task, Span]) -> int:
+    return max(span.end for span in spans.values())
 
 
 def _longest_chain(needs: Needs, spans: Mapping[Task, Span]) -> int:

@@ -11,45 +11,57 @@ five microbatches, tasks that take equally long:
     stage 2   .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 F4 B4 W2 W3 W4
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
-from hetjax.core.orders import Orders
+from hetjax.core.orders import Orders, Turns
 from hetjax.core.simulation import Lane, Span
-from hetjax.core.tasks import Kind, Task
+from hetjax.core.tasks import Kind, Needs, StageKey, Task
 
 
-class Halves:
-    """The `lanes` of all tasks of a step, and what these need, from those of `orders` without the weights' halves and
-    their simulated `spans`.
+def bounds(orders: Orders) -> dict[StageKey, int]:
+    """Of each stage that splits its backwards the most microbatches of which the forward is done and the weights'
+    gradients are not; several stages on the same devices have so many together, or less."""
+    most = _most(orders)
+    return {key: min(most[key[0]], orders.num) for key, node in orders.nodes.items() if node.splits}
 
-    `bounds`: of each stage that splits its backwards the most microbatches of which the forward is done and the
-    weights' gradients are not; several stages on the same devices have so many together, or less.
-    """
 
-    def __init__(self, orders: Orders, spans: Mapping[Task, Span]) -> None:
-        self._splits = {key for key, node in orders.nodes.items() if node.splits}
-        halves = [task for task in orders.graph.of_microbatches() if task.kind is Kind.WEIGHTS]
-        self.needs = {**orders.needs(), **{half: orders.graph.of(half) for half in halves}}
-        most: dict[str, int] = {}
-        for turns in orders.turns:
-            if not self._splits.isdisjoint(turns.trained):
-                most[turns.module] = max(most.get(turns.module, 0), orders.ahead(turns))
-        self.bounds = {key: min(most[key[0]], orders.num) for key in self._splits}
-        self.lanes: list[Lane] = []
-        for turns, lane in zip(reversed(orders.turns), orders.lanes, strict=True):
-            if not self._splits.isdisjoint(turns.trained):
-                mine, late = {node.key for node in turns.stages}, most[turns.module] - orders.ahead(turns)
-                lane = lane._replace(orders=(self._in_turn([task for task in spans if task.stage in mine], late),))
-            self.lanes.append(lane)
+def needs(graph: Needs) -> dict[Task, list[Task]]:
+    """Of every half what must have ended."""
+    return {task: graph.of(task) for task in graph.of_microbatches() if task.kind is Kind.WEIGHTS}
 
-    def _in_turn(self, order: Sequence[Task], late: int) -> list[Task]:
-        """A lane's tasks with the halves between them, of which so many are left for later."""
-        found: list[Task] = []
-        left: list[Task] = []
-        for task in order:
-            found.append(task)
-            if task.kind is Kind.BACKWARD and task.stage in self._splits:
-                left.append(task._replace(kind=Kind.WEIGHTS))
-                if len(left) > late:
-                    found.append(left.pop(0))
-        return found + left
+
+def lanes(orders: Orders, spans: Mapping[Task, Span]) -> list[Lane]:
+    """Those of `orders`, whose simulated `spans` know no halves, with these between the other tasks."""
+    most, found = _most(orders), []
+    for turns, lane in zip(reversed(orders.turns), orders.lanes, strict=True):
+        if _splits(turns):
+            mine, late = {node.key for node in turns.stages}, most[turns.module] - orders.ahead(turns)
+            order = [task for task in spans if task.stage in mine]
+            lane = lane._replace(orders=(_in_turn(order, {n.key for n in turns.stages if n.splits}, late),))
+        found.append(lane)
+    return found
+
+
+def _splits(turns: Turns) -> bool:
+    return any(node.splits for node in turns.stages)
+
+
+def _most(orders: Orders) -> dict[str, int]:
+    """By module, forwards without their backwards that the lane may have which is furthest ahead."""
+    most: dict[str, int] = {}
+    for turns in filter(_splits, orders.turns):
+        most[turns.module] = max(most.get(turns.module, 0), orders.ahead(turns))
+    return most
+
+
+def _in_turn(order: Sequence[Task], splits: Container[StageKey], late: int) -> list[Task]:
+    """A lane's tasks with the halves between them, of which so many are left for later."""
+    found: list[Task] = []
+    left: list[Task] = []
+    for task in order:
+        found.append(task)
+        if task.kind is Kind.BACKWARD and task.stage in splits:
+            left.append(task._replace(kind=Kind.WEIGHTS))
+            if len(left) > late:
+                found.append(left.pop(0))
+    return found + left

@@ -33,6 +33,8 @@ class Layout:
     `devices` are positions in `jax.devices()`: None (the first that it needs), a list, or text such as "0-3,6".
     `layers` is the number of layers of each pipeline stage; None cuts as evenly as it goes, the first ones larger.
     `vpp`: interleaved stages (arXiv:2104.04473), so many on the devices of each of pp, dealt round.
+    `replicas`: an encoder stands so many times on consecutive devices, and each replica takes every so many-th
+    microbatch, in the holes of the language model's pipeline.
     `ep`: experts are cut over so many of a stage's devices: those of tp or a part of them; if that is too few, those of
     cp or of the inner part of dp too. `sp`: sequence parallelism (arXiv:2205.05198): between the blocks of a layer the
     tokens are cut over tp. `context` is how attention reaches over cp: gather, ring or heads (`models/context.py`).
@@ -46,6 +48,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    replicas: int = 1
     copies: int = 1
     ep: int = 1
     sp: bool = False
@@ -57,7 +60,7 @@ class Layout:
     offload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("dp", "cp", "tp", "pp", "vpp", "copies", "ep"):
+        for name in ("dp", "cp", "tp", "pp", "vpp", "replicas", "copies", "ep"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Layout.{name}={value!r}; it must be a whole number of at least 1")
@@ -69,6 +72,11 @@ class Layout:
             raise ValueError(
                 f"Layout.vpp={self.vpp} deals stages to the devices of pp, and with pp=1 to the same ones each time; "
                 "set vpp=1, or more pp"
+            )
+        if self.replicas > 1 and self.pp > 1:
+            raise ValueError(
+                f"Layout.replicas={self.replicas} with pp={self.pp}: a replica has all layers, on the devices of one "
+                "stage of the language model; set pp=1, or replicas=1"
             )
         _ = self.expert_shares  # refuses what is no whole part
         if self.context not in CONTEXTS:
@@ -122,11 +130,11 @@ class Layout:
     @property
     def num_devices(self) -> int:
         """Devices of the module."""
-        return self.stage_size * self.pp
+        return self.stage_size * self.pp * self.replicas
 
     @property
     def device_ids(self) -> tuple[int, ...]:
-        """Positions in `jax.devices()`, stage by stage."""
+        """Positions in `jax.devices()`, stage by stage, replica by replica."""
         if self.devices is None:
             return tuple(range(self.num_devices))
         return tuple(int(i) for i in self.devices)
@@ -149,7 +157,7 @@ class Layout:
         return shares
 
     def __str__(self) -> str:
-        sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "vpp", "ep") if getattr(self, n) > 1]
+        sizes = [f"{n}={getattr(self, n)}" for n in (*AXES, "pp", "vpp", "replicas", "ep") if getattr(self, n) > 1]
         sizes += ["sp"] * self.sp + [f"zero={self.zero}"] * (self.zero > 1)
         sizes += [f"zero_size={self.zero_size}"] * (self.zero_size is not None)
         named = {"context": "" if self.context == GATHER else self.context, "offload": " and ".join(self.offload)}
@@ -217,6 +225,20 @@ def check_batch(name: str, layout: Layout, *, is_sink: bool, groups: int, items:
         raise ValueError(
             f"{name}: sp=True cuts the sequence over cp x tp = {layout.cp * layout.tp} devices, which do not divide "
             f"seq_len={seq}; make seq_len a multiple of that, or set sp=False"
+        )
+
+
+def check_replicas(name: str, layout: Layout, *, is_sink: bool, num_microbatches: int) -> None:
+    """Raises ValueError unless each replica of a module has a share of a step's microbatches."""
+    if is_sink and layout.replicas > 1:
+        raise ValueError(
+            f"{name}: replicas={layout.replicas}, but it is encoders whose replicas work in the pipeline of the "
+            "language model; set replicas=1, and more dp"
+        )
+    if layout.replicas > num_microbatches:
+        raise ValueError(
+            f"{name}: replicas={layout.replicas} share the microbatches of a step, of which there are "
+            f"num_microbatches={num_microbatches}; set as many of these, or fewer replicas"
         )
 
 

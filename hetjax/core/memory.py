@@ -11,7 +11,7 @@ import jax
 from hetjax.core import processes
 from hetjax.core.pipeline import Pipeline
 from hetjax.core.stage import Stage
-from hetjax.core.tasks import OF_STAGES, StageKey, Thing, What
+from hetjax.core.tasks import OF_STAGES, Kind, StageKey, Thing, What
 from hetjax.core.trainer import Trainer
 
 
@@ -44,6 +44,7 @@ COLUMNS = {
     What.PAIRS: "activations",
     What.SUMS: "gradients",
 }
+ADD = "add"  # the program that adds a copy's gradients, which have come beside them, to the owner's
 BETWEEN = {  # programs that run between steps, and what of their stage they are given
     "cast": (What.WEIGHTS, What.MASTERS),
     "copy": (What.WEIGHTS, What.MASTERS, What.STATE),
@@ -55,6 +56,7 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
     """Memory by position of this process's devices. Needs compiled programs."""
     stages = trainer.pipeline.stages
     workspace = {(key, name): _workspace(stage, name) for key, stage in stages.items() for name in stage.memory}
+    workspace |= {(key, ADD): local_bytes(trainer.finish.lent(key)) for key in trainer.finish.owners}
     found = of_step(trainer.pipeline, {key: local_bytes(stage.kept) for key, stage in stages.items()}, workspace)
     return {n: memory for n, memory in found.items() if processes.is_mine(trainer.spec.devices[n])}
 
@@ -102,6 +104,8 @@ def _moments(pipeline: Pipeline) -> Iterator[tuple[StageKey, str, Counts, Counts
     """(stage, program, what is on the devices, what is on the host) of every program that may run."""
     for moment in pipeline.schedule.moments:
         yield moment.stage, moment.kind.name.lower(), moment.device, moment.host
+        if moment.kind in (Kind.REDUCE, Kind.MEASURE):
+            yield moment.stage, ADD, moment.device, moment.host
     home = pipeline.schedule.home
     stay = {Thing(what, key) for key in pipeline.stages for what in OF_STAGES} - home
     for key in pipeline.stages:

@@ -13,7 +13,8 @@ come in the order of the microbatches whatever the schedule, and its gradients h
 GPipe (arXiv:1811.06965) is forwards first. 1F1B (PipeDream-Flush, arXiv:2006.09503) is backwards first, with a bound on
 the microbatches in flight: those that keep the stages from here to the loss busy. Modules that share devices with the
 sink run in windows: encode a window of microbatches, run the sink over them, then the encoders' backwards
-(arXiv:2605.27678's three phases, when the window is the whole step).
+(arXiv:2605.27678's three phases, when the window is the whole step). The replicas of a module, each with its share of
+the microbatches, work in the holes of the others instead (`filling.py`), at most a window of microbatches ahead.
 
 What is waited for can be no circle: the earliest microbatch that is not through all stages can always go on.
 """
@@ -59,10 +60,10 @@ class Orders:
         nodes = list(self.nodes.values())
         sink = needs.decide.stage[0]
         of_sink = frozenset().union(*(n.devices for n in nodes if n.module == sink))
-        windowed = {n.module for n in nodes if n.module != sink and n.devices & of_sink}
+        windowed = {n.module for n in nodes if n.module != sink and n.devices & of_sink and n.share.replicas == 1}
         self.sink = [n.key for n in nodes if n.module == sink]
         self.sharing = [n.key for n in nodes if n.module in windowed]
-        self.window = window if windowed else num_microbatches
+        self.window, self.most = window if windowed else num_microbatches, window
         self.turns = _turns(nodes)
         self.bounds: dict[StageKey, int] = {}
         self._ahead: dict[StageKey, int] = {}  # by a lane's first stage: forwards without their backwards
@@ -77,18 +78,23 @@ class Orders:
         found = []
         for turns in reversed(self.turns):
             forwards, backwards = self._forwards(turns), self._backwards(turns)
-            backwards_first = self.kind != "gpipe" and len(turns.stages) == 1
+            fills = turns.stages[0].share.replicas > 1
+            backwards_first = self.kind != "gpipe" and len(turns.stages) == 1 and not fills
             orders = (backwards, forwards) if backwards_first else (forwards, backwards)
-            found.append(Lane(turns.stages[0].devices, orders))
+            found.append(Lane(turns.stages[0].devices, orders, fills))
         return found
 
     def _forwards(self, turns: Turns) -> list[Task]:
         keys = [node.key for node in turns.stages]
-        return [Task(Kind.FORWARD, key, i) for group in self._groups(turns) for key in keys for i in group]
+        return self._tasks(Kind.FORWARD, turns, keys)
 
     def _backwards(self, turns: Turns) -> list[Task]:
         keys = turns.trained[::-1]
-        return [Task(Kind.BACKWARD, key, i) for group in self._groups(turns) for key in keys for i in group]
+        return self._tasks(Kind.BACKWARD, turns, keys)
+
+    def _tasks(self, kind: Kind, turns: Turns, keys: Sequence[StageKey]) -> list[Task]:
+        groups = self._groups(turns)
+        return [Task(kind, key, i) for group in groups for key in keys for i in group if self.nodes[key].share.takes(i)]
 
     def _groups(self, turns: Turns) -> Iterator[range]:
         """Microbatches that take their turn together: at least one for each lane where a window has so many."""
@@ -108,6 +114,9 @@ class Orders:
         keys = sorted((node.key for turns in lanes for node in turns.stages), reverse=True)
         taken = lambda key: max((self.bounds[k] for k in self.graph.consumers[key] if k in self.bounds), default=0)
         outside = max(map(taken, keys))
+        if self.nodes[keys[0]].share.replicas > 1:
+            self._bind_replicas(keys, max(map(taken, keys)))
+            return
         if self.kind == "gpipe" or keys[0] in self.sharing:
             most = self.window if keys[0] in (*self.sink, *self.sharing) else self.num
             self.bounds |= dict.fromkeys(keys, most)
@@ -119,6 +128,17 @@ class Orders:
                 self.bounds |= self._in_flight(turns, ahead)
         for key in keys:
             self._ahead.setdefault(key, self.bounds.setdefault(key, min(1 + taken(key), self.num)))
+
+    def _bind_replicas(self, keys: Sequence[StageKey], least: int) -> None:
+        """Raises ValueError for a window with fewer microbatches than the `least` in flight behind them."""
+        replicas = len(keys)
+        if self.most < least:
+            raise ValueError(
+                f"encoder_window={self.most} is less than the {least} microbatches in flight behind the replicas of "
+                f"{keys[0][0]}; set at least {least}, or None"
+            )
+        for key in keys:
+            self.bounds[key] = self._ahead[key] = min(-(-self.most // replicas), len(self.graph.microbatches(key)))
 
     def _far(self, turns: Turns, outside: int) -> int:
         """Forwards without their backwards that keep the devices of several stages busy, where `outside` microbatches
@@ -160,10 +180,11 @@ class Orders:
     def _rules(self, task: Task) -> list[Task]:
         kind, key, i = task.kind, task.stage, task.microbatch
         found = []
-        if kind is Kind.FORWARD and not self.nodes[key].backward and i >= self.bounds[key]:
-            found += [Task(kind, k, i - self.bounds[key]) for k in self.graph.consumers[key]]
+        before = i - self.bounds[key] * self.nodes[key].share.replicas
+        if kind is Kind.FORWARD and not self.nodes[key].backward and before >= 0:
+            found += [Task(kind, k, before) for k in self.graph.consumers[key]]
         last = self._last_of_window(i)
-        if kind is Kind.BACKWARD and self.kind == "gpipe":
+        if kind is Kind.BACKWARD and self.kind == "gpipe" and self.nodes[key].share.replicas == 1:
             found.append(Task(Kind.FORWARD, key, last))
         if kind is Kind.FORWARD and key in self.sharing and i >= self.window:
             found += self._back([*self.sink, *self.sharing], i - i % self.window - 1)

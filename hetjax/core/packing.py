@@ -63,6 +63,11 @@ class Packing:
         return jax.ShapeDtypeStruct((*self.counts, words), WORD, sharding=self.sharding)
 
     @functools.cached_property
+    def alike(self) -> tuple:
+        """Of all packings that make the same words."""
+        return self.counts, self.parts, tuple(self._here)
+
+    @functools.cached_property
     def _put(self) -> Put:
         return Put(self.struct)
 
@@ -179,7 +184,10 @@ class Prepared(dict[str, np.ndarray]):
     def __init__(self, microbatch: Mapping[str, np.ndarray], packings: Mapping[StageKey, Sequence[Packing]]) -> None:
         super().__init__(microbatch)
         self.packings = packings
-        self.packed = {key: [packing.pack(microbatch) for packing in mine] for key, mine in packings.items()}
+        words: dict[tuple, np.ndarray] = {}  # of replicas, once
+        for packing in (packing for mine in packings.values() for packing in mine if packing.alike not in words):
+            words[packing.alike] = packing.pack(microbatch)
+        self.packed = {key: [words[packing.alike] for packing in mine] for key, mine in packings.items()}
         self.target_count = float(microbatch["weights"].sum(dtype=np.float64))
 
 

@@ -15,7 +15,8 @@ divide a vocabulary, all of these are padded: zeros are behind the values, which
 there, since their gradients are zero.
 
 A leaf that two stages share (the head tied to the embedding under pp) is owned by the module's first stage, which lends
-it; the last one borrows its working weight: it has gradients there, and neither parameter nor optimizer state.
+it; the last one borrows its working weight: it has gradients there, and neither parameter nor optimizer state. So the
+first replica of a module owns all leaves, and the others borrow them.
 """
 
 import zlib
@@ -51,9 +52,8 @@ class Parameters:
         self._module, self._plan, self._seed, self.dtype = module, plan, seed, dtype
         self.config = config
         self.tied = dict(module.definition.tied) if plan.last else {}  # leaf of `last` -> leaf of `first`
-        self.borrowed = frozenset(("last", leaf) for leaf in self.tied if not plan.first)
-        lends = plan.first and not plan.last
-        self.lent = frozenset(("first", source) for source in module.definition.tied.values() if lends)
+        self.is_replica = plan.share.replica > 0
+        self._from_first = frozenset(("last", leaf) for leaf in self.tied if not plan.first)
         self._dims = param_dims(module.definition, plan)
         if plan.first:  # one leaf serves both parts
             for leaf in self.tied:
@@ -63,38 +63,48 @@ class Parameters:
         self._true = _by_tail(jax.eval_shape(self._draw, jax.random.key(0)))
         self.leaves = jax.tree.map(self._at, jax.eval_shape(self._make, jax.random.key(0)), self.specs)
         self.trainable, self.frozen = self.split(self.leaves)
-        apart = {("last", module.definition.head), *self.borrowed}
+        self.borrowed: frozenset[Path] = frozenset(self._dims) if self.is_replica else self._from_first
+        apart = {("last", module.definition.head), *self._from_first}
         whole = self.leaves, self.trainable
         self.working = Working(module.definition, plan, *whole, apart=frozenset(apart), copies=module.weight_copies)
         self.params = jax.tree_util.tree_map_with_path(self._master, self.owned(self.leaves))
         self.weights = self.working.abstract
-        self.lent_to_it = {leaf: self.weights[part][leaf] for part, leaf in self.borrowed}
         self.copies = self.working.abstract_copies(self.params)  # what of the weights are not parameters themselves
         self.moving = self.working.abstract_copies(self.params, moving=True)  # and change with each step
         kept = {path: leaf for path, leaf in flat(self.params).items() if not self.working.is_copied(path)}
         self._used_as_they_are = nested(kept)
         self.trains = bool(self.trainable)
+        lends = plan.first and not plan.last
+        self.lent: frozenset[Path] = frozenset(("first", source) for source in module.definition.tied.values() if lends)
+        if plan.share.replicas > 1 and not self.is_replica:
+            self.lent = frozenset(flat(self.trainable))
         self.balance = Balance.of(module.definition, plan, lambda path: config.trains("/".join((module.name, *path))))
         self.loads = self._abstract_loads()
-        self.moves = self.trains or bool(self.loads)
+        self.moves = not self.is_replica and (self.trains or bool(self.loads))
         self.spreads = nested({path: self.working.spreads[path] for path in flat(self.trainable)})
         self._several = nested({path: spread for path, spread in flat(self.spreads).items() if spread.count > 1})
         self.are_repeated = bool(self._several)
         self.grads = jax.tree.map(lambda a, spread: self._at(a, spread.cut), self.trainable, self.spreads)
         self.acc = jax.tree.map(self._accumulator, self.trainable, self.spreads)
         self.tx = optimizer.transformation(config, module.name)
-        self.state = self._abstract_state() if self.trains else ()
+        self.state = self._abstract_state() if self.has_state else ()
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(trainable, frozen) leaves; a borrowed leaf, if it is there, trains where its owner does."""
-        trainable, frozen = optimizer.split(self.config, self._module.name, self.owned(params), apart=self.balanced)
-        for part, leaf in self.borrowed:
+        own = _without(params, self._from_first)
+        trainable, frozen = optimizer.split(self.config, self._module.name, own, apart=self.balanced)
+        for part, leaf in self._from_first:
             if leaf not in params.get(part, {}):
                 continue
             owner = f"{self._module.name}/first/{self.tied[leaf]}"
             side = trainable if self.config.trains(owner) else frozen
             side.setdefault(part, {})[leaf] = params[part][leaf]
         return trainable, frozen
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it is here that the optimizer's state of what trains is held."""
+        return self.trains and not self.is_replica
 
     def moving_of(self, weights: Params) -> Params:
         """What of concrete working weights `moving` describes."""
@@ -155,14 +165,14 @@ class Parameters:
         part_key = lambda n: jax.random.fold_in(key, n)
         keys = jax.vmap(part_key)(jnp.arange(plan.lo, plan.hi))
         params: Params = {LAYERS: stacks.init(definition.layers[plan.lo : plan.hi], keys)}
-        first = definition.first.init(part_key(FIRST_KEY)) if plan.first or self.borrowed else {}
+        first = definition.first.init(part_key(FIRST_KEY)) if plan.first or self._from_first else {}
         if plan.first:
             params["first"] = first
         if plan.last:
             last = dict(definition.last.init(part_key(LAST_KEY)))
             for leaf in self.tied:
                 del last[leaf]
-            params["last"] = last | {leaf: first[self.tied[leaf]] for _, leaf in self.borrowed}
+            params["last"] = last | {leaf: first[self.tied[leaf]] for _, leaf in self._from_first}
         of = lambda path: wide(self.dtype) if path in self.balanced else self.dtype
         return nested({path: a.astype(of(path)) for path, a in flat(params).items()})
 
@@ -178,7 +188,7 @@ class Parameters:
 
     def init_state(self, params: Params) -> Tree:
         """The optimizer's state before the first step."""
-        if not self.trains:
+        if not self.has_state:
             return ()
         return jax.jit(self.tx.init, out_shardings=shardings(self.state))(self.split(params)[0])
 
@@ -254,12 +264,11 @@ def spec_tree(tree: Tree) -> Tree:
     return jax.tree.map(lambda a: a.sharding.spec, tree)
 
 
-def _without(tree: Tree, leaves: frozenset[tuple[str, str]]) -> Tree:
-    """Nested dicts without the leaves of these (part, name), nor parts that have no others."""
+def _without(tree: Tree, leaves: frozenset[Path]) -> Tree:
+    """Nested dicts without the leaves at these paths, nor dicts that have no others."""
     if not leaves or not isinstance(tree, dict):
         return tree
-    kept = {part: {k: v for k, v in inside.items() if (part, k) not in leaves} for part, inside in tree.items()}
-    return {part: inside for part, inside in kept.items() if inside}
+    return nested({path: leaf for path, leaf in flat(tree).items() if path not in leaves})
 
 
 def _at_paths(tree: Tree, like: Tree) -> Tree:

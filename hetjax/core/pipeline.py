@@ -46,7 +46,7 @@ class Pipeline(Wiring):
             spec.num_microbatches,
             kind=spec.schedule,
             encoder_window=spec.encoder_window,
-            ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradient is not None)),
+            ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradients is not None)),
             costs=costs(self.graph, self.stages, spec.batch),
         )
         self.progress = Progress(self)
@@ -152,8 +152,9 @@ class Pipeline(Wiring):
         """(sum of token losses, int32 [batch, seq]: the likeliest next id at every position)."""
         prepared = prepare(microbatch, self.packings)
         inputs: dict[StageKey, Tree] = collections.defaultdict(dict)
-        self.progress.begin([Task(Kind.FORWARD, key) for key in self.stages])
-        for key, stage in self.stages.items():  # producers come before their consumers
+        stages = {key: stage for key, stage in self.stages.items() if stage.plan.share.replica == 0}
+        self.progress.begin([Task(Kind.FORWARD, key) for key in stages])
+        for key, stage in stages.items():  # producers come before their consumers
             y: Tree | None = None
             if key in self.mine:
                 y = stage.programs["evaluate"](on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared))

@@ -1,6 +1,7 @@
 """The stages of a module: which layers stand on which devices, and what is refused before anything compiles."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from hetjax.core.layout import AXES, Layout
 from hetjax.core.mesh import Grid, make_grid
+from hetjax.core.tasks import Share, StageKey
 from models.axes import Axes
 from models.context import GATHER, HEADS, RING
 from models.contract import ModuleDef
@@ -16,7 +18,8 @@ from models.contract import ModuleDef
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage of a module: layers `lo` to `hi` on the mesh of `grid`."""
+    """One pipeline stage of a module: layers `lo` to `hi` on the mesh of `grid`; of a module with several replicas the
+    only one of its replica, with that `share` of the microbatches."""
 
     module: str
     index: int
@@ -25,6 +28,12 @@ class StagePlan:
     hi: int
     grid: Grid
     device_ids: tuple[int, ...]
+    share: Share
+
+    @property
+    def key(self) -> StageKey:
+        """Its name: of several replicas the number is the replica's."""
+        return self.module, self.index + self.share.replica
 
     @property
     def first(self) -> bool:
@@ -54,15 +63,15 @@ def plan_stages(name: str, definition: ModuleDef, layout: Layout, devices: Seque
     _check_context(name, definition, layout)
     counts = _layer_counts(name, definition.num_layers, layout)
     plans = []
-    for index, count in enumerate(counts):
-        place = index % layout.pp
+    for replica, (index, count) in itertools.product(range(layout.replicas), enumerate(counts)):
+        place = replica + index % layout.pp
         ids = layout.device_ids[place * layout.stage_size : (place + 1) * layout.stage_size]
         try:
             grid = make_grid(layout, [devices[i] for i in ids], kv_heads=_kv_heads(definition))
         except ValueError as error:
             raise ValueError(f"{name}: {layout}: {error}; change ep, or tp") from None
-        lo = sum(counts[:index])
-        plans.append(StagePlan(name, index, layout.num_stages, lo, lo + count, grid, ids))
+        lo, share = sum(counts[:index]), Share(replica, layout.replicas)
+        plans.append(StagePlan(name, index, layout.num_stages, lo, lo + count, grid, ids, share))
     return plans
 
 
@@ -165,6 +174,7 @@ def picture(stages: Sequence[StagePlan], num_devices: int) -> str:
     for stage in stages:
         held = ",".join(ranges[stage.module, stage.device_ids])
         held = f"layer {held}" if held.isdigit() else f"layers {held}"
+        held += f" replica{stage.share.replica}" * (stage.share.replicas > 1)
         sizes = {axis: stage.grid.size(stage.grid.parts[axis]) for axis in AXES}
         for place, device in zip(np.ndindex(*sizes.values()), stage.device_ids, strict=True):
             part = [f"{a}{i}" for a, i in zip(AXES, place, strict=True) if sizes[a] > 1]

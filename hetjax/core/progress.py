@@ -58,7 +58,7 @@ class Progress:
     def _takes(self, task: Task) -> str:
         """Where what a task takes comes from."""
         if task.kind is Kind.FORWARD:
-            sources = [link.source for link in self._wiring.sources[task.stage]]
+            sources = [link.source for link in self._wiring.sources_of(task.stage, task.microbatch)]
         elif task.kind is Kind.BACKWARD:
             sources = [link.target for link in self._wiring.links[task.stage]]
         else:

@@ -229,7 +229,7 @@ class Stage:
         forward = self._on_devices(self._forward, specs, (spec_tree(self.y), kept_specs, P()))
         args: tuple[Any, ...]
         found: dict[str, Callable[[], None]] = {"forward": functools.partial(self._compile, "forward", forward, inputs)}
-        if evaluate:
+        if evaluate and not mine.is_replica:
             program = self._on_devices(self._evaluate, specs, self.evaluated)
             found["evaluate"] = functools.partial(self._compile, "evaluate", program, inputs)
         if self.has_backward:

@@ -13,6 +13,7 @@ from hetjax.core.packing import Prepared
 from hetjax.core.tasks import Kind, StageKey, Task, Thing, What
 from hetjax.core.wiring import Tie
 from models.contract import ROUTED
+from models.paths import at, nested
 
 Tree = Any
 Trees = dict[StageKey, Tree]
@@ -32,7 +33,7 @@ class Gradients:
         self.scores: dict[int, Scores] = collections.defaultdict(dict)
         self.grads = dict(acc)
         self.squares: dict[StageKey, jax.Array] = {}
-        self.tied: dict[int, jax.Array] = {}  # squares by number of the tie
+        self.shared: dict[StageKey, jax.Array] = {}  # squares of what ties complete, by owner
         self.doing: Doing = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -46,17 +47,17 @@ class Gradients:
 
     def reduced(self) -> Reduced:
         """The outcome."""
-        stages, ties = self.finish.stages, range(len(self.finish.trained_ties))
+        stages = self.finish.stages
         acc = {
             key: optimizer.merge(stages[key].parameters.repeated(mine), self.grads[key])
             for key, mine in self.acc.items()
         }
-        squares = [*map(self.squares.get, stages), *map(self.tied.get, ties)]
+        squares = [*map(self.squares.get, self.finish.measured), *map(self.shared.get, self.finish.owners)]
         return Reduced(self.grads, acc, squares, self.alive)
 
     def _inputs(self, key: StageKey, i: int) -> dict[Thing, dict[str, jax.Array]]:
         """What has come to a stage for a microbatch, by where from."""
-        sources = dict.fromkeys(link.source for link in self.wiring.sources[key])
+        sources = dict.fromkeys(link.source for link in self.wiring.sources_of(key, i))
         return {thing: self.alive[thing] for thing in (Thing(What.INPUTS, key, i, source) for source in sources)}
 
     def _forward(self, task: Task) -> jax.Array:
@@ -85,7 +86,7 @@ class Gradients:
             *self.alive.pop(Thing(What.RESIDUALS, key, i)),
             [*returned, *([self.seeds[key]] if key in self.seeds else [])],
             self.acc.get(key, {}),
-            self.flags[key][i == 0],
+            self.flags[key][i == self.wiring.stages[key].plan.share.replica],
         )
         self._drop(inputs)
         if key in self.acc:
@@ -94,7 +95,7 @@ class Gradients:
             self.alive[Thing(What.PAIRS, key, i)] = pairs
         if key == self.wiring.last:
             self.scores[i][key[0]], done = done, done["loss"]
-        for link in self.wiring.sources[key]:
+        for link in self.wiring.sources_of(key, i):
             if self.wiring.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
                 self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = g_y
@@ -136,16 +137,18 @@ class Gradients:
         return self.squares[key]
 
     def _tie(self, task: Task) -> None:
-        """The gradients of a copy's tied leaves, added to the owner's."""
-        finish, mine = self.finish, self.wiring.mine
-        for number, tie in enumerate(finish.trained_ties):
-            if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradient is not None:
-                given = {"x": _get(self.grads[tie.copy], tie.copy_path)} if tie.copy in mine else None
-                leaf = tie.gradient.forward(given)["x"]
+        """The gradients of a copy's leaves, added to the owner's; where it is the last copy's, they are complete.
+
+        One copy's at a time, since the owner's devices have room for no more."""
+        mine = self.wiring.mine
+        for tie in self.finish.trained_ties:
+            if (tie.copy, tie.owner) == (task.stage, task.to) and tie.gradients is not None:
+                jax.block_until_ready(self.shared.get(tie.owner))
+                given = tie.gradients.forward(self.grads[tie.copy] if tie.copy in mine else None)
                 if tie.owner in mine:
-                    owners = _get(self.grads[tie.owner], tie.owner_path)
-                    total, self.tied[number] = finish.add[tie.owner](owners, leaf)
-                    self.grads[tie.owner] = _set(self.grads[tie.owner], tie.owner_path, total)
+                    owners = {path: at(self.grads[tie.owner], path) for path in given}
+                    total, self.shared[tie.owner] = self.finish.add[tie.owner](owners, given)
+                    self.grads[tie.owner] = optimizer.merge(nested(total), self.grads[tie.owner])
 
 
 class Update:
@@ -193,8 +196,8 @@ class Update:
         self.alive[weights] = mine.working.assemble(params, optimizer.merge(moved, old))
 
     def _tie(self, task: Task) -> None:
-        """The new values of an owner's tied leaves, to the copy."""
-        for tie in self.finish.ties:
+        """The new values of an owner's leaves, to the copy."""
+        for tie in self.finish.trained_ties:
             if (tie.owner, tie.copy) == (task.stage, task.to):
                 owner, copy = (Thing(What.WEIGHTS, key) for key in (tie.owner, tie.copy))
                 here = [
@@ -205,18 +208,10 @@ class Update:
 
 
 def lent(tie: Tie, owner: Tree | None, copy: Tree | None) -> Tree | None:
-    """The copy's working weights, with that of the owner's. None: they are another process's."""
-    value = tie.value.forward(None if owner is None else {"x": _get(owner, tie.owner_path)})["x"]
-    return None if copy is None else _set(copy, tie.copy_path, value)
+    """The copy's working weights, with those of the owner's. None: they are another process's."""
+    values = tie.values.forward(owner)
+    return None if copy is None else optimizer.merge(nested(values), copy)
 
 
 def _joined(inputs: Mapping[Thing, dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return {name: array for arrays in inputs.values() for name, array in arrays.items()}
-
-
-def _get(tree: Mapping, path: tuple[str, str]) -> jax.Array:
-    return tree[path[0]][path[1]]
-
-
-def _set(tree: Mapping, path: tuple[str, str], leaf: jax.Array) -> dict:
-    return {**tree, path[0]: {**tree.get(path[0], {}), path[1]: leaf}}

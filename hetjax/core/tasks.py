@@ -107,12 +107,29 @@ class HostTimes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """Of `replicas` that do the same, each with every so many-th microbatch, those of number `replica`."""
+
+    replica: int = 0
+    replicas: int = 1
+
+    def takes(self, microbatch: int) -> bool:
+        """Whether a microbatch is one of them."""
+        return microbatch % self.replicas == self.replica
+
+    def of(self, num_microbatches: int) -> range:
+        """Those of a step."""
+        return range(self.replica, num_microbatches, self.replicas)
+
+
+@dataclasses.dataclass(frozen=True)
 class StageNode:
     """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks, and
     `splits`: each of them in two.
 
     `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `offload`: what of
     it leaves its devices between two uses. `moves`: the step's end moves some of its parameters without gradients.
+    `share`: of which replica, and so of which microbatches, it is; the step's end updates the first replica alone.
     """
 
     module: str
@@ -123,17 +140,23 @@ class StageNode:
     end: Kind | None = None
     offload: frozenset[What] = frozenset()
     moves: bool = False
+    share: Share = Share()
     splits: bool = False
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Of the tasks that it has for each microbatch."""
+        """Of the tasks that it has for each of its microbatches."""
         return OF_MICROBATCHES[: 1 + self.backward + self.splits]
 
     @property
     def key(self) -> StageKey:
         """Its name."""
         return self.module, self.stage
+
+    @property
+    def updates(self) -> bool:
+        """Whether the step's end changes its parameters in a task of its own."""
+        return self.share.replica == 0 and (self.end is not None or self.moves)
 
 
 class Needs:
@@ -151,10 +174,21 @@ class Needs:
         self._num, self._ties = num_microbatches, list(ties)
         self.decide = Task(Kind.DECIDE, nodes[-1].key)
 
+    def microbatches(self, key: StageKey) -> range:
+        """Those of a stage."""
+        return self.nodes[key].share.of(self._num)
+
+    def upstream(self, key: StageKey, microbatch: int) -> list[StageKey]:
+        """The stages whose output a stage takes for a microbatch."""
+        return [source for source in self.nodes[key].upstream if self.nodes[source].share.takes(microbatch)]
+
     def of_microbatches(self) -> list[Task]:
         """Every forward and backward, and every half of one."""
         return [
-            Task(kind, node.key, i) for node in self.nodes.values() for kind in node.kinds for i in range(self._num)
+            Task(kind, node.key, i)
+            for node in self.nodes.values()
+            for kind in node.kinds
+            for i in self.microbatches(node.key)
         ]
 
     def boundaries_behind(self, task: Task) -> list[Task]:
@@ -163,7 +197,7 @@ class Needs:
         if task.kind is Kind.FORWARD:
             to = self.consumers[task.stage]
         elif task.kind is Kind.BACKWARD:
-            to = [key for key in self.nodes[task.stage].upstream if self.nodes[key].backward]
+            to = [key for key in self.upstream(task.stage, task.microbatch) if self.nodes[key].backward]
         return [Task(Kind.BOUNDARY, task.stage, task.microbatch, key) for key in to]
 
     def finished(self, key: StageKey) -> list[Task]:
@@ -173,7 +207,7 @@ class Needs:
 
     def behind_gradients(self) -> list[Task]:
         """Ties' gradients, the decision, updates, ties' values: what follows when every stage is finished."""
-        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.end is not None or node.moves]
+        updates = [Task(Kind.UPDATE, key) for key, node in self.nodes.items() if node.updates]
         there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
         back = [Task(Kind.TIE, owner, to=copy) for copy, owner in self._ties]
         return [*there, self.decide, *updates, *back]
@@ -182,7 +216,7 @@ class Needs:
         """The tasks whose results `task` takes."""
         kind, key, i, to, _ = task
         if kind is Kind.FORWARD:
-            return [Task(Kind.BOUNDARY, source, i, key) for source in self.nodes[key].upstream]
+            return [Task(Kind.BOUNDARY, source, i, key) for source in self.upstream(key, i)]
         if kind is Kind.BACKWARD:
             later = [Task(Kind.BOUNDARY, consumer, i, key) for consumer in self.consumers[key]]
             return [Task(Kind.FORWARD, key, i), *later]
@@ -191,11 +225,11 @@ class Needs:
         if kind is Kind.WEIGHTS:
             return [Task(Kind.BACKWARD, key, i)]
         if kind in (Kind.REDUCE, Kind.MEASURE):
-            return [Task(half, key, n) for half in self.nodes[key].kinds[1:] for n in range(self._num)]
+            return [Task(half, key, n) for half in self.nodes[key].kinds[1:] for n in self.microbatches(key)]
         if kind is Kind.TIE and to is not None:
             if (key, to) in self._ties:
                 return [*self.finished(key), *self.finished(to)]
-            return [Task(Kind.UPDATE, key), Task(Kind.UPDATE, to)]
+            return [Task(Kind.UPDATE, end) for end in (key, to) if self.nodes[end].updates]
         if kind is Kind.DECIDE:
             losses = [Task(Kind.BACKWARD, key, n) for n in range(self._num)]
             there = [Task(Kind.TIE, copy, to=owner) for copy, owner in self._ties]
@@ -224,7 +258,7 @@ class Needs:
         """What must be on the devices for `task`, beside what it makes."""
         kind, key, i, to, _ = task
         if kind in (Kind.FORWARD, Kind.BACKWARD):
-            given = [Thing(What.WEIGHTS, key), *(Thing(What.INPUTS, key, i, k) for k in self.nodes[key].upstream)]
+            given = [Thing(What.WEIGHTS, key), *(Thing(What.INPUTS, key, i, k) for k in self.upstream(key, i))]
             if kind is Kind.FORWARD:
                 return given
             cotangents = (Thing(What.COTANGENTS, key, i, consumer) for consumer in self.consumers[key])

@@ -13,7 +13,7 @@ from hetjax.core.alive import on_device
 from hetjax.core.costs import num_items
 from hetjax.core.finish import Outcome, Reduced, Scores
 from hetjax.core.hosts import on_hosts
-from hetjax.core.layout import check_batch
+from hetjax.core.layout import check_batch, check_replicas
 from hetjax.core.packing import Prepared, prepare
 from hetjax.core.pipeline import Pipeline
 from hetjax.core.plan import picture
@@ -66,6 +66,8 @@ class Trainer:
             items, seq = num_items(module.definition, spec.batch), spec.batch["tokens"].shape[1]
             is_sink = module is spec.graph.sink
             check_batch(module.name, module.layout, is_sink=is_sink, items=items, seq=seq, groups=spec.groups)
+            num = spec.num_microbatches
+            check_replicas(module.name, module.layout, is_sink=is_sink, num_microbatches=num)
         self.pipeline = Pipeline(spec)
         optimizer.check(spec.optimizer, self._paths(), apart=self._balanced())
         self.finish = self.pipeline.finish

@@ -15,6 +15,7 @@ from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
 from hetjax.core.tasks import OFFLOADS, ZERO_BUBBLE, Kind, StageKey, StageNode, Task
 from hetjax.core.train_spec import TrainSpec
+from models.paths import Path, at, flat
 
 Tree = Any
 
@@ -27,21 +28,37 @@ class Link(NamedTuple):
     names: dict[str, str]  # output key -> input key, of what the target takes
     boundary: Boundary
 
+    @property
+    def name(self) -> str:
+        """Such as "vision/0 -> llm/0"."""
+        return " -> ".join(f"{module}/{number}" for module, number in (self.source, self.target))
+
     def forward(self, y: Tree | None) -> dict[str, jax.Array]:
         """What the target takes of the source's outputs, as its inputs; None: these are another process's."""
         moved = self.boundary.forward(None if y is None else {k: y[k] for k in self.names})
         return {name: moved[k] for k, name in self.names.items()}
 
 
+class Sharing(NamedTuple):
+    """Leaves that go from a tree of one stage to one of another."""
+
+    paths: dict[str, tuple[Path, Path]]  # by name: where each comes from, and where it goes to
+    boundary: Boundary
+
+    def forward(self, tree: Tree | None) -> dict[Path, jax.Array]:
+        """The leaves by their new paths; None: the tree is another process's."""
+        given = None if tree is None else {name: at(tree, source) for name, (source, _) in self.paths.items()}
+        moved = self.boundary.forward(given)
+        return {path: moved[name] for name, (_, path) in self.paths.items()}
+
+
 class Tie(NamedTuple):
-    """A leaf held by two stages: the owner's, and a copy in the module's last stage."""
+    """Leaves held by two stages: the owner's, and copies in the module's last stage, or in a replica of the owner."""
 
     owner: StageKey
     copy: StageKey
-    owner_path: tuple[str, str]
-    copy_path: tuple[str, str]
-    gradient: Boundary | None  # copy -> owner; None: it is frozen
-    value: Boundary  # owner -> copy, of the working weight
+    gradients: Sharing | None  # copy -> owner; None: the leaves are frozen
+    values: Sharing  # owner -> copy, of the working weights
 
 
 class Wiring:
@@ -64,7 +81,7 @@ class Wiring:
         self.packings: dict[StageKey, tuple[Packing, ...]] = {key: s.packings for key, s in self.stages_here.items()}
 
     def _add(self, module: Module, plan: StagePlan) -> None:
-        key, spec = (module.name, plan.index), self.spec
+        key, spec = plan.key, self.spec
         self.links[key], self.sources[key] = [], self._links_into(module, plan)
         for link in self.sources[key]:
             self.links[link.source].append(link)
@@ -79,12 +96,12 @@ class Wiring:
                 n for link in self.sources[key] if self.stages[link.source].has_backward for n in link.names.values()
             ),
             batch=spec.batch,
-            splits=spec.schedule == ZERO_BUBBLE,
+            splits=spec.schedule == ZERO_BUBBLE and plan.share.replicas == 1,
         )
 
     def _links_into(self, module: Module, plan: StagePlan) -> list[Link]:
-        """The carry, from the stage before; of other modules what enters here, from their last stages."""
-        target, links = (module.name, plan.index), []
+        """The carry, from the stage before; of other modules what enters here, from the last stages of all replicas."""
+        target, links = plan.key, []
         if plan.index > 0:
             source, dims = (module.name, plan.index - 1), module.definition.carry
             y = self.stages[source].crosses
@@ -92,29 +109,52 @@ class Wiring:
             links.append(Link(source, target, {k: k for k in y}, Boundary(y, where)))
         taken = module.definition.takes(plan.lo, plan.hi)
         for edge in [edge for edge in self.graph.edges if edge.consumer == module.name]:
-            source = (edge.producer, len(self.plans[edge.producer]) - 1)
-            y = {k: a for k, a in self.stages[source].crosses.items() if edge.name(k) in taken}
-            if y:
+            for source in (last.key for last in self.plans[edge.producer] if last.last):
+                y = {k: a for k, a in self.stages[source].crosses.items() if edge.name(k) in taken}
+                if not y:
+                    break
                 where = {k: plan.grid.sharding(("items", *(None,) * (a.ndim - 1))) for k, a in y.items()}
                 links.append(Link(source, target, {k: edge.name(k) for k in y}, Boundary(y, where)))
         return links
 
     def _ties_of(self, key: StageKey) -> list[Tie]:
         """Those of the leaves that a stage borrows."""
-        found = []
         mine, owner_key = self.stages[key].parameters, (key[0], 0)
-        owner = self.stages[owner_key].parameters
-        for part, leaf in sorted(mine.borrowed):
-            source, gradient = mine.tied[leaf], None
-            if leaf in mine.trainable.get(part, {}):
-                gradient = Boundary(
-                    {"x": mine.grads[part][leaf]}, {"x": owner.grads["first"][source].sharding}, donated=True
-                )
-            value = Boundary(
-                {"x": owner.weights["first"][source]}, {"x": mine.weights[part][leaf].sharding}, donated=True
-            )
-            found.append(Tie(owner_key, key, ("first", source), (part, leaf), gradient, value))
+        if mine.is_replica:
+            return self._ties_of_replica(owner_key, key)
+        found = []
+        for path in sorted(mine.borrowed):
+            owners, gradients = ("first", mine.tied[path[1]]), None
+            if at(mine.trainable, path) is not None:
+                gradients = self._sharing(key, owner_key, "grads", [(path, owners)])
+            found.append(Tie(owner_key, key, gradients, self._sharing(owner_key, key, "weights", [(owners, path)])))
         return found
+
+    def _ties_of_replica(self, owner: StageKey, key: StageKey) -> list[Tie]:
+        """One of what each step changes, and one of the frozen rest."""
+        mine = self.stages[key].parameters
+        trained, weights = flat(mine.trainable), list(flat(mine.weights))
+        if mine.loads and not trained:
+            raise ValueError(
+                f"{key[0]}: a step moves biases of routers and trains nothing else, which Layout.replicas cannot do; "
+                "freeze the biases too, or set replicas=1"
+            )
+        changing = [path for path in weights if path in trained or path in mine.balance.rows]
+        found = []
+        for paths, grads in ((changing, list(trained)), ([path for path in weights if path not in changing], [])):
+            gradients = self._sharing(key, owner, "grads", [(path, path) for path in grads]) if grads else None
+            if paths:
+                values = self._sharing(owner, key, "weights", [(path, path) for path in paths])
+                found.append(Tie(owner, key, gradients, values))
+        return found
+
+    def _sharing(self, source: StageKey, target: StageKey, tree: str, paths: Sequence[tuple[Path, Path]]) -> Sharing:
+        """Of leaves of that tree of parameters, by their paths at both stages."""
+        there, here = (getattr(self.stages[key].parameters, tree) for key in (source, target))
+        named = {"/".join(path): (path, to) for path, to in paths}
+        leaves = {name: at(there, path) for name, (path, _) in named.items()}
+        where = {name: at(here, to).sharding for name, (_, to) in named.items()}
+        return Sharing(named, Boundary(leaves, where, donated=True))
 
     @property
     def stages_here(self) -> dict[StageKey, Stage]:
@@ -125,6 +165,10 @@ class Wiring:
     def between(self) -> dict[tuple[StageKey, StageKey], Link]:
         """The edges, by source and target."""
         return {(link.source, link.target): link for links in self.links.values() for link in links}
+
+    def sources_of(self, key: StageKey, microbatch: int) -> list[Link]:
+        """The edges by which something comes to a stage for a microbatch: of replicas from the one that it is given."""
+        return [link for link in self.sources[key] if self.stages[link.source].plan.share.takes(microbatch)]
 
     def rows_here(self, name: str) -> frozenset[int]:
         """The rows of a microbatch's array that this process's devices want."""
@@ -150,9 +194,9 @@ class Wiring:
             return link.boundary.crosses()
         if link := self.between.get((task.to, task.stage)):
             return link.boundary.crosses(backward=True)
-        gradients = (tie.gradient for tie in self.ties if (tie.copy, tie.owner) == ends)
-        values = (tie.value for tie in self.ties if (tie.owner, tie.copy) == ends)
-        return any(boundary.crosses() for boundary in (*gradients, *values) if boundary)
+        gradients = (tie.gradients for tie in self.ties if (tie.copy, tie.owner) == ends)
+        values = (tie.values for tie in self.ties if (tie.owner, tie.copy) == ends)
+        return any(sharing.boundary.crosses() for sharing in (*gradients, *values) if sharing)
 
     @property
     def nodes(self) -> list[StageNode]:
@@ -166,13 +210,14 @@ class Wiring:
             end = Kind.REDUCE if stage.parameters.are_repeated else Kind.MEASURE
         offload = frozenset().union(*(OFFLOADS[kind] for kind in stage.module.layout.offload))
         devices, moves = frozenset(stage.plan.device_ids), bool(stage.parameters.loads)
-        return StageNode(*key, devices, stage.has_backward, upstream, end, offload, moves, stage.splits)
+        return StageNode(
+            *key, devices, stage.has_backward, upstream, end, offload, moves, stage.plan.share, stage.splits
+        )
 
     @property
     def boundaries(self) -> dict[str, Boundary]:
-        """Every boundary, by "vision/0 -> llm/0"."""
-        links = [link for links in self.links.values() for link in links]
-        return {f"{a}/{i} -> {b}/{j}": boundary for (a, i), (b, j), _, boundary in links}
+        """Every boundary, by the name of its edge."""
+        return {link.name: link.boundary for link in self.between.values()}
 
     def thunks(self, *, evaluate: bool) -> list[tuple[str, Callable[[], object]]]:
         """(name, function that compiles it) of every program of stages and boundaries that this process runs."""

@@ -25,10 +25,11 @@ def programs(trainer: Trainer) -> Thunks:
     """What a save runs, to be compiled with the rest; without it the first save compiles."""
     found: list[tuple[str, Callable[[], object]]] = [
         (f"{module}/{index} copy", functools.partial(_compile_copy, (module, index), stage))
-        for (module, index), stage in trainer.pipeline.stages_here.items()
+        for (module, index), stage in _storing(trainer).items()
+        if (module, index) in trainer.pipeline.mine
     ]
     if jax.process_count() > 1:
-        for key, stage in trainer.pipeline.stages.items():
+        for key, stage in _storing(trainer).items():
             found += [(f"{key[0]}/{key[1]} save {n}", c) for n, c in _union(trainer, _stored(key, stage)).programs()]
     return found
 
@@ -52,7 +53,7 @@ class Stored(NamedTuple):
 def to_names(trainer: Trainer, state: State) -> Names:
     """Copies of a state's arrays by name, layers one by one; the step may donate the originals at once."""
     names: Names = {}
-    for key, stage in trainer.pipeline.stages.items():
+    for key, stage in _storing(trainer).items():
         stored, copies = _stored(key, stage), None
         if key in trainer.pipeline.mine:
             copy = stage.programs.get("copy") or functools.partial(_copies, stored=stored)
@@ -65,7 +66,7 @@ def to_names(trainer: Trainer, state: State) -> Names:
 def abstract_names(trainer: Trainer) -> Names:
     """The abstract arrays, with shardings, that `from_names` takes."""
     names: Names = {}
-    for key, stage in trainer.pipeline.stages.items():
+    for key, stage in _storing(trainer).items():
         stored = _stored(key, stage)
         if jax.process_count() > 1:
             names |= _union(trainer, stored).spread
@@ -73,6 +74,11 @@ def abstract_names(trainer: Trainer) -> Names:
         for (name, a), place in zip(_abstract(stored).items(), _places(trainer, key, stored), strict=True):
             names[name] = jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
     return names
+
+
+def _storing(trainer: Trainer) -> dict[StageKey, Stage]:
+    """The stages that have parameters of their own: not the replicas of others."""
+    return {key: stage for key, stage in trainer.pipeline.stages.items() if not stage.parameters.is_replica}
 
 
 def _places(trainer: Trainer, key: StageKey, stored: Sequence[Stored]) -> list[NamedSharding]:
@@ -84,8 +90,9 @@ def _places(trainer: Trainer, key: StageKey, stored: Sequence[Stored]) -> list[N
 
 def from_names(trainer: Trainer, names: Names, step: int) -> State:
     """A state from arrays by name."""
-    params, states = {}, {}
-    for key, stage in trainer.pipeline.stages.items():
+    params: dict[StageKey, Any] = {key: {} for key in trainer.pipeline.stages_here}
+    states: dict[StageKey, Any] = dict.fromkeys(params, ())
+    for key, stage in _storing(trainer).items():
         abstract = (stage.parameters.params, stage.parameters.state)
         leaves, stored = tuple(jax.tree.leaves(abstract)), _stored(key, stage)
         rows = _on_stage(trainer, stored, names)
