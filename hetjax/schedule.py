@@ -44,12 +44,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def table(forecast: Forecast) -> str:
-    """One line per stage: how much of the step its tasks take, and the microbatches that it has in flight."""
+    """One line per stage: how much of the step its tasks take, the microbatches that it has in flight, and those with
+    the ones whose weights' gradients are to come."""
     lines = [f"{'stage':<12}{'works':>7}{'in flight':>11}{'at most':>9}"]
+    lines[0] += f"{'kept':>7}{'at most':>9}" if forecast.held else ""
     for key in forecast.devices:
         name = f"{key[0]}/{key[1]}"
         works = f"{forecast.works(key):.0%}"
         lines.append(f"{name:<12}{works:>7}{forecast.in_flight[key]:>11}{forecast.bounds[key]:>9}")
+        lines[-1] += f"{forecast.held[key]:>7}{forecast.held_bounds[key]:>9}" if key in forecast.held else ""
     return "\n".join(lines)
 
 

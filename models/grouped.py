@@ -21,7 +21,7 @@ from models.grouped_kernels import refusal
 from models.hopper import say
 from models.layers import GROUPED, wide
 from models.opaque import opaque
-from models.weight import Weight, in_order, products, split
+from models.weight import Pair, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array, jax.Array]
 # Platform -> least and most rows of a block. On a CPU core 4,096 tokens of 4 experts each (float32, 512 x 1,024
@@ -32,12 +32,13 @@ BLOCKS = {"cpu": (64, 64), "gpu": (64, 512)}
 
 
 class How(NamedTuple):
-    """A product of `grouped_dots`: columns of each weight, precision of their gradients (None: none is wanted), and
-    its form (None: the kernels of models/grouped_kernels.py)."""
+    """A product of `grouped_dots`: columns of each weight, precision of their gradients (None: none is wanted), its
+    form (None: the kernels of models/grouped_kernels.py), and whether its weights have a pair."""
 
     widths: tuple[int, ...]
     gradient: Any
     form: Form | None
+    paired: bool = False
 
 
 def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Array:
@@ -53,12 +54,14 @@ def grouped_dot(x: jax.Array, w: jax.Array | Weight, sizes: jax.Array) -> jax.Ar
 def grouped_dots(x: jax.Array, sizes: jax.Array, *weights: jax.Array | Weight) -> list[jax.Array]:
     """`grouped_dot` of `x` with each of `weights`; in one product where the trainer laid them side by side."""
     found = []
-    for value, taps, shapes, places in products(weights):
+    for product in products(weights):
+        (value, taps, shapes, places, _), paired = product, product.has_pair
         x = vary_like(x, value)
         like = functools.partial(vary_like, other=x)
         widths = tuple(shape[-1] for shape in shapes)
-        how = How(widths, taps[0].dtype if taps else None, pick(x, value))
-        y = _grouped_dot(how, x, like(value), tuple(map(like, taps)), sizes)
+        how = How(widths, taps[0].dtype if taps and not paired else None, pick(x, value), paired)
+        y = _grouped_dot(how, x, like(value), taps if paired else tuple(map(like, taps)), sizes)
+        product.tell(functools.partial(gradients, how), Pair(x, y, sizes.astype(wide(x.dtype))))
         found.append((places, split(y, widths)))
     return in_order(found)
 
@@ -151,14 +154,20 @@ def _grouped_forward(how: How, x: jax.Array, w: jax.Array, taps: Any, sizes: jax
     return _product(how, x, w, taps, sizes), (x, w, sizes)
 
 
-def _grouped_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...], None]:
+def _grouped_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array | Pair, ...], None]:
     x, w, sizes = kept
     g = g.astype(x.dtype)
     g_x = _multiply(how, g, w, sizes, transposed=True)
-    if how.gradient is None:
-        return g_x, None, (), None
-    g_w = _gradient(how, x, g, sizes).astype(how.gradient)
-    return g_x, None, tuple(split(g_w, how.widths)), None
+    if how.paired:
+        return g_x, None, (Pair(x, g, sizes.astype(wide(x.dtype))),), None
+    return g_x, None, () if how.gradient is None else gradients(how, Pair(x, g, sizes)), None
+
+
+def gradients(how: How, pair: Pair) -> tuple[jax.Array, ...]:
+    """Those of the weights of a product."""
+    assert pair.sizes is not None
+    g_w = _gradient(how, pair.x, pair.g, pair.sizes.astype(jnp.int32))
+    return tuple(split(g_w.astype(how.gradient), how.widths))
 
 
 _grouped_dot = jax.custom_vjp(_product, nondiff_argnums=(0,))

@@ -17,7 +17,7 @@ from jax import lax
 from models.axes import ABSENT, Axes, Axis, vary_like
 from models.contract import Dims
 from models.recompute import keeps_arguments
-from models.weight import Use, Weight, in_order, products, split
+from models.weight import Pair, Use, Weight, in_order, products, split
 
 Kept = tuple[jax.Array, jax.Array]
 GROUPED = "grouped_dot"  # the primitive of the product of models/grouped.py
@@ -50,13 +50,17 @@ def dots(
     joint = products(weights)
     if len(joint) > 1:
         x, gathers = gathers.gather(x, dim=1), ABSENT  # once for all
-    for value, *_ in joint:
-        x = vary_like(x, value)  # before the first: one all-reduce of the gradient over tp
-    for value, taps, shapes, places in joint:
+    for product in joint:
+        x = vary_like(x, product.value)  # before the first: one all-reduce of the gradient over tp
+    for product in joint:
+        (value, taps, shapes, places, _), paired = product, product.has_pair
         # Cast out here, all vary over the same axes inside; the transposes of the casts sum the gradients where needed.
+        # A pair is no sum, and has what `x` varies over of itself.
         like = functools.partial(vary_like, other=x)
-        how = How(contract, jnp.dtype(dtype or x.dtype), shapes, taps[0].dtype if taps else None, gathers)
-        y = _dot(how, x, like(value), tuple(map(like, taps)))
+        gradient = taps[0].dtype if taps and not paired else None
+        how = How(contract, jnp.dtype(dtype or x.dtype), shapes, gradient, gathers, paired)
+        y = _dot(how, x, like(value), taps if paired else tuple(map(like, taps)))
+        product.tell(functools.partial(gradients, how), Pair(x, y.astype(x.dtype)))
         trailing = [shape[contract:] for shape in shapes]
         parts = split(y, [math.prod(dims) for dims in trailing])
         rows = tuple(n * gathers.size if dim == 1 else n for dim, n in enumerate(x.shape[: x.ndim - contract]))
@@ -66,13 +70,15 @@ def dots(
 
 class How(NamedTuple):
     """A product of `dots`: dims that it sums over, precision of the result, shapes of the weights in its array, the
-    precision of their gradients, None where none is wanted, and the axis over which it gathers tokens."""
+    precision of their gradients, None where none is wanted, the axis over which it gathers tokens, and whether its
+    weights have a pair."""
 
     contract: int
     dtype: Any
     shapes: tuple[tuple[int, ...], ...]
     gradient: Any
     gathers: Axis
+    paired: bool = False
 
 
 def _product(how: How, x: jax.Array, w: jax.Array, taps: Any) -> jax.Array:
@@ -85,20 +91,25 @@ def _dot_forward(how: How, x: jax.Array, w: jax.Array, taps: Any) -> tuple[jax.A
     return _product(how, x, w, taps), (x, w)
 
 
-def _dot_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array, ...]]:
+def _dot_backward(how: How, kept: Kept, g: jax.Array) -> tuple[jax.Array, None, tuple[jax.Array | Pair, ...]]:
     x, w = kept
-    rows, matrix = _rows(how, x), _matrix(w, how.contract).astype(x.dtype)
-    g = g.astype(x.dtype)
+    matrix, g = _matrix(w, how.contract).astype(x.dtype), g.astype(x.dtype)
     g_x = lax.dot_general(g, matrix, (((1,), (1,)), ((), ())))
     if how.gathers.names:
         g_x = how.gathers.scatter(g_x.reshape(x.shape[0], -1, *x.shape[2:]), dim=1)
     g_x = g_x.reshape(x.shape)
-    if how.gradient is None:
-        return g_x, None, ()
+    if how.paired:
+        return g_x, None, (Pair(x, g),)
+    return g_x, None, () if how.gradient is None else gradients(how, Pair(x, g))
+
+
+def gradients(how: How, pair: Pair) -> tuple[jax.Array, ...]:
+    """Those of the weights of a product."""
+    x, g, _ = pair
     precise = wide(jnp.promote_types(x.dtype, how.gradient))
-    g_w = lax.dot_general(rows, g, (((0,), (0,)), ((), ())), preferred_element_type=precise).astype(how.gradient)
-    parts = split(g_w, [math.prod(shape[how.contract :]) for shape in how.shapes])
-    return g_x, None, tuple(part.reshape(shape) for part, shape in zip(parts, how.shapes, strict=True))
+    g_w = lax.dot_general(_rows(how, x), g, (((0,), (0,)), ((), ())), preferred_element_type=precise)
+    parts = split(g_w.astype(how.gradient), [math.prod(shape[how.contract :]) for shape in how.shapes])
+    return tuple(part.reshape(shape) for part, shape in zip(parts, how.shapes, strict=True))
 
 
 def _rows(how: How, x: jax.Array) -> jax.Array:

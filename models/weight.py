@@ -4,17 +4,22 @@ The trainer makes, once a step, what its programs multiply with: weights in the 
 share an input side by side in one array. Such a weight is not differentiated, which would round its gradient to its own
 precision. Beside it lies a *tap*, zeros in the precision of the optimizer that nobody reads: the gradient is its
 cotangent. Elsewhere (the reference, generation) a weight is an array, and `products` treats both alike.
+
+Where another program is to make the gradients, a *pair* lies in place of the taps of all weights of a product: zeros
+like the product's input and its output. Their cotangents are that input and the output's cotangent, of which the
+gradients are the product.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 STATIC = {"static": True}
+Path = tuple[str, ...]
 
 
 class Use(NamedTuple):
@@ -27,16 +32,40 @@ class Use(NamedTuple):
     lead: int = 1
 
 
+class Pair(NamedTuple):
+    """Of a product the input, and the output's cotangent; of a grouped one the rows of each group, as floating-point
+    numbers, which alone have cotangents."""
+
+    x: jax.Array
+    g: jax.Array
+    sizes: jax.Array | None = None
+
+
+Make = Callable[[Pair], Sequence[jax.Array]]  # gradients of the weights of a product, in the order of their columns
+Tell = Callable[[tuple[Path, ...], Make, Pair], None]  # of the weights at these paths, and something like their pair
+
+
+class Told(NamedTuple):
+    """Who hears of a product that takes the weight at `path`."""
+
+    path: Path
+    tell: Tell
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight of `shape`: all of `value`, or the columns from `column` on of a `value` [*lead, columns]."""
+    """A weight of `shape`: all of `value`, or the columns from `column` on of a `value` [*lead, columns].
+
+    `tap`: an array, or None where no gradient is wanted; of the weights of one product the first may have a pair, and
+    then no other has a tap. `told`: who hears of the product."""
 
     value: jax.Array
-    tap: jax.Array | None  # None: no gradient is wanted
+    tap: Any
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
     column: int | None = dataclasses.field(default=None, metadata=STATIC)
     lead: int = dataclasses.field(default=1, metadata=STATIC)
+    told: Told | None = dataclasses.field(default=None, metadata=STATIC)
 
     @property
     def columns(self) -> int:
@@ -45,14 +74,27 @@ class Weight:
 
 
 class Product(NamedTuple):
-    """What one product takes: `value`, the taps of its weights (none where they have no gradient), and their shapes.
+    """What one product takes: `value`, the taps of its weights (none where they have no gradient) or their pair, and
+    their shapes.
 
-    `places`: which of the weights that were asked for they are, in the order of their columns."""
+    `places`: which of the weights that were asked for they are, in the order of their columns. `told`: who hears of
+    it, by weight."""
 
     value: jax.Array
-    taps: tuple[jax.Array, ...]
+    taps: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]
     places: tuple[int, ...]
+    told: tuple[Told, ...] = ()
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether a pair is in place of its taps."""
+        return any(isinstance(tap, Pair) for tap in self.taps)
+
+    def tell(self, make: Make, like: Pair) -> None:
+        """Says how the gradients come of a pair, and what that is like, if anybody wants to hear."""
+        if self.told:
+            self.told[0].tell(tuple(told.path for told in self.told), make, like)
 
 
 def products(weights: Sequence[jax.Array | Weight]) -> list[Product]:
@@ -65,7 +107,8 @@ def products(weights: Sequence[jax.Array | Weight]) -> list[Product]:
     if len({id(w.value) for w in beside}) > 1 or sum(w.columns for w in beside) < beside[0].value.shape[-1]:
         return [_alone(w, place) for place, w in enumerate(weights)]
     taps = tuple(w.tap for w in beside if w.tap is not None)
-    return [Product(beside[0].value, taps, tuple(w.shape for w in beside), order)]
+    told = tuple(w.told for w in beside if w.told is not None)
+    return [Product(beside[0].value, taps, tuple(w.shape for w in beside), order, told)]
 
 
 def _alone(w: jax.Array | Weight, place: int) -> Product:
@@ -74,7 +117,8 @@ def _alone(w: jax.Array | Weight, place: int) -> Product:
     value = w.value
     if w.column is not None:
         value = value[..., w.column : w.column + w.columns].reshape(w.shape)
-    return Product(value, () if w.tap is None else (w.tap,), (w.shape,), (place,))
+    told = () if w.told is None else (w.told,)
+    return Product(value, () if w.tap is None else (w.tap,), (w.shape,), (place,), told)
 
 
 def in_order(found: Iterable[tuple[tuple[int, ...], Sequence[jax.Array]]]) -> list[jax.Array]:

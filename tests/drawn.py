@@ -63,7 +63,7 @@ def draw(rng: random.Random) -> Case | None:
     except ValueError:
         return None
     changes = rng.choice([(), (), FROZEN_LLM, FROZEN_VISION, PROJECTOR])
-    how = dict(remat=rng.choice(list(Remat)[:3]), schedule=rng.choice(["1f1b", "gpipe"]))
+    how = dict(remat=rng.choice(list(Remat)[:3]), schedule=rng.choice(["1f1b", "gpipe", "zerobubble"]))
     audio, shape = placed.get("audio"), SHAPE if placed["vision"].replicas == 1 else SHARED
     return Case(placed["llm"], placed["vision"], audio, shape=shape, changes=changes, **how, **MODELS[number])
 

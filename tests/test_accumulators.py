@@ -25,7 +25,7 @@ COLOCATED = dict(llm=Layout(pp=2, devices="0-1"), encoders={"vision": Layout(dp=
 SCHEDULES: list[dict[str, Any]] = [
     dict(schedule="1f1b"),
     dict(schedule="1f1b", encoder_window=1),
-    dict(schedule="gpipe", encoder_window=2),
+    dict(schedule="zerobubble", encoder_window=2),
     dict(schedule="gpipe"),
 ]
 SMALL = Decoder(vocab_size=32, width=40, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=48)

@@ -110,7 +110,7 @@ NUMBERS = [
     (settings(eval_every=5), "Experiment.eval_every=5 without held-out data; set Experiment.held_out"),
     (settings(encoder_window=0), "encoder_window=0 is outside of 1 to num_microbatches=2; None means all of them"),
     (settings(encoder_window=3), "encoder_window=3 is outside of 1 to num_microbatches=2; None means all of them"),
-    (settings(schedule="zb"), "Experiment.schedule='zb'; it must be one of 1f1b, gpipe"),
+    (settings(schedule="zb"), "Experiment.schedule='zb'; it must be one of 1f1b, gpipe, zerobubble"),
     (settings(param_dtype="bfloat16"), "Experiment.param_dtype='bfloat16'; it must be one of float32, float64"),
     (encoder(remat="some"), "vision.remat='some'; it must be one of none, dots, full, auto"),
     (encoder(compute_dtype="float16"), "vision.compute_dtype='float16'; it must be one of bfloat16, float32, float64"),

@@ -7,9 +7,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import runs
-from test_forecast import dealt
+from test_forecast import dealt, split
 from test_schedule import chain, vlm
 
+from hetjax import schedule
 from hetjax.core.forecast import forecast
 from hetjax.core.tasks import Cost
 from hetjax.run import chart
@@ -34,6 +35,22 @@ def test_stages_that_share_devices_share_a_line_and_are_told_apart() -> None:
     assert second == "device 1 |   l0-l1-l'0L'0l'1L'1L0=L1=   |"
     mixed = chart.rows(forecast([*chain("a", [[0, 1]]), *chain("a2", [[1, 2]], (("a", 0),))], 1))
     assert [(row.devices, len(row.spans)) for row in mixed] == [((0,), 2), ((1,), 4), ((2,), 2)]
+
+
+def test_the_halves_of_backwards_are_told_apart() -> None:
+    found = forecast(split(chain("llm", [[0], [1]])), 2, kind="zerobubble")
+    first, second, said = chart.text(found, 39).splitlines()
+    assert first == "device 0 |l0--l1--    L0==L+0+L1==L+1+|"
+    assert second == "device 1 |    l0--L0==l1--L1==L+0+L+1+|"
+    assert said.startswith("l llm; small letters are forwards, capitals backwards, + weights' gradients, ")
+    assert schedule.table(found).splitlines() == [
+        "stage         works  in flight  at most   kept  at most",
+        "llm/0           86%          2        2      2        2",
+        "llm/1           86%          1        1      2        2",
+    ]
+    drawing = chart.draw({"": found})
+    colours = {box.told.split()[0]: int(box.colour[1:3], 16) for box in drawing.boxes if box.label}
+    assert colours["forward"] > colours["backward"] > colours["weights'"] > 0
 
 
 def test_the_svg_has_a_box_for_each_task_with_its_name() -> None:

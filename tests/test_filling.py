@@ -128,8 +128,12 @@ def random_filled(rng: random.Random) -> list[StageNode]:
 def test_whatever_the_graph_all_is_done_in_time_and_within_bounds(seed: int) -> None:
     rng = random.Random(seed)
     nodes, num = random_filled(rng), rng.choice([5, 6, 8, 12])
-    kind, window = rng.choice(["1f1b", "1f1b", "gpipe"]), rng.choice([None, 1, (num + 1) // 2, num - 1])
-    cost = {node.key: Cost(rng.randint(1, 9), rng.randint(1, 9)) for node in nodes}
+    kind, window = rng.choice(["1f1b", "zerobubble", "gpipe"]), rng.choice([None, 1, (num + 1) // 2, num - 1])
+    cost = {node.key: Cost(rng.randint(1, 9), rng.randint(2, 9)) for node in nodes}
+    if kind == "zerobubble":
+        alone = lambda node: node.backward and node.share.replicas == 1
+        nodes = [dataclasses.replace(node, splits=alone(node) and rng.random() < 0.8) for node in nodes]
+        cost = {node.key: cost[node.key]._replace(weights=int(node.splits)) for node in nodes}
     try:
         schedule = build_schedule(nodes, num, kind=kind, encoder_window=window, costs=cost)
     except ValueError:

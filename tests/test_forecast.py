@@ -9,13 +9,18 @@ import pytest
 from test_schedule import chain, vlm
 
 from hetjax.core.forecast import Forecast, forecast
-from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
+from hetjax.core.tasks import OF_MICROBATCHES, Cost, Kind, Needs, StageKey, StageNode, Task
 
 
 def dealt(module: str, lanes: int, rounds: int, upstream: tuple = (), *, base: int = 0, lowest: int = 0) -> list:
     """Stages dealt to one device after another, `rounds` times; those from the `lowest` on have a backward."""
     nodes = chain(module, [[base + n % lanes] for n in range(lanes * rounds)], upstream)
     return [dataclasses.replace(node, backward=node.stage >= lowest) for node in nodes]
+
+
+def split(nodes: list[StageNode]) -> list[StageNode]:
+    """The same, whose backwards are two tasks."""
+    return [dataclasses.replace(node, splits=node.backward) for node in nodes]
 
 
 def alike(nodes: list[StageNode], cost: Cost) -> dict[StageKey, Cost]:
@@ -43,6 +48,37 @@ def test_interleaved_stages_divide_the_bubble(lanes: int, rounds: int, num: int,
     nodes = dealt("llm", lanes, rounds)
     found = forecast(nodes, num, costs=alike(nodes, cost))
     assert found.bubble == pytest.approx((lanes - 1) / (rounds * num + lanes - 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("cost", [Cost(1, 2, 1), Cost(10, 21, 9), Cost(4, 9, 2)])
+@pytest.mark.parametrize(("lanes", "num"), [(1, 3), (2, 2), (2, 7), (4, 4), (4, 16), (8, 64)])
+def test_split_backwards_leave_the_wait_without_the_weights_halves(lanes: int, num: int, cost: Cost) -> None:
+    """Where all tasks take equally long, a third of the time that a device waits under 1F1B. Each stage keeps something
+    of as many microbatches as the first one does there."""
+    nodes = split(chain("llm", [[n] for n in range(lanes)]))
+    found = forecast(nodes, num, kind="zerobubble", costs=alike(nodes, cost))
+    waits = (lanes - 1) * (cost.forward + cost.backward - 2 * cost.weights)
+    assert found.makespan == num * (cost.forward + cost.backward) + waits
+    plain = forecast(chain("llm", [[n] for n in range(lanes)]), num, costs=alike(nodes, cost._replace(weights=0)))
+    idle = plain.bubble * plain.makespan
+    assert found.bubble * found.makespan == pytest.approx(idle * waits / ((lanes - 1) * sum(cost[:2])) if idle else 0)
+    assert found.in_flight == plain.in_flight
+    assert found.held == found.held_bounds == {node.key: min(lanes, num) for node in nodes}
+
+
+@pytest.mark.parametrize(("lanes", "rounds", "num"), [(2, 2, 2), (2, 2, 8), (4, 3, 12), (8, 4, 32)])
+def test_interleaved_stages_leave_a_third_of_theirs(lanes: int, rounds: int, num: int) -> None:
+    plain = dealt("llm", lanes, rounds)
+    found, unsplit = forecast(split(plain), num, kind="zerobubble"), forecast(plain, num)
+    assert 3 * found.bubble * found.makespan == pytest.approx(unsplit.bubble * unsplit.makespan)
+
+
+def test_the_weights_halves_stand_behind_what_others_wait_for() -> None:
+    found = forecast(split(chain("llm", [[0], [1], [2]])), 5, kind="zerobubble")
+    of_stage = lambda n: " ".join(f"{t.kind.value}{t.microbatch}" for t in found.spans if t.stage[1] == n)
+    assert of_stage(0) == "F0 F1 F2 B0 W0 F3 B1 W1 F4 B2 W2 B3 W3 B4 W4"
+    assert of_stage(1) == "F0 F1 B0 F2 B1 W0 F3 B2 W1 F4 B3 W2 B4 W3 W4"
+    assert of_stage(2) == "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 F4 B4 W2 W3 W4"
 
 
 def test_a_lane_interleaves_its_stages_in_groups_and_alternates() -> None:
@@ -78,8 +114,11 @@ def random_graph(rng: random.Random) -> list[StageNode]:
 def test_whatever_the_graph_all_is_done_in_time_and_within_bounds(seed: int) -> None:
     rng = random.Random(seed)
     nodes, num = random_graph(rng), rng.choice([1, 2, 3, 5, 8, 12])
-    kind, window = rng.choice(["1f1b", "1f1b", "gpipe"]), rng.choice([None, 1, (num + 1) // 2])
+    kind, window = rng.choice(["1f1b", "gpipe", "zerobubble"]), rng.choice([None, 1, (num + 1) // 2])
     costs = {node.key: Cost(rng.randint(1, 9), rng.randint(1, 9)) for node in nodes}
+    if kind == "zerobubble":  # a stage of which nothing trains has nothing for later
+        nodes = [dataclasses.replace(node, splits=node.backward and rng.random() < 0.8) for node in nodes]
+        costs = {n.key: costs[n.key]._replace(weights=n.splits * rng.randrange(costs[n.key].backward)) for n in nodes}
     found = forecast(nodes, num, kind=kind, encoder_window=window, costs=costs)
     spans, needs = found.spans, Needs(nodes, num)
     assert list(spans) == sorted(spans, key=lambda task: spans[task].begin) and len(spans) == len(set(spans))
@@ -98,7 +137,7 @@ def check_devices(found: Forecast, nodes: list[StageNode]) -> None:
         mine = [span for task, span in found.spans.items() if device in found.devices[task.stage]]
         assert all(a.end <= b.begin for a, b in itertools.pairwise(mine))
     for node in nodes:
-        for kind in (Kind.FORWARD, Kind.BACKWARD):
+        for kind in OF_MICROBATCHES:
             order = [t.microbatch for t in found.spans if t.stage == node.key and t.kind is kind]
             assert order == sorted(order)
 
@@ -108,6 +147,8 @@ def check_bounds(found: Forecast, nodes: list[StageNode], num: int) -> None:
     needs = Needs(nodes, num)
     for node in nodes:
         assert found.in_flight[node.key] <= found.bounds[node.key] <= num
+        if node.splits:
+            assert kept(found, node) <= found.held_bounds[node.key] <= num
         mine = range(node.share.replica, num, node.share.replicas)
         for count, i in enumerate(mine, 1):
             begin = found.spans[Task(Kind.FORWARD, node.key, i)].begin
@@ -118,6 +159,13 @@ def check_bounds(found: Forecast, nodes: list[StageNode], num: int) -> None:
                 taken = [[Task(Kind.FORWARD, k, n) for k in needs.consumers[node.key]] for n in mine]
                 done = sum(all(found.spans[task].end <= begin for task in tasks) for tasks in taken)
             assert count - done <= found.bounds[node.key], (node.key, i)
+
+
+def kept(found: Forecast, node: StageNode) -> int:
+    """The most microbatches of which the forward has begun and the weights' gradients are not there."""
+    of = lambda kind: [span for task, span in found.spans.items() if task.stage == node.key and task.kind is kind]
+    ends = [span.end for span in of(Kind.WEIGHTS)]
+    return max(i + 1 - sum(end <= span.begin for end in ends) for i, span in enumerate(of(Kind.FORWARD)))
 
 
 def test_a_frozen_encoder_runs_ahead_and_keeps_nothing() -> None:

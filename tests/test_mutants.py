@@ -23,7 +23,7 @@ PATCHES = {f"{path.parent.name}/{path.stem}": path for path in sorted(MUTANTS.gl
 QUICK = {"disjoint", "colocated"}
 LAYOUTS = (
     *("disjoint", "colocated", "experts", "routers", "sequence", "spread", "context", "zero"),
-    *("offload", "entries", "attended", "balance", "seeing", "interleaved", "replicas"),
+    *("offload", "entries", "attended", "balance", "seeing", "interleaved", "replicas", "split"),
 )
 # Each takes seconds, all of them minutes.
 DEFAULT = {"disjoint/boundary_gradient_scaled", "disjoint/reduce_without_cp", "colocated/tied_gradient_lost"}

@@ -38,7 +38,9 @@ CASES = {
     "colocated, pp 2, tied, gpipe": Case(Layout(pp=2, dp=2), Layout(tp=2, dp=2), tied=True, schedule="gpipe"),
     "disjoint, gpipe": Case(Layout(tp=2, devices=LOW), Layout(dp=2, devices=HIGH), schedule="gpipe"),
     "replicas 2 on pp 2": Case(Layout(pp=2, devices="0-1"), Layout(replicas=2, devices="0-1"), tied=True),
-    "disjoint, pp 2 of both": Case(Layout(pp=2, devices=LOW), Layout(pp=2, devices=HIGH)),
+    "disjoint, pp 2 of both, zero-bubble": Case(
+        Layout(pp=2, devices=LOW), Layout(pp=2, devices=HIGH), schedule="zerobubble"
+    ),
     "overlapping, zero 2 and 3": Case(
         Layout(dp=2, zero=3, devices="0-1"), Layout(dp=2, zero=2, devices="1-2"), encoder_window=1
     ),

@@ -104,7 +104,9 @@ class Walk:
 def test_every_use_has_its_thing_and_others_find_the_memory_free(seed: int) -> None:
     rng = random.Random(seed)
     plain, num = random_nodes(rng), rng.choice([1, 2, 4, 7])
-    options = dict(kind=rng.choice(["1f1b", "gpipe"]), encoder_window=rng.choice([None, 1, num]))
+    options = dict(kind=rng.choice(["1f1b", "gpipe", "zerobubble"]), encoder_window=rng.choice([None, 1, num]))
+    if options["kind"] == "zerobubble":
+        plain = [dataclasses.replace(node, splits=node.backward and rng.random() < 0.8) for node in plain]
     llm = [n for n in plain if n.module == "llm"]
     ties = [(llm[-1].key, llm[0].key)] if len(llm) > 1 else []
     nodes = offloaded(plain, rng)

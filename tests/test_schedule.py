@@ -64,7 +64,9 @@ def text(tasks: list[Task]) -> str:
 def test_random_schedules_are_complete_ordered_and_bounded(seed: int) -> None:
     rng = random.Random(seed)
     nodes, num = random_nodes(rng), rng.choice([1, 2, 4, 7])
-    kind, window = rng.choice(["1f1b", "gpipe"]), rng.choice([None, 1, num])
+    kind, window = rng.choice(["1f1b", "gpipe", "zerobubble"]), rng.choice([None, 1, num])
+    if kind == "zerobubble":
+        nodes = [dataclasses.replace(node, splits=node.backward and rng.random() < 0.8) for node in nodes]
     llm = [n for n in nodes if n.module == "llm"]
     ties = [(llm[-1].key, llm[0].key)] if len(llm) > 1 else []
     schedule = build_schedule(nodes, num, kind=kind, encoder_window=window, ties=ties)
@@ -74,9 +76,10 @@ def test_random_schedules_are_complete_ordered_and_bounded(seed: int) -> None:
         assert all(at[need] < at[task] for need in needs.of(task)), task
     assert schedule.update[0].kind is Kind.DECIDE
     for node in nodes:  # gradients are added in this order, so they are the same to the bit under every schedule
-        backward = [t.microbatch for t in schedule.order if t.stage == node.key and t.kind is Kind.BACKWARD]
-        assert backward == sorted(backward)
-    if kind == "1f1b":
+        for half in (Kind.BACKWARD, Kind.WEIGHTS):
+            backward = [t.microbatch for t in schedule.order if t.stage == node.key and t.kind is half]
+            assert backward == sorted(backward)
+    if kind != "gpipe":
         for node in llm:
             assert schedule.forecast.in_flight[node.key] <= len(llm) - node.stage
         longest = len({n.stage for n in nodes if n.module != "llm"})  # stages of the deepest encoder
@@ -100,6 +103,8 @@ def all_tasks(nodes: list[StageNode], num: int, ties: list) -> set[Task]:
             if node.backward:
                 found.add(Task(Kind.BACKWARD, node.key, i))
                 found |= {Task(Kind.BOUNDARY, node.key, i, key) for key in upstream if by_key[key].backward}
+            if node.splits:
+                found.add(Task(Kind.WEIGHTS, node.key, i))
     return found
 
 
@@ -110,6 +115,16 @@ def test_a_boundary_stands_where_its_producer_ends() -> None:
     first = ["F0.0", "boundary0.0", "F1.0", "F0.1", "boundary0.1", "B1.0", "boundary1.0", "F1.1", "B0.0", "B1.1"]
     assert names[: len(first)] == first
     assert names[len(first) :] == ["boundary1.1", "measure1.-1", "B0.1", "measure0.-1"]
+
+
+def test_gradients_are_finished_behind_the_last_half() -> None:
+    nodes = [dataclasses.replace(node, splits=True) for node in chain("llm", [[0], [1]])]
+    order = [
+        f"{t.kind.value}{t.stage[1]}.{t.microbatch}" for t in build_schedule(nodes, 3, kind="zerobubble").gradients
+    ]
+    assert order[-4:] == ["W1.2", "W0.2", "measure1.-1", "measure0.-1"]
+    needed = Needs(nodes, 3).of(Task(Kind.MEASURE, ("llm", 0)))
+    assert set(needed) == {Task(half, ("llm", 0), i) for half in (Kind.BACKWARD, Kind.WEIGHTS) for i in range(3)}
 
 
 def test_1f1b_alternates_after_a_warmup_of_the_longest_path() -> None:
@@ -180,7 +195,7 @@ def test_two_encoders_both_precede_the_llm() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(kind="zigzag"), "schedule='zigzag'; it must be one of 1f1b, gpipe"),
+        (dict(kind="zigzag"), "schedule='zigzag'; it must be one of 1f1b, gpipe, zerobubble"),
         (dict(encoder_window=0), "encoder_window=0 is outside of 1 to num_microbatches=4; None means all of them"),
         (dict(encoder_window=5), "encoder_window=5 is outside of 1 to num_microbatches=4; None means all of them"),
     ],

@@ -66,7 +66,7 @@ def trainer() -> Trainer:
     """An encoder that shares a device with the second of two stages."""
     graph = tiny.graph(Layout(pp=2, devices="0-1"), {"vision": Layout(devices="1")}, jnp.float32)
     config = OptimizerConfig(name="sgd", learning_rate=0.1)
-    return tiny.trainer(graph, tiny.Shape(microbatches=3), config, dtype=jnp.float32)
+    return tiny.trainer(graph, tiny.Shape(microbatches=3), config, dtype=jnp.float32, schedule="zerobubble")
 
 
 def test_a_recorded_step_is_the_step(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 from traced import Collective, collectives
 
-from hetjax.core import memory
+from hetjax.core import budget, memory
 from hetjax.core.graph import Graph, Module
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
@@ -88,7 +88,7 @@ def test_zero_2_and_3_scatter_once_a_layer_and_zero_3_gathers_in_the_narrow_type
 
 @pytest.mark.parametrize("remat", [Remat.NONE, Remat.FULL])
 def test_gathered_weights_are_not_kept_for_the_backward(remat: Remat) -> None:
-    kept = [stage(Layout(dp=4, zero=zero)).kept_bytes(Keep(remat).policy) for zero in (1, 3)]
+    kept = [budget.kept_bytes(stage(Layout(dp=4, zero=zero)), Keep(remat).policy) for zero in (1, 3)]
     assert kept[0] == kept[1] > 0
 
 

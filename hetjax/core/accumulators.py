@@ -6,7 +6,7 @@ replicas share an accumulator that lies in shards, and what is added to it has b
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -91,6 +91,19 @@ def _scatter(arrays: list[jax.Array], dims: list[int], axes: tuple[str, ...]) ->
         shapes.append((*shards.shape[:dim], *shards.shape[dim + 1 :]))
     mine = lax.psum_scatter(jnp.concatenate(rows, 1), axes, scatter_dimension=0)
     return [a.reshape(shape) for a, shape in zip(split(mine, [row.shape[1] for row in rows]), shapes, strict=True)]
+
+
+def with_replicas(program: Callable[..., tuple], spreads: Tree) -> Callable[..., tuple]:
+    """`program(*given, acc, first)`, which gives accumulators first and is per-device code, in global view: those of
+    one replica get their leading dim out here, where that is no operation."""
+
+    def whole(*args: Tree) -> tuple:
+        *given, acc, first = args
+        lead = lambda a, spread: a if spread.count > 1 else a[None]
+        acc, *others = program(*given, jax.tree.map(lead, acc, spreads), first)
+        return jax.tree.map(lambda a, spread: a if spread.count > 1 else a[0], acc, spreads), *others
+
+    return whole
 
 
 def reduce(acc: Tree, spreads: Tree) -> Tree:

@@ -7,17 +7,20 @@ choice costs least for each byte that it frees. Modules that share devices so sp
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from hetjax.core import memory
 from hetjax.core.memory import DeviceMemory
-from hetjax.core.remat import Keep, Product, Remat, recorder
+from hetjax.core.remat import Keep, Policy, Product, Remat, recorder
 from hetjax.core.stacks import LAYERS
 from hetjax.core.stage import Stage
 from hetjax.core.tasks import StageKey
 from hetjax.core.trainer import Trainer
+from models.contract import Params
 
 SHARE = 0.9  # of a device's memory: the workspace is estimated
 
@@ -30,18 +33,32 @@ class Choice(NamedTuple):
     cost: float  # FLOPs for each byte freed, of what this choice computes again and the one before it does not
 
 
+def kept_bytes(stage: Stage, policy: Policy | None) -> int:
+    """Bytes on each device of a microbatch's residuals, if the layers kept what `policy` says."""
+    local, found = stage.local_with(policy), [0]
+
+    def probe(weights: Params, x: Any, batch: Any) -> jax.Array:
+        kept = local.forward(weights, dict(x), batch)[1]
+        found.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)))
+        return jnp.zeros(())
+
+    if stage.has_backward:
+        stage.trace(probe, P(), stage.batch)
+    return found[-1]
+
+
 def choices(stage: Stage, whole: int) -> list[Choice]:
     """From everything kept, `whole`, to nothing: each frees memory that the one before it takes."""
     products: set[Product] = set()
     found = [Choice(Keep(Remat.NONE), whole, 0.0)]
-    dots = stage.kept_bytes(recorder(products))
+    dots = kept_bytes(stage, recorder(products))
     steps = [(Keep(Remat.DOTS), 0.0)]
     ranked = sorted(products, key=lambda product: product.rank, reverse=True)
     for n in range(len(ranked) - 1, -1, -1):
         keep = Keep(Remat.DOTS, ranked[n - 1]) if n else Keep(Remat.FULL)
         steps.append((keep, ranked[n].cost))
     for keep, cost in steps:
-        kept = dots if keep == Keep(Remat.DOTS) else stage.kept_bytes(keep.policy)
+        kept = dots if keep == Keep(Remat.DOTS) else kept_bytes(stage, keep.policy)
         if kept < found[-1].kept:
             found.append(Choice(keep, kept, cost))
         elif len(found) > 1:  # a product that no backward asks for
@@ -54,7 +71,7 @@ class Budget:
 
     def __init__(self, trainer: Trainer) -> None:
         self.pipeline, self.stages = trainer.pipeline, trainer.pipeline.stages
-        self.whole = {key: stage.kept_bytes(None) for key, stage in self.stages.items()}
+        self.whole = {key: kept_bytes(stage, None) for key, stage in self.stages.items()}
 
     @functools.cached_property
     def choices(self) -> dict[StageKey, list[Choice]]:
@@ -62,7 +79,7 @@ class Budget:
         found = {}
         for key, stage in self.stages.items():
             asks = stage.module.remat is Remat.AUTO and stage.has_backward
-            set_to = Choice(stage.keep, stage.kept_bytes(stage.keep.policy), 0.0)
+            set_to = Choice(stage.keep, kept_bytes(stage, stage.keep.policy), 0.0)
             found[key] = choices(stage, self.whole[key]) if asks else [set_to]
         return found
 

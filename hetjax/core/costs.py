@@ -56,7 +56,10 @@ def _of_stage(stage: Stage, parts: Parts) -> Cost:
         backward += both if in_backward else both - of_part.total
         backward += _again(of_part, stage.module.remat) if moves and not in_backward else 0
     devices = layout.dp * layout.cp * layout.tp
-    return Cost(*(max(round(n / devices), 1) for n in (forward, backward)))
+    forward, backward = (max(round(n / devices), 1) for n in (forward, backward))
+    # the products of a forward once more: what little else of a layer trains, and is not left for later, counts too
+    later = round(mine["layers"].matmul / devices) if stage.splits else 0
+    return Cost(forward, backward, later)
 
 
 def _again(forward: Flops, remat: Remat) -> float:

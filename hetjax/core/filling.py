@@ -12,6 +12,7 @@ import graphlib
 import itertools
 from collections.abc import Mapping, Sequence
 
+from hetjax.core import halves
 from hetjax.core.orders import Orders
 from hetjax.core.simulation import Lane, Span, simulate
 from hetjax.core.tasks import Cost, Kind, StageKey, Task
@@ -21,7 +22,7 @@ def filled(orders: Orders, without: Mapping[Task, Span], costs: Mapping[StageKey
     """The tasks of a step by their begin, the shortest of steps in which the replicas are more or less ahead.
 
     `without`: the same step without the replicas."""
-    lanes, needs = _in_order(orders.lanes, without), orders.needs()
+    lanes, needs = _in_order(orders.lanes, without), orders.needs() | halves.needs(orders.graph)
     tails = (_tails(lanes, _ahead(orders, needs, lead), costs) for lead in _leads(orders))
     steps = (simulate(lanes, needs, costs, mine) for mine in tails)
     return min(steps, key=lambda spans: max(span.end for span in spans.values()))
@@ -47,10 +48,10 @@ def _ahead(orders: Orders, needs: Mapping[Task, Sequence[Task]], lead: int) -> d
 
 def _in_order(lanes: Sequence[Lane], spans: Mapping[Task, Span]) -> list[Lane]:
     """The lanes; of those that do not fill all tasks in one order, that of `spans`."""
-    lane_of = {task: n for n, lane in enumerate(lanes) for order in lane.orders for task in order}
+    lane_of = {task.stage: n for n, lane in enumerate(lanes) for order in lane.orders for task in order}
     tasks: dict[int, list[Task]] = collections.defaultdict(list)
     for task in spans:
-        tasks[lane_of[task]].append(task)
+        tasks[lane_of[task.stage]].append(task)
     return [lane if lane.fills else lane._replace(orders=(tasks[n],)) for n, lane in enumerate(lanes)]
 
 

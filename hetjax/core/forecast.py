@@ -4,21 +4,24 @@ import dataclasses
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from hetjax.core import halves
 from hetjax.core.filling import filled
 from hetjax.core.orders import Orders
 from hetjax.core.simulation import Span, idle, simulate
-from hetjax.core.tasks import Cost, Kind, Needs, StageKey, StageNode, Task
+from hetjax.core.tasks import ZERO_BUBBLE, Cost, Kind, Needs, StageKey, StageNode, Task
 
-KINDS = ("1f1b", "gpipe")
+KINDS = ("1f1b", "gpipe", ZERO_BUBBLE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """The forwards and backwards of a step in simulated time, whose unit is that of the costs.
+    """The tasks of a step's microbatches in simulated time, whose unit is that of the costs.
 
     `devices`: of each stage. `spans`: the tasks by their begin. `shortest`: the longest chain of tasks that need each
     other, which no schedule is faster than. `in_flight`: per stage, the most microbatches whose forward is done and
-    backward is not, never more than `bounds` (see `Orders`). `text_only`: the time of the step without encoders.
+    backward is not, never more than `bounds` (see `Orders`). `held`: of stages that split their backwards, the most
+    whose forward is done and the weights' gradients are not, never more than `held_bounds` (see `halves.py`).
+    `text_only`: the time of the step without encoders.
     """
 
     devices: Mapping[StageKey, frozenset[int]]
@@ -26,6 +29,8 @@ class Forecast:
     shortest: int
     in_flight: Mapping[StageKey, int]
     bounds: Mapping[StageKey, int]
+    held: Mapping[StageKey, int]
+    held_bounds: Mapping[StageKey, int]
     text_only: int
 
     @property
@@ -59,14 +64,20 @@ class Forecast:
         }
 
     def __str__(self) -> str:
-        held: dict[str, list[str]] = {module: [] for (module, _), n in self.in_flight.items() if n}
-        for (module, _), n in self.in_flight.items():
-            held.get(module, []).append(str(n))
+        split = f", with those whose weights' gradients are to come {_listed(self.held)}" if self.held else ""
         return (
             f"devices idle {self.bubble:.1%}, longest chain {self.shortest / self.makespan:.1%} of the step, "
             f"{self.throughput:.1%} of text-only throughput; microbatches in flight "
-            f"{', '.join(' '.join([module, *counts]) for module, counts in held.items())}"
+            f"{_listed(self.in_flight)}{split}"
         )
+
+
+def _listed(counts: Mapping[StageKey, int]) -> str:
+    """Of each module that has any, the counts of its stages."""
+    found: dict[str, list[str]] = {module: [module] for (module, _), n in counts.items() if n}
+    for (module, _), n in counts.items():
+        found.get(module, []).append(str(n))
+    return ", ".join(map(" ".join, found.values()))
 
 
 def forecast(
@@ -78,7 +89,7 @@ def forecast(
     costs: Mapping[StageKey, Cost] | None = None,
 ) -> Forecast:
     """Simulates a step of `nodes` as in `Needs`. `encoder_window` None: colocated encoders run ahead over the whole
-    step. `costs` None: a backward takes two forwards, everywhere.
+    step. `costs` None: a backward takes two forwards, everywhere, and each half of one takes one.
 
     Raises ValueError for an unknown kind or a window outside of 1 to `num_microbatches`.
     """
@@ -89,21 +100,27 @@ def forecast(
         raise ValueError(
             f"encoder_window={window} is outside of 1 to num_microbatches={num_microbatches}; None means all of them"
         )
-    costs = {node.key: Cost() for node in nodes} if costs is None else costs
+    costs = {node.key: Cost(weights=int(node.splits)) for node in nodes} if costs is None else costs
     sink = nodes[-1].module
 
     def step(of_step: Sequence[StageNode]) -> tuple[Orders, dict[Task, Span]]:
         orders = Orders(Needs(of_step, num_microbatches), num_microbatches, kind=kind, window=window)
         others = _only(of_step, {node.module for node in of_step if node.share.replicas == 1})
-        if len(others) == len(of_step):
-            return orders, simulate(orders.lanes, orders.needs(), costs)
-        return orders, filled(orders, step(others)[1], costs)
+        if len(others) < len(of_step):
+            return orders, filled(orders, step(others)[1], costs)
+        spans = simulate(orders.lanes, orders.needs(), costs)
+        if later := halves.needs(orders.graph):
+            spans = simulate(halves.lanes(orders, spans), orders.needs() | later, costs)
+        return orders, spans
 
     orders, spans = step(nodes)
     alone = step(_only(nodes, {sink}))[1]
     devices = {node.key: node.devices for node in nodes}
     shortest = _longest_chain(orders.graph, spans)
-    return Forecast(devices, spans, shortest, _in_flight(nodes, spans), orders.bounds, _end(alone))
+    in_flight = _most(spans, {node.key: Kind.BACKWARD for node in nodes if node.backward})
+    held = _most(spans, {node.key: Kind.WEIGHTS for node in nodes if node.splits})
+    kept = {node.key: 0 for node in nodes} | in_flight
+    return Forecast(devices, spans, shortest, kept, orders.bounds, held, halves.bounds(orders), _end(alone))
 
 
 def _only(nodes: Sequence[StageNode], modules: Container[str]) -> list[StageNode]:
@@ -124,12 +141,12 @@ def _longest_chain(needs: Needs, spans: Mapping[Task, Span]) -> int:
     return max(end.values())
 
 
-def _in_flight(nodes: Sequence[StageNode], spans: Mapping[Task, Span]) -> dict[StageKey, int]:
-    most = {node.key: 0 for node in nodes}
+def _most(spans: Mapping[Task, Span], ends: Mapping[StageKey, Kind]) -> dict[StageKey, int]:
+    """Of some stages the most microbatches of which the forward is done and the task of this kind is not."""
+    most = dict.fromkeys(ends, 0)
     alive = dict(most)
-    keeps = {node.key for node in nodes if node.backward}
     for task in spans:
-        if task.stage in keeps:
-            alive[task.stage] += 1 if task.kind is Kind.FORWARD else -1
+        if task.stage in ends:
+            alive[task.stage] += (task.kind is Kind.FORWARD) - (task.kind is ends[task.stage])
             most[task.stage] = max(most[task.stage], alive[task.stage])
     return most

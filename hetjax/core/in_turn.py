@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models.axes import program_device, varying_axes
+from models.axes import program_device, vary, varying_axes
 
 NEVER = {2: 0x7FAB, 4: 0x7FABCDEF, 8: 0x7FFABCDE12345678}  # bytes -> the bits of a NaN that no operation makes
 
@@ -20,13 +20,21 @@ NEVER = {2: 0x7FAB, 4: 0x7FABCDEF, 8: 0x7FFABCDE12345678}  # bytes -> the bits o
 def behind(tree: Any, before: Any) -> Any:
     """`tree` of which, on CPUs, no floating-point array is used until `before` are there.
 
-    Only arrays that differ between at least those devices between which `before` do wait.
+    An array waits for those arrays that differ between no other devices than it does itself.
     """
     done = [a for a in jax.tree.leaves(before) if jnp.issubdtype(a.dtype, jnp.floating)]
     if program_device().platform != "cpu" or not done:
         return tree
-    axes = frozenset[str]().union(*map(varying_axes, done))
-    never = [lax.bitcast_convert_type(a.reshape(-1)[0], f"uint{8 * a.itemsize}") == NEVER[a.itemsize] for a in done]
-    none = jnp.stack(never).any()
-    waits = lambda a: jnp.issubdtype(a.dtype, jnp.floating) and varying_axes(a) >= axes
-    return jax.tree.map(lambda a: jnp.where(none, jnp.zeros_like(a), a) if waits(a) else a, tree)
+    is_never = lambda a: lax.bitcast_convert_type(a.reshape(-1)[0], f"uint{8 * a.itemsize}") == NEVER[a.itemsize]
+    never = [(varying_axes(a), is_never(a)) for a in done]
+    flags: dict[frozenset[str], jax.Array] = {}  # False behind all that an array waits for, by the axes it varies over
+    for axes in set(map(varying_axes, jax.tree.leaves(tree))):
+        if mine := [vary(flag, axes) for of, flag in never if of <= axes]:
+            flags[axes] = jnp.stack(mine).any()
+
+    def wait(a: jax.Array) -> jax.Array:
+        axes = varying_axes(a)
+        waits = axes in flags and jnp.issubdtype(a.dtype, jnp.floating)
+        return jnp.where(flags[axes], jnp.zeros_like(a), a) if waits else a
+
+    return jax.tree.map(wait, tree)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from hetjax.core import accumulators, loss, optimizer, residuals
 from hetjax.core.graph import Module
-from hetjax.core.loops import Back, Loops
+from hetjax.core.loops import Back, Loops, Pairs
 from hetjax.core.mesh import axes_of
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan
@@ -65,7 +65,7 @@ class Local:
     """The layers of one stage, and its module's first and last parts as far as it has them.
 
     `x_wanted`: the inputs whose producers train. `ends_in_loss`: the stage's last part yields it. `policy`: which inner
-    results of a layer are kept; None: all.
+    results of a layer are kept; None: all. `splits`: the backward leaves gradients of the layers' weights for later.
     """
 
     def __init__(
@@ -77,12 +77,13 @@ class Local:
         x_wanted: frozenset[str],
         ends_in_loss: bool,
         policy: Policy | None,
+        splits: bool = False,
     ) -> None:
         self.module, self.plan, self.parameters, self.working = module, plan, parameters, parameters.working
         self.trainable = parameters.trainable
         self.x_wanted, self.ends_in_loss, self.policy = x_wanted, ends_in_loss, policy
         self.chunk = self._chunk() if ends_in_loss else 0
-        self.loops = Loops(module, plan, parameters, policy, x_wanted)
+        self.loops = Loops(module, plan, parameters, policy, x_wanted, splits=splits)
         self.starts_from = module.definition.first.takes if plan.first else tuple(module.definition.carry)
 
     @property
@@ -139,9 +140,9 @@ class Local:
 
     def backward(
         self, weights: Params, x: Tree, batch: Batch, kept: Residuals, returned: list[Tree], acc: Tree, first: jax.Array
-    ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
-        """(cotangents of the wanted inputs, accumulators with the gradients added, scores) from those of the outputs,
-        which each stage that takes some of them `returned`.
+    ) -> tuple[Tree, Tree, dict[str, jax.Array], list[Pairs]]:
+        """(cotangents of the wanted inputs, accumulators with the gradients added, scores, by run what is left for
+        `gradients`) from those of the outputs, which each stage that takes some of them `returned`.
 
         `first`: whether this is the step's first microbatch (see `accumulators.py`). Scores are, where the stage ends
         in the loss: "loss", this device's part of the sum; and what of AUXILIARY and ROUTED the last part returns.
@@ -157,16 +158,29 @@ class Local:
             acc["last"] = accumulators.add(acc["last"], g_last, self.parameters.spreads["last"], first)
         of_layers = acc.get(LAYERS, {})
         entered = self.loops.nothing_entered(given.entering)
-        for run, of_run in reversed(list(zip(self.loops.runs, kept.runs, strict=True))):
+        pairs = self.no_pairs()
+        for n, (run, of_run) in reversed(list(enumerate(zip(self.loops.runs, kept.runs, strict=True)))):
             if of_run is not None:
-                back = self.loops.backward(run, *given.to_layers, of_run, Back(g, entered, of_layers), first)
-                g, entered, of_layers = back
+                behind = Back(g, entered, of_layers)
+                (g, entered, of_layers), pairs[n] = self.loops.backward(run, *given.to_layers, of_run, behind, first)
         acc |= {LAYERS: of_layers} if of_layers else {}
         g_x = {k: sum_like(total, x[k]) for k, total in entered.items()}
         if kept.start is not None:
             g_start, acc = self._start_back(given, kept.start, g, acc, first)
             g_x |= {k: g + g_x[k] if k in g_x else g for k, g in g_start.items()}
-        return {k: g.astype(x[k].dtype) for k, g in g_x.items()}, acc, scores
+        return {k: g.astype(x[k].dtype) for k, g in g_x.items()}, acc, scores, pairs
+
+    def gradients(self, pairs: list[Pairs], acc: Tree, first: jax.Array) -> Tree:
+        """The accumulators with the gradients added that `backward` left for later."""
+        of_layers = acc[LAYERS]
+        for run, of_run in reversed(list(zip(self.loops.runs, pairs, strict=True))):
+            if any(of_run):
+                of_layers = self.loops.gradients(run, of_run, of_layers, first)
+        return {**acc, LAYERS: of_layers}
+
+    def no_pairs(self) -> list[Pairs]:
+        """Zeros like what `backward` leaves for `gradients`; known behind the first `forward`."""
+        return [self.loops.no_pairs(run) for run in self.loops.runs]
 
     # -- their parts ---------------------------------------------------------------------------------------------
 

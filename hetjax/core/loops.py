@@ -4,6 +4,8 @@ A run's forward scan takes the VJP of one layer and keeps what the layer's backw
 from the last to the first and adds each one's gradients to its rows of the accumulators. The gradients of all layers
 never exist together. Under ZeRO-3 neither do their weights: a loop has those of the layer that is its turn, and gathers
 the next one's beside its work.
+
+Where the backward is split, that scan leaves pairs (`pairs.py`), and another one makes the weights' gradients of them.
 """
 
 from collections.abc import Callable
@@ -15,13 +17,17 @@ from jax import lax
 
 from hetjax.core import accumulators, in_turn, optimizer, remat, residuals, stacks
 from hetjax.core.graph import Module
+from hetjax.core.pairs import Paired, Telling
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan
 from hetjax.core.remat import Policy
 from hetjax.core.residuals import Kept
 from hetjax.core.stacks import LAYERS, Run
+from models.axes import sum_like
 from models.contract import Batch, Params
 from models.layers import wide
+from models.paths import Path, flat, nested
+from models.weight import Pair, Tell
 
 Tree = Any
 
@@ -41,9 +47,13 @@ class Back(NamedTuple):
     acc: Tree  # accumulators of the stage's layers
 
 
+Pairs = list[dict[Path, Pair]]  # by place of a run's period, by path; with a dim over repetitions, if it has several
+
+
 class Loops:
     """The layers of one stage. `policy`: which inner results of a layer are kept; None: all. `wanted`: the names of
-    what enters layers of which a cotangent is wanted, among others."""
+    what enters layers of which a cotangent is wanted, among others. `splits`: gradients of weights are made by
+    `gradients`, of what `backward` leaves for it, where they can be."""
 
     def __init__(
         self,
@@ -52,6 +62,8 @@ class Loops:
         parameters: Parameters,
         policy: Policy | None,
         wanted: frozenset[str],
+        *,
+        splits: bool,
     ) -> None:
         self.layers = module.definition.layers[plan.lo : plan.hi]
         self.runs = stacks.runs(self.layers, unroll=module.unroll)
@@ -60,6 +72,8 @@ class Loops:
         self._axes, self._working, self._policy = plan.axes, parameters.working, policy
         self._trainable = parameters.trainable.get(LAYERS, {})
         self._spreads = parameters.spreads.get(LAYERS, {})
+        self._splits = splits
+        self._paired: dict[tuple[int, int], tuple[Paired, ...]] = {}  # by run and place; known behind the first forward
 
     def moves(self, run: Run) -> bool:
         """Whether a layer of the run trains, or is entered by what trains."""
@@ -83,6 +97,8 @@ class Loops:
         def body(now: tuple[Tree, Params], i: jax.Array | int) -> tuple[tuple[Tree, Params], list[Kept]]:
             (carry, gathered), kept = now, []
             for turn, following in _turns(run, i):
+                if keeps and self._splits:
+                    self._find_pairs(run, turn, weights, gathered, seen, entering, carry)
                 layer, given, inputs = self._layer(run, turn, weights, gathered, seen, entering)
                 gathered = self._gathered(run, following, weights)
                 if keeps:
@@ -105,32 +121,75 @@ class Loops:
         kept: list[Kept],
         behind: Back,
         first: jax.Array,
-    ) -> Back:
-        """What is in front of a run, from what is `behind` it. `first`: whether this is the step's first microbatch."""
+    ) -> tuple[Back, Pairs]:
+        """What is in front of a run, from what is `behind` it, and what is left for `gradients`. `first`: whether this
+        is the step's first microbatch."""
 
         def body(
             after: tuple[Back, Params], now: tuple[jax.Array | int, list[Kept]]
-        ) -> tuple[tuple[Back, Params], None]:
+        ) -> tuple[tuple[Back, Params], Pairs]:
             ((g, entered, acc), gathered), (i, kept) = after, now
+            pairs: Pairs = [{} for _ in run.period]
             for turn, following in _turns(run, i, back=True):
                 _, _, inputs = self._layer(run, turn, weights, gathered, seen, entering)
                 gathered = self._gathered(run, following, weights)
-                (g_w, g_taken), g = residuals.put_together(kept[turn.place], inputs)(g)
+                (g_w, g_taken, pairs[turn.place]), g = residuals.put_together(kept[turn.place], inputs)(g)
                 entered = {
                     name: entered[name] + g_taken[name] if name in g_taken else entered[name] for name in entered
                 }
-                mine = accumulators.scatter(g_w, self._spreads, stacked=True)
-                acc = accumulators.add_layer(acc, self._rows(self._trainable, run, turn.place), turn.i, mine, first)
-            return (Back(g, entered, acc), gathered), None
+                acc = self._add(acc, run, turn, g_w, first)
+            return (Back(g, entered, acc), gathered), pairs
 
         mine = {name: behind.entered[name] for name in self._entered(run)}
         last = self._gathered(run, Turn(len(run.period) - 1, run.times - 1), weights)
         start = behind._replace(entered=mine), last
         if run.times == 1:  # what it computes again depends on no loop of the layers behind it
-            (front, _), _ = body(start, (0, in_turn.behind(kept, behind.g)))
+            (front, _), pairs = body(start, (0, in_turn.behind(kept, behind.g)))
         else:
-            (front, _), _ = lax.scan(body, start, (_repetitions(run), kept), reverse=True)
-        return front._replace(entered={**behind.entered, **front.entered})
+            (front, _), pairs = lax.scan(body, start, (_repetitions(run), kept), reverse=True)
+        return front._replace(entered={**behind.entered, **front.entered}), pairs
+
+    def gradients(self, run: Run, pairs: Pairs, acc: Tree, first: jax.Array) -> Tree:
+        """The accumulators of the stage's layers with the gradients that `backward` left for later."""
+
+        def body(acc: Tree, now: tuple[jax.Array | int, Pairs]) -> tuple[Tree, None]:
+            i, pairs = now
+            for place, mine in enumerate(pairs):
+                found: dict[Path, jax.Array] = {}
+                for paired in self._paired_at(run, place):
+                    found |= paired.gradients(mine[paired.path])
+                whole = {path: sum_like(g, self._working.tap((LAYERS, *path))) for path, g in found.items()}
+                acc = self._add(acc, run, Turn(place, i), nested(whole), first)
+            return acc, None
+
+        if run.times == 1:
+            return body(acc, (0, in_turn.behind(pairs, acc)))[0]
+        return lax.scan(body, acc, (_repetitions(run), pairs))[0]
+
+    def no_pairs(self, run: Run) -> Pairs:
+        """Zeros like those that `backward` leaves of a run."""
+        lead = () if run.times == 1 else (run.times,)
+        return [
+            {paired.path: paired.zeros(*lead) for paired in self._paired_at(run, place)}
+            for place in range(len(run.period))
+        ]
+
+    def _add(self, acc: Tree, run: Run, turn: Turn, g_w: Params, first: jax.Array) -> Tree:
+        """The accumulators with some gradients of a layer added."""
+        rows = flat(self._rows(self._trainable, run, turn.place))
+        mine = accumulators.scatter(g_w, self._spreads, stacked=True)
+        return accumulators.add_layer(acc, nested({path: rows[path] for path in flat(mine)}), turn.i, mine, first)
+
+    def _paired_at(self, run: Run, place: int) -> tuple[Paired, ...]:
+        return self._paired.get((run.lo, place), ())
+
+    def _find_pairs(
+        self, run: Run, turn: Turn, weights: Params, gathered: Params, seen: Batch, entering: Tree, carry: Tree
+    ) -> None:
+        if (run.lo, turn.place) not in self._paired:
+            telling = Telling()
+            layer, given, _ = self._layer(run, turn, weights, gathered, seen, entering, tell=telling.tell)
+            self._paired[run.lo, turn.place] = telling.run(layer, given, carry)
 
     def _entered(self, run: Run) -> list[str]:
         """What enters layers of the run of which a cotangent is wanted."""
@@ -147,23 +206,38 @@ class Loops:
         return {} if turn is None else self._working.gathered(LAYERS, self._taken(run, turn, weights))
 
     def _layer(
-        self, run: Run, turn: Turn, weights: Params, gathered: Params, seen: Batch, entering: Tree
-    ) -> tuple[Callable[[tuple[Params, Tree], Tree], Tree], tuple[Params, Tree], list[jax.Array]]:
+        self,
+        run: Run,
+        turn: Turn,
+        weights: Params,
+        gathered: Params,
+        seen: Batch,
+        entering: Tree,
+        *,
+        tell: Tell | None = None,
+    ) -> tuple[Callable[[tuple[Params, Tree, Tree], Tree], Tree], tuple[Params, Tree, Tree], list[jax.Array]]:
         """A layer as a function of (what is differentiated, carry), the former, and what a VJP may refer to.
 
-        Differentiated are weights, and what enters."""
+        Differentiated are weights, what enters, and pairs. `tell`: who hears of the products."""
         part = run.period[turn.place]
         taken = {name: entering[name] for name in part.takes}
         wanted = {name: x for name, x in taken.items() if name in self._wanted}
         # made outside of the VJP: it keeps nothing that it is given
         whole = optimizer.merge(gathered, self._taken(run, turn, weights))
-        w = self._working.differentiated(LAYERS, whole, self._rows(self._trainable, run, turn.place))
+        paired = self._paired_at(run, turn.place)
+        later = {path for product in paired for path in product.paths}
+        rows = flat(self._rows(self._trainable, run, turn.place))
+        now = nested({path: row for path, row in rows.items() if path not in later})
+        w = self._working.differentiated(LAYERS, whole, now)
+        pairs = {product.path: product.zeros() for product in paired}
 
-        def layer(given: tuple[Params, Tree], carry: Tree) -> Tree:
-            w, wanted = given
-            return part.apply(self._working.given(LAYERS, whole, w), {**carry, **taken, **wanted}, seen, self._axes)
+        def layer(given: tuple[Params, Tree, Tree], carry: Tree) -> Tree:
+            w, wanted, pairs = given
+            mine = self._working.given(LAYERS, whole, w, pairs, tell)
+            return part.apply(mine, {**carry, **taken, **wanted}, seen, self._axes)
 
-        return remat.remat(layer, self._policy), (w, wanted), jax.tree.leaves((whole, w, seen, taken))
+        inputs = jax.tree.leaves((whole, w, pairs, seen, taken))
+        return remat.remat(layer, self._policy), (w, wanted, pairs), inputs
 
 
 def _turns(run: Run, i: jax.Array | int, *, back: bool = False) -> list[tuple[Turn, Turn | None]]:

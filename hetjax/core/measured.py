@@ -9,7 +9,7 @@ import numpy as np
 
 from hetjax.core.alive import Alive, on_device
 from hetjax.core.step import Gradients
-from hetjax.core.tasks import Cost, Kind, StageKey, Thing, What
+from hetjax.core.tasks import OF_MICROBATCHES, Cost, Kind, StageKey, Thing, What
 from hetjax.core.timeline import MICRO
 from hetjax.core.trainer import Trainer
 
@@ -23,7 +23,7 @@ def measured(trainer: Trainer, microbatch: Mapping[str, np.ndarray]) -> dict[Sta
 
     Holds a state of its own meanwhile."""
     pipeline, state, prepared = trainer.pipeline, trainer.init(), trainer.prepare(microbatch)
-    kinds = (Kind.FORWARD, Kind.BACKWARD, Kind.BOUNDARY)
+    kinds = (*OF_MICROBATCHES, Kind.BOUNDARY)
     once = max(stage.plan.share.replicas for stage in pipeline.stages.values())  # microbatches, until each has one
     tasks = [task for task in pipeline.tasks[0] if 0 <= task.microbatch < once and task.kind in kinds]
     alive = Alive(frozenset(), {})
@@ -39,5 +39,9 @@ def measured(trainer: Trainer, microbatch: Mapping[str, np.ndarray]) -> dict[Sta
                 done.block_until_ready()
             what = task.kind, task.stage
             least[what] = min(least[what], time.perf_counter() - start)
-    of = lambda kind, key: max(round(least.get((kind, key), 0) * MICRO), 1)
-    return {key: Cost(of(Kind.FORWARD, key), of(Kind.BACKWARD, key)) for key in pipeline.stages_here}
+
+    def cost(key: StageKey) -> Cost:
+        forward, backward, weights = (round(least.get((kind, key), 0) * MICRO) for kind in OF_MICROBATCHES)
+        return Cost(max(forward, 1), max(backward, 1) + weights, weights)
+
+    return {key: cost(key) for key in pipeline.stages_here}

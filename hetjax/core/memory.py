@@ -41,6 +41,7 @@ COLUMNS = {
     What.RESIDUALS: "activations",
     What.INPUTS: "activations",
     What.COTANGENTS: "activations",
+    What.PAIRS: "activations",
     What.SUMS: "gradients",
 }
 ADD = "add"  # the program that adds a copy's gradients, which have come beside them, to the owner's
@@ -63,7 +64,11 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
 def _workspace(stage: Stage, name: str) -> int:
     """What a program takes beside what is counted of what it is given and puts out."""
     found, mine = stage.memory[name], stage.parameters
-    counted = {"forward": local_bytes(stage.kept), "cast": local_bytes(mine.copies)}
+    counted = {
+        "forward": local_bytes(stage.kept),
+        "backward": local_bytes(stage.pairs),
+        "cast": local_bytes(mine.copies),
+    }
     if name == "reduce":
         counted["reduce"] = local_bytes(mine.repeated(mine.grads))
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes - counted.get(name, 0)
@@ -120,6 +125,8 @@ def things(pipeline: Pipeline, key: StageKey, kept: int) -> dict[Thing, int]:
         Thing(What.RESIDUALS, key): local_bytes(stage.packed) + kept,
         Thing(What.SUMS, key): local_bytes(mine.repeated(mine.grads)) if mine.trains else 0,
     }
+    if stage.splits:
+        found[Thing(What.PAIRS, key)] = local_bytes(stage.pairs)
     for link in pipeline.links[key]:
         of_link = local_bytes([link.boundary.source[k] for k in link.boundary.gradients])
         found[Thing(What.COTANGENTS, key, -1, link.target)] = of_link

@@ -37,6 +37,11 @@ class Turns:
     size: int
 
     @property
+    def module(self) -> str:
+        """Theirs."""
+        return self.stages[0].module
+
+    @property
     def trained(self) -> list[StageKey]:
         """Those with a backward."""
         return [node.key for node in self.stages if node.backward]
@@ -63,7 +68,7 @@ class Orders:
         self.bounds: dict[StageKey, int] = {}
         self._ahead: dict[StageKey, int] = {}  # by a lane's first stage: forwards without their backwards
         for module in reversed(dict.fromkeys(n.module for n in nodes)):
-            self._bind([turns for turns in self.turns if turns.stages[0].module == module])
+            self._bind([turns for turns in self.turns if turns.module == module])
 
     # -- orders --------------------------------------------------------------------------------------------------
 
@@ -74,7 +79,7 @@ class Orders:
         for turns in reversed(self.turns):
             forwards, backwards = self._forwards(turns), self._backwards(turns)
             fills = turns.stages[0].share.replicas > 1
-            backwards_first = self.kind == "1f1b" and len(turns.stages) == 1 and not fills
+            backwards_first = self.kind != "gpipe" and len(turns.stages) == 1 and not fills
             orders = (backwards, forwards) if backwards_first else (forwards, backwards)
             found.append(Lane(turns.stages[0].devices, orders, fills))
         return found
@@ -155,14 +160,19 @@ class Orders:
             most[key] = max(most[key], counts[key])
         return most
 
+    def ahead(self, lane: Turns) -> int:
+        """Forwards without their backwards that a lane may have, of all its stages together."""
+        return self._ahead[lane.stages[0].key]
+
     # -- needs ---------------------------------------------------------------------------------------------------
 
     def needs(self) -> dict[Task, list[Task]]:
         """Of every forward and backward, what must have ended."""
-        found = {task: self.graph.computed(task) + self._rules(task) for task in self.graph.of_microbatches()}
+        tasks = [task for task in self.graph.of_microbatches() if task.kind is not Kind.WEIGHTS]
+        found = {task: self.graph.computed(task) + self._rules(task) for task in tasks}
         for turns in self.turns:
             forwards = [task for task in self._forwards(turns) if self.nodes[task.stage].backward]
-            ahead = self._ahead[turns.stages[0].key]
+            ahead = self.ahead(turns)
             for forward, backward in zip(forwards[ahead:], self._backwards(turns), strict=False):
                 found[forward].append(backward)
         return {task: list(dict.fromkeys(before)) for task, before in found.items()}

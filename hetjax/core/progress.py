@@ -8,7 +8,12 @@ from typing import Any
 from hetjax.core.tasks import Kind, StageKey, Task
 from hetjax.core.wiring import Wiring
 
-WORDS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.DECIDE: "decision"}
+WORDS = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.WEIGHTS: "weights' gradients",
+    Kind.DECIDE: "decision",
+}
 
 
 class Progress:

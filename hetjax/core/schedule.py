@@ -59,7 +59,7 @@ def build_schedule(
 
 def _with_ends(spans: Mapping[Task, Span], needs: Needs) -> list[Task]:
     """The tasks of microbatches with what follows them, by simulated time: boundaries first, then finished stages."""
-    last = {task.stage: task for task in spans if task.kind is Kind.BACKWARD}
+    last = {task.stage: task for task in spans if task.kind in (Kind.BACKWARD, Kind.WEIGHTS)}
     events = []
     for task, span in spans.items():
         events += [(span.end, 0, t) for t in needs.boundaries_behind(task)]

@@ -1,7 +1,8 @@
 """One pipeline stage: a range of a module's layers on one mesh, as compiled programs.
 
     forward   (weights, x, packed)                       -> (y, residuals, done) no y where the stage ends in the loss
-    backward  (weights, x, packed, residuals, g, acc, first) -> (gx, acc, done)  acc is donated; done: scores
+    backward  (weights, x, packed, residuals, g, acc, first) -> (acc, gx, done, pairs)  acc is donated; done: scores
+    weights   (pairs, acc, first)                        -> (acc, done)          the rest of a backward that is split
     evaluate  (weights, x, packed)                       -> y                    nothing kept; the sink: scores, ids
     reduce    (acc)                                      -> (grads, squares)     once a step, where leaves have replicas
     measure   (acc)                                      -> squares              once a step, where none has
@@ -12,8 +13,9 @@ All but the last two are per-device programs, ONE `jax.shard_map` over all axes,
 replica accumulates its own gradient in `acc` until `reduce` scatters their sum over the replicas (ZeRO-1); under ZeRO-2
 and 3 `acc` lies in shards. `squares` are the sums of squares of the gradients that are complete, by leaf. `packed` is
 what the stage reads of the microbatch (`packing.py`); `done` a number that is there when the program is through, or all
-scores where it makes the loss (`Local.backward`); `copies` are the working weights that are no parameters
-(`working.py`); `decision` is [scale, 1 if the step counts, rate]; `loads` those that move a parameter (`balance.py`).
+scores where it makes the loss (`Local.backward`); `pairs` what is left for `weights` (`pairs.py`); `copies` are the
+working weights that are no parameters (`working.py`); `decision` is [scale, 1 if the step counts, rate]; `loads` those
+that move a parameter (`balance.py`).
 """
 
 import functools
@@ -45,7 +47,8 @@ class Stage:
     """The programs of one stage.
 
     `x`: the abstract inputs that boundaries bring (empty for the first stage of an encoder). `x_wanted`: those whose
-    producers train. `batch`: the abstract global microbatch, of which the stage takes what its code reads.
+    producers train. `batch`: the abstract global microbatch, of which the stage takes what its code reads. `splits`: a
+    backward is two programs, if anything of it can be left for the second.
     """
 
     def __init__(
@@ -58,26 +61,30 @@ class Stage:
         x: Abstract,
         x_wanted: frozenset[str],
         batch: Abstract,
+        splits: bool = False,
     ) -> None:
         self.module, self.plan, self.parameters = module, plan, parameters
         self.ends_in_loss = is_sink and plan.last
         self.has_backward = bool(x_wanted) or parameters.trains
-        self.x, self.x_wanted = dict(x), x_wanted
+        self.x, self.x_wanted, self._asked_to_split = dict(x), x_wanted, splits
         self.keep = Keep(Remat.NONE if module.remat is Remat.AUTO else module.remat)  # until `budget.py` has chosen
-        self.local = self._local(self.keep.policy)
+        self.local = self.local_with(self.keep.policy)
         reads = module.definition.reads
         self.batch = {k: _at(batch[k], plan.grid.sharding(reads[k])) for k in self._find_reads(batch)}
         zigzags = {k: reads[k].index("seq") for k in self.batch if plan.axes.cp.size > 1 and "seq" in reads[k]}
         self.packings = packing.packings(self.batch, zigzags)
         self.packed = [p.struct for p in self.packings]
         self.scores: dict[str, jax.ShapeDtypeStruct] = {}  # what a module's last stage says of a microbatch to the step
+        self.pairs: list[jax.ShapeDtypeStruct] = []  # what a backward leaves of one microbatch for the second program
         self.y, self.ends = self._find_outputs()
+        self.splits = bool(self.pairs)  # whether a backward is two programs
         self.consumers: list[tuple[str, ...]] = []  # keys of `y` that each stage takes which takes some, in their order
         self.kept: list[jax.ShapeDtypeStruct] = []  # residuals of one microbatch; known once `thunks` has run
         self.programs: dict[str, Callable[..., Any]] = {}  # filled by `thunks`
         self.memory: dict[str, Any] = {}  # program -> XLA's memory analysis, per device
 
-    def _local(self, policy: Policy | None) -> Local:
+    def local_with(self, policy: Policy | None) -> Local:
+        """The stage's model, whose layers keep what the policy says."""
         return Local(
             self.module,
             self.plan,
@@ -85,25 +92,13 @@ class Stage:
             x_wanted=self.x_wanted,
             ends_in_loss=self.ends_in_loss,
             policy=policy,
+            splits=self._asked_to_split,
         )
 
     def set_keep(self, keep: Keep) -> None:
         """What the layers keep from now on; the programs are not compiled yet."""
-        self.keep, self.local = keep, self._local(keep.policy)
+        self.keep, self.local = keep, self.local_with(keep.policy)
         self.y, self.ends = self._find_outputs()
-
-    def kept_bytes(self, policy: Policy | None) -> int:
-        """Bytes on each device of a microbatch's residuals, if the layers kept what `policy` says."""
-        local, found = self._local(policy), [0]
-
-        def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
-            kept = local.forward(weights, dict(x), batch)[1]
-            found.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)))
-            return jnp.zeros(())
-
-        if self.has_backward:
-            self._trace(probe, P(), self.batch)
-        return found[-1]
 
     # -- what the stage reads and yields -------------------------------------------------------------------------
 
@@ -119,25 +114,29 @@ class Stage:
             found.update(recording.read)
             return jnp.zeros(())
 
-        self._trace(probe, P(), located)
+        self.trace(probe, P(), located)
         return sorted(found)
 
     def _find_outputs(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
         """Abstract (outputs of `forward`, what `backward` takes the cotangents of); where the stage has a backward, how
-        each residual varies over the mesh is found too."""
+        each residual varies over the mesh is found too, and what is left for a second half."""
         self.evaluated = {k: self.plan.grid.spec(d) for k, d in self.local.dims.items()}
         if self.ends_in_loss:
             output = self.module.definition.output
             found_too = {k: self.plan.grid.spec(output[k]) for k in (AUXILIARY, ROUTED) if k in output}
             self.evaluated = {"loss": P(), "likeliest": self.plan.grid.spec(("batch", "seq")), **found_too}
-        found = self._trace(self._scores, self.evaluated, self.batch)
+        found = self.trace(self._scores, self.evaluated, self.batch)
         if self.has_backward:
 
             def probe(weights: Params, x: Tree, batch: Tree) -> jax.Array:
                 self._crossing = Crossing.of(self.local.forward(weights, dict(x), batch)[1])
+                self._leaves = Crossing.of(self.local.no_pairs())
                 return jnp.zeros(())
 
-            self._trace(probe, P(), self.batch)
+            self.trace(probe, P(), self.batch)
+            pairs = self.trace(lambda *_: self._leaves.out(self.local.no_pairs()), self._leaves.specs, self.batch)
+            where = (NamedSharding(self.plan.mesh, spec) for spec in self._leaves.specs)
+            self.pairs = [*map(_at, pairs, where)]
         found = {k: _at(v, NamedSharding(self.plan.mesh, self.evaluated[k])) for k, v in found.items()}
         self.scores = {k: v for k, v in found.items() if self.plan.last and k in SCORES}
         self.crosses = {k: v for k, v in found.items() if k not in self.scores}  # to other stages
@@ -145,7 +144,8 @@ class Stage:
             return found, found
         return {}, {k: v for k, v in self.scores.items() if k != ROUTED}
 
-    def _trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
+    def trace(self, function: Callable[..., Tree], out_specs: Tree, batch: Abstract) -> Tree:
+        """What a per-device function of (weights, inputs, batch) gives, abstractly."""
         inputs = (self.parameters.weights, self.x, dict(batch))
         return jax.eval_shape(self._on_devices(function, spec_tree(inputs), out_specs), *inputs)
 
@@ -170,10 +170,13 @@ class Stage:
         g: list[Tree],
         acc: Tree,
         first: jax.Array,
-    ) -> tuple[Tree, Tree, Tree]:
+    ) -> tuple[Tree, Tree, Tree, list[jax.Array]]:
         batch = packing.unpack(self.packings, packed)
-        g_x, acc, scores = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
-        return g_x, acc, self._summed(scores) if scores else _done()
+        g_x, acc, scores, pairs = self.local.backward(weights, x, batch, self._crossing.back(kept), g, acc, first)
+        return acc, g_x, self._summed(scores) if scores else _done(), self._leaves.out(pairs)
+
+    def _weights(self, pairs: list[jax.Array], acc: Tree, first: jax.Array) -> tuple[Tree, jax.Array]:
+        return self.local.gradients(self._leaves.back(pairs), acc, first), _done()
 
     def _evaluate(self, weights: Params, x: Tree, packed: list[jax.Array]) -> Tree:
         return self._scores(weights, x, packing.unpack(self.packings, packed))
@@ -234,9 +237,13 @@ class Stage:
             self.kept = [_at(a, NamedSharding(self.plan.mesh, s)) for a, s in zip(kept, kept_specs, strict=True)]
             returned = [{k: self.ends[k] for k in keys} for keys in self.consumers]
             returned += [told] if (told := {k: v for k, v in self.ends.items() if k in self.scores}) else []
+            g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
+            out = g_x, P(), self._leaves.specs
             args = (*inputs, self.kept, returned, mine.acc, self._whole((), jnp.bool_))
-            backward = self._whole_backward((*specs, kept_specs, spec_tree(returned)))
-            found["backward"] = functools.partial(self._compile, "backward", backward, args, donate=(5,))
+            found["backward"] = self._adding("backward", self._backward, args, out)
+        if self.splits:
+            args = (self.pairs, mine.acc, self._whole((), jnp.bool_))
+            found["weights"] = self._adding("weights", self._weights, args, (P(),))
         if mine.trains:
             acc_specs, grad_specs = spec_tree(mine.acc), spec_tree(mine.repeated(mine.grads))
             if mine.are_repeated:
@@ -264,21 +271,13 @@ class Stage:
         mine = self.parameters
         self._compile("cast", mine.working.copies, (mine.params,), out=shardings(mine.copies))
 
-    def _whole_backward(self, specs: tuple) -> Callable[..., Tree]:
-        """The backward program; `specs` are those of its arguments in front of the accumulators."""
-        mine = self.parameters
-        g_x = {k: v.sharding.spec for k, v in self.x.items() if k in self.x_wanted}
-        acc_specs = jax.tree.map(lambda spread: spread.accumulator, mine.spreads)
-        backward = self._on_devices(self._backward, (*specs, acc_specs, P()), (g_x, acc_specs, P()))
-
-        def with_replicas(*args: Tree) -> Tree:
-            """An accumulator of one replica gets its leading dim out here, where that is no operation."""
-            *given, acc, first = args
-            lead = lambda a, spread: a if spread.count > 1 else a[None]
-            g_x, acc, done = backward(*given, jax.tree.map(lead, acc, mine.spreads), first)
-            return g_x, jax.tree.map(lambda a, spread: a if spread.count > 1 else a[0], acc, mine.spreads), done
-
-        return with_replicas
+    def _adding(self, name: str, program: Callable[..., tuple], args: tuple, out: tuple) -> Callable[[], None]:
+        """Compiles a program that adds to accumulators, the last but one of its arguments and its first result."""
+        spreads, at = self.parameters.spreads, len(args) - 2
+        acc_specs = jax.tree.map(lambda spread: spread.accumulator, spreads)
+        specs = tuple(acc_specs if n == at else spec_tree(given) for n, given in enumerate(args))
+        whole = accumulators.with_replicas(self._on_devices(program, specs, (acc_specs, *out)), spreads)
+        return functools.partial(self._compile, name, whole, args, donate=(at,))
 
     def _whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.plan.mesh, P()))

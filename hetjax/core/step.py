@@ -38,6 +38,7 @@ class Gradients:
         self.doing: Doing = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
+            Kind.WEIGHTS: self._weights,
             Kind.BOUNDARY: self._boundary,
             Kind.REDUCE: self._reduce,
             Kind.MEASURE: self._measure,
@@ -80,7 +81,7 @@ class Gradients:
         inputs = self._inputs(key, i)
         # in the order of the stages, not of their arrival
         returned = [self.alive.pop(Thing(What.COTANGENTS, key, i, link.target)) for link in self.wiring.links[key]]
-        g_x, acc, done = self.wiring.stages[key].programs["backward"](
+        acc, g_x, done, pairs = self.wiring.stages[key].programs["backward"](
             self.alive[Thing(What.WEIGHTS, key)],
             _joined(inputs),
             *self.alive.pop(Thing(What.RESIDUALS, key, i)),
@@ -91,12 +92,20 @@ class Gradients:
         self._drop(inputs)
         if key in self.acc:
             self.acc[key] = acc
+        if pairs:
+            self.alive[Thing(What.PAIRS, key, i)] = pairs
         if key == self.wiring.last:
             self.scores[i][key[0]], done = done, done["loss"]
         for link in self.wiring.sources_of(key, i):
             if self.wiring.stages[link.source].has_backward:
                 g_y = {k: g_x[link.names[k]] for k in link.boundary.gradients}
                 self.leaving[Task(Kind.BOUNDARY, key, i, link.source)] = g_y
+        return done
+
+    def _weights(self, task: Task) -> jax.Array:
+        key, i = task.stage, task.microbatch
+        pairs = self.alive.pop(Thing(What.PAIRS, key, i))
+        self.acc[key], done = self.wiring.stages[key].programs["weights"](pairs, self.acc[key], self.flags[key][i == 0])
         return done
 
     def _drop(self, things: Mapping[Thing, Tree]) -> None:

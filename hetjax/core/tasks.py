@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 StageKey = tuple[str, int]  # module and number of the stage
+ZERO_BUBBLE = "zerobubble"  # the schedule under which backwards are split
 
 
 class Kind(enum.Enum):
     """What a task does."""
 
     FORWARD = "F"
-    BACKWARD = "B"
+    BACKWARD = "B"  # of a stage that splits it, the half that gives the cotangents of the inputs
+    WEIGHTS = "W"  # ... and the other half: the gradients of its layers' weights, which nobody waits for
     BOUNDARY = "boundary"  # outputs to the stage that takes them, or their gradients back
     REDUCE = "reduce"  # completes the gradients of a stage of several data replicas, and measures them
     MEASURE = "measure"  # measures those of a stage of one, which are complete
@@ -26,11 +28,12 @@ class Kind(enum.Enum):
     __hash__ = object.__hash__  # that of `Enum` is Python's, asked some twenty times per task
 
 
-COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.REDUCE, Kind.MEASURE, Kind.UPDATE})
+OF_MICROBATCHES = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHTS)
+COMPUTING = frozenset({*OF_MICROBATCHES, Kind.REDUCE, Kind.MEASURE, Kind.UPDATE})
 
 
 class What(enum.Enum):
-    """What a stage holds on its devices. All but the last may be in the host's memory instead, between two uses."""
+    """What a stage holds on its devices. All but the last two may be in the host's memory instead, between two uses."""
 
     WEIGHTS = "weights"  # what the programs are given of the parameters
     MASTERS = "masters"  # the parameters that have working weights beside them
@@ -38,6 +41,7 @@ class What(enum.Enum):
     RESIDUALS = "residuals"  # what the backward of a microbatch needs of its forward
     INPUTS = "inputs"  # of a microbatch, from another stage
     COTANGENTS = "cotangents"  # of the outputs of a microbatch
+    PAIRS = "pairs"  # of a microbatch: of each product its input and the cotangent of its output (`WEIGHTS`)
     SUMS = "sums"  # of gradients over replicas, from their reduction to the step's end
 
     __hash__ = object.__hash__
@@ -76,14 +80,21 @@ class Task(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """How long the tasks of a stage take, of one microbatch, in any unit; whole numbers, so that sums are exact."""
+    """How long the tasks of a stage take, of one microbatch, in any unit; whole numbers, so that sums are exact.
+
+    `weights`: what of a backward is a task of its own, 0 where it is not split."""
 
     forward: int = 1
     backward: int = 2
+    weights: int = 0
 
     def of(self, kind: Kind) -> int:
-        """Of a forward or a backward."""
-        return self.forward if kind is Kind.FORWARD else self.backward
+        """Of a task of a microbatch."""
+        return {
+            Kind.FORWARD: self.forward,
+            Kind.BACKWARD: self.backward - self.weights,
+            Kind.WEIGHTS: self.weights,
+        }[kind]
 
 
 class HostTimes(NamedTuple):
@@ -113,7 +124,8 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class StageNode:
-    """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks.
+    """A stage as the schedule sees it. `upstream`: the stages whose output it takes. `backward`: it has such tasks, and
+    `splits`: each of them in two.
 
     `end`: how its gradients are finished, by `REDUCE` or `MEASURE`; None where nothing of it trains. `offload`: what of
     it leaves its devices between two uses. `moves`: the step's end moves some of its parameters without gradients.
@@ -129,6 +141,12 @@ class StageNode:
     offload: frozenset[What] = frozenset()
     moves: bool = False
     share: Share = Share()
+    splits: bool = False
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of the tasks that it has for each of its microbatches."""
+        return OF_MICROBATCHES[: 1 + self.backward + self.splits]
 
     @property
     def key(self) -> StageKey:
@@ -165,20 +183,20 @@ class Needs:
         return [source for source in self.nodes[key].upstream if self.nodes[source].share.takes(microbatch)]
 
     def of_microbatches(self) -> list[Task]:
-        """Every forward and backward."""
+        """Every forward and backward, and every half of one."""
         return [
             Task(kind, node.key, i)
             for node in self.nodes.values()
-            for kind in (Kind.FORWARD, Kind.BACKWARD)
-            if kind is Kind.FORWARD or node.backward
+            for kind in node.kinds
             for i in self.microbatches(node.key)
         ]
 
     def boundaries_behind(self, task: Task) -> list[Task]:
-        """The boundaries that carry what a forward or backward gives."""
+        """The boundaries that carry what a task of a microbatch gives."""
+        to: list[StageKey] = []
         if task.kind is Kind.FORWARD:
             to = self.consumers[task.stage]
-        else:
+        elif task.kind is Kind.BACKWARD:
             to = [key for key in self.upstream(task.stage, task.microbatch) if self.nodes[key].backward]
         return [Task(Kind.BOUNDARY, task.stage, task.microbatch, key) for key in to]
 
@@ -204,8 +222,10 @@ class Needs:
             return [Task(Kind.FORWARD, key, i), *later]
         if kind is Kind.BOUNDARY:
             return [Task(Kind.FORWARD if to in self.consumers[key] else Kind.BACKWARD, key, i)]
+        if kind is Kind.WEIGHTS:
+            return [Task(Kind.BACKWARD, key, i)]
         if kind in (Kind.REDUCE, Kind.MEASURE):
-            return [Task(Kind.BACKWARD, key, n) for n in self.microbatches(key)]
+            return [Task(half, key, n) for half in self.nodes[key].kinds[1:] for n in self.microbatches(key)]
         if kind is Kind.TIE and to is not None:
             if (key, to) in self._ties:
                 return [*self.finished(key), *self.finished(to)]
@@ -221,6 +241,8 @@ class Needs:
         kind, key, i, to, _ = task
         if kind is Kind.FORWARD:
             return [Thing(What.RESIDUALS, key, i)] if self.nodes[key].backward else []
+        if kind is Kind.BACKWARD:
+            return [Thing(What.PAIRS, key, i)] if self.nodes[key].splits else []
         if kind is Kind.BOUNDARY and to is not None:
             forward = to in self.consumers[key]
             return [Thing(What.INPUTS, to, i, key) if forward else Thing(What.COTANGENTS, to, i, key)]
@@ -241,11 +263,13 @@ class Needs:
                 return given
             cotangents = (Thing(What.COTANGENTS, key, i, consumer) for consumer in self.consumers[key])
             return [*given, Thing(What.RESIDUALS, key, i), *cotangents]
+        if kind is Kind.WEIGHTS:
+            return [Thing(What.PAIRS, key, i)]
         if kind is Kind.TIE and to is not None and (key, to) not in self._ties:
             return [Thing(What.WEIGHTS, key)]
         return []
 
     def computed(self, task: Task) -> list[Task]:
-        """The forwards and backwards whose results a forward or backward takes, however they come to it."""
+        """The tasks of microbatches whose results one of them takes, however they come to it."""
         direct = self.of(task)
         return [t for need in direct for t in (self.of(need) if need.kind is Kind.BOUNDARY else [need])]

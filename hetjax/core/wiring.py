@@ -13,7 +13,7 @@ from hetjax.core.packing import Packing, Prepared
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan, plan_stages
 from hetjax.core.stage import Stage
-from hetjax.core.tasks import OFFLOADS, Kind, StageKey, StageNode, Task
+from hetjax.core.tasks import OFFLOADS, ZERO_BUBBLE, Kind, StageKey, StageNode, Task
 from hetjax.core.train_spec import TrainSpec
 from models.paths import Path, at, flat
 
@@ -96,6 +96,7 @@ class Wiring:
                 n for link in self.sources[key] if self.stages[link.source].has_backward for n in link.names.values()
             ),
             batch=spec.batch,
+            splits=spec.schedule == ZERO_BUBBLE and plan.share.replicas == 1,
         )
 
     def _links_into(self, module: Module, plan: StagePlan) -> list[Link]:
@@ -209,7 +210,9 @@ class Wiring:
             end = Kind.REDUCE if stage.parameters.are_repeated else Kind.MEASURE
         offload = frozenset().union(*(OFFLOADS[kind] for kind in stage.module.layout.offload))
         devices, moves = frozenset(stage.plan.device_ids), bool(stage.parameters.loads)
-        return StageNode(*key, devices, stage.has_backward, upstream, end, offload, moves, stage.plan.share)
+        return StageNode(
+            *key, devices, stage.has_backward, upstream, end, offload, moves, stage.plan.share, stage.splits
+        )
 
     @property
     def boundaries(self) -> dict[str, Boundary]:

@@ -17,6 +17,7 @@ precision.
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from hetjax.core.stacks import LAYERS
 from models.axes import vary
 from models.contract import ModuleDef, Params, Part
 from models.paths import Path, at, flat, nested
-from models.weight import Use, Weight
+from models.weight import Pair, Tell, Told, Use, Weight
 
 Tree = Any
 
@@ -220,9 +221,9 @@ class Working:
         tapped = {
             path: (place, *path) in self._group_of and (place, *path) not in self._apart for path in flat(trainable)
         }
-        return nested({path: self._tap((place, *path)) if tapped[path] else at(weights, path) for path in tapped})
+        return nested({path: self.tap((place, *path)) if tapped[path] else at(weights, path) for path in tapped})
 
-    def _tap(self, path: Path) -> jax.Array:
+    def tap(self, path: Path) -> jax.Array:
         """Zeros like the parameter at `path` on one device."""
         leaf = self._leaves[path]
         return vary(jnp.zeros(self._local(path), leaf.dtype), self._grid.meets(leaf.sharding.spec))
@@ -232,8 +233,16 @@ class Working:
         leaf = self._leaves[path]
         return leaf.sharding.shard_shape(leaf.shape)[_stacked(path) :]
 
-    def given(self, place: str, weights: Params, differentiated: Params) -> Params:
-        """The parameters that a part is applied to, of what `differentiated` made."""
+    def given(
+        self,
+        place: str,
+        weights: Params,
+        differentiated: Params,
+        pairs: Mapping[Path, Pair] = MappingProxyType({}),
+        tell: Tell | None = None,
+    ) -> Params:
+        """The parameters that a part is applied to, of what `differentiated` made, and of the `pairs` that stand in
+        place of some taps, by path in the part. `tell`: who hears of the products (see `Told`)."""
         found = {}
         for group in self.groups:
             if group.path[0] != place or group.path in self._apart or (value := at(weights, group.path[1:])) is None:
@@ -241,8 +250,9 @@ class Working:
             column, lead = 0, group.lead - _stacked(group.path)
             for path in group.members:
                 shape, alone = self._local(path), len(group.members) == 1
-                tap = at(differentiated, path[1:])
-                found[path[1:]] = weight = Weight(value, tap, shape, None if alone else column, lead)
+                tap = pairs.get(path[1:], at(differentiated, path[1:]))
+                told = None if tell is None or tap is None else Told(path[1:], tell)
+                found[path[1:]] = weight = Weight(value, tap, shape, None if alone else column, lead, told)
                 column += weight.columns
         return optimizer.merge(nested(found), optimizer.merge(differentiated, weights))
 

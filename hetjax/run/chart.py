@@ -8,7 +8,8 @@ from hetjax.core.simulation import Span
 from hetjax.core.tasks import Kind, StageKey, Task
 from hetjax.run.drawing import Box, Drawing, Words
 
-FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "="}
+FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "=", Kind.WEIGHTS: "+"}
+SHADE = {Kind.FORWARD: 0.0, Kind.BACKWARD: 0.3, Kind.WEIGHTS: 0.5}  # how much darker than its module's colour
 COLOURS = ("#4c8cb8", "#d98c3f", "#6aa84f", "#a46ab0", "#b85c5c")  # of modules, forward; a backward's are darker
 ENDS, END = frozenset({Kind.REDUCE, Kind.MEASURE, Kind.UPDATE}), "#909090"  # what follows them, and its colour
 WIDTH, HEIGHT, LEFT, TOP = 1200, 26, 140, 34  # pixels of the time, a row, the rows' names and the title
@@ -57,7 +58,8 @@ def rows(step: Step) -> list[Row]:
 
 def text(step: Step, width: int) -> str:
     """A line of about `width` characters per row: l3---- is a forward of module l and microbatch 3, L3==== its
-    backward; l'3 one of the second stage that a module has on these devices."""
+    backward, L+3+++ what of that gives weights' gradients; l'3 one of the second stage that a module has on these
+    devices."""
     names = _letters(step)
     margin = max(len(row.name) for row in rows(step))
     columns = max(width - margin - 3, 20)
@@ -68,11 +70,14 @@ def text(step: Step, width: int) -> str:
         for task, span in row.spans.items():
             room = at(span.end) - at(span.begin)
             letter = names[task.stage[0]] if task.kind is Kind.FORWARD else names[task.stage[0]].upper()
+            letter += "+" * (task.kind is Kind.WEIGHTS)
             label = f"{letter}{_turn(row, task)}{task.microbatch}"
             line[at(span.begin) : at(span.end)] = label[:room].ljust(room, FILL[task.kind])
         lines.append(f"{row.name:<{margin}} |{''.join(line)}|")
     said = ", ".join(f"{letter} {module}" for module, letter in names.items())
-    return "\n".join([*lines, f"{said}; small letters are forwards, capitals backwards, each with its microbatch"])
+    split = ", + weights' gradients" if any(task.kind is Kind.WEIGHTS for task in step.spans) else ""
+    said += f"; small letters are forwards, capitals backwards{split}, each with its microbatch"
+    return "\n".join([*lines, said])
 
 
 def draw(pictures: Mapping[str, Step]) -> Drawing:
@@ -89,28 +94,29 @@ def draw(pictures: Mapping[str, Step]) -> Drawing:
             words.append(Words(4, above + 17, row.name))
             boxes += _boxes(step, row, above, colours)
             above += HEIGHT
-    said = {f"{module}; darker: backward": colour for module, colour in colours.items()}
+    halves = any(task.kind is Kind.WEIGHTS for step in pictures.values() for task in step.spans)
+    split = ", darkest: weights' gradients" if halves else ""
+    said = {f"{module}; darker: backward{split}": colour for module, colour in colours.items()}
     if any(task.kind in ENDS for step in pictures.values() for task in step.spans):
         said["the step's end"] = END
     for number, (what, colour) in enumerate(said.items()):
-        boxes.append(Box(LEFT + 180 * number, above + 8, 12, 12, colour, told=what))
-        words.append(Words(LEFT + 18 + 180 * number, above + 18, what))
+        x = LEFT + (340 if halves else 180) * number
+        boxes.append(Box(x, above + 8, 12, 12, colour, told=what))
+        words.append(Words(x + 18, above + 18, what))
     return Drawing(LEFT + WIDTH + 10, above + HEIGHT + 4, boxes, words)
 
 
 def _boxes(step: Step, row: Row, y: int, colours: Mapping[str, str]) -> Iterator[Box]:
     scale = WIDTH / step.makespan
     for task, span in row.spans.items():
-        colour = END if task.kind in ENDS else colours[task.stage[0]]
-        if task.kind is Kind.BACKWARD:
-            colour = _darker(colour)
+        colour = END if task.kind in ENDS else _darker(colours[task.stage[0]], SHADE[task.kind])
         label = "" if task.kind in ENDS else f"{task.microbatch}{_turn(row, task)}"
         x, wide = LEFT + span.begin * scale, (span.end - span.begin) * scale
         yield Box(x, y, wide, HEIGHT - 4, colour, label, told(task))
 
 
-def _darker(colour: str) -> str:
-    return "#" + "".join(f"{int(colour[n : n + 2], 16) * 7 // 10:02x}" for n in (1, 3, 5))
+def _darker(colour: str, share: float) -> str:
+    return "#" + "".join(f"{round(int(colour[n : n + 2], 16) * (1 - share)):02x}" for n in (1, 3, 5))
 
 
 def _turn(row: Row, task: Task) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hetjax.core.forecast import KINDS
 from hetjax.core.graph import Graph, Module, deepstack, vlm
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
@@ -145,7 +146,7 @@ class Experiment:
     steps: int = 1000
     phases: tuple[Phase, ...] = ()  # one after another, in place of `steps` and `optimizer`
     num_microbatches: int = 1  # per step
-    schedule: str = "1f1b"  # 1f1b or gpipe
+    schedule: str = "1f1b"  # 1f1b, gpipe, or zerobubble: 1f1b with backwards in two, whose second halves fill holes
     schedule_costs: str = "flops"  # or measured: stages' own times, once before the first step
     encoder_window: int | None = None  # microbatches that colocated encoders run ahead; None: all
     seed: int = 0
@@ -185,7 +186,7 @@ class Experiment:
                 raise ValueError(
                     f"Experiment.{name} is set beside phases, which have their own; set Phase.{name} instead"
                 )
-        check_choice("Experiment.schedule", self.schedule, ("1f1b", "gpipe"))
+        check_choice("Experiment.schedule", self.schedule, KINDS)
         check_choice("Experiment.schedule_costs", self.schedule_costs, ("flops", "measured"))
         check_choice("Experiment.param_dtype", self.param_dtype, ("float32", "float64"))
         for encoder in self.encoders:

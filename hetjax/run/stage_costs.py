@@ -38,8 +38,9 @@ def settle(trainer: Trainer, workdir: Path, phase: int, microbatch: Mapping[str,
         costs = {stage: of_all[stage] for stage in basis}
         if cluster.is_primary():
             _write(path, before | {name: Told(basis, costs)})
-    words = (f"{stage} {'/'.join(f'{n / 1000:.3g}' for n in cost)}" for stage, cost in costs.items())
-    print(f"costs of stages, forward/backward, {said}: {', '.join(words)} ms")
+    words = (f"{stage} {'/'.join(f'{n / 1000:.3g}' for n in cost if n)}" for stage, cost in costs.items())
+    split = "/of that weights' gradients" if any(cost.weights for cost in costs.values()) else ""
+    print(f"costs of stages, forward/backward{split}, {said}: {', '.join(words)} ms")
     trainer.pipeline.reschedule({key: costs[_named(key)] for key in trainer.pipeline.stages})
     print(trainer.pipeline.promise(), flush=True)
     order = "\n".join(map(str, trainer.pipeline.schedule.order))
@@ -58,6 +59,7 @@ def _basis(trainer: Trainer) -> dict[str, str]:
     """By stage, what its time depends on."""
     return {
         _named(key): f"layers {s.plan.lo}-{s.plan.hi} on {s.plan.device_ids}, {s.module.layout}, keeps {s.keep}"
+        + ", backwards in two" * s.splits
         for key, s in trainer.pipeline.stages.items()
     }
 
@@ -83,7 +85,7 @@ def _checked(basis: dict[str, str], costs: dict[str, Any]) -> Told:
     if told.costs.keys() != basis.keys():
         raise ValueError(f"costs of {', '.join(told.costs)} for the stages {', '.join(basis)}")
     for stage, cost in told.costs.items():
-        if not all(isinstance(n, int) and n > 0 for n in cost):
+        if not all(isinstance(n, int) for n in cost) or not (cost.forward > 0 <= cost.weights < cost.backward):
             raise ValueError(f"the costs of {stage} are {list(cost)}, not whole microseconds above 0")
     return told
 
