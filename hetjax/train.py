@@ -35,18 +35,15 @@ from hetjax.run import (
     media,
     metrics,
     named,
-    profiles,
     recompute,
     record,
-    samples,
     stage_costs,
     terminal,
     watchdog,
 )
 from hetjax.run.checkpoint import CheckpointError, Checkpoints, OtherArraysError
 from hetjax.run.experiment import Experiment
-from hetjax.run.log import Log
-from hetjax.run.stragglers import Stragglers
+from hetjax.run.loop import Loop
 from hetjax.run.watchdog import Watch
 
 
@@ -89,7 +86,6 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
     cluster.agree(lambda: agreement.decides(workdir, asked.get(record.OPERATIVE, ""), trainers))
-    over = False
     with contextlib.ExitStack() as stack:
         signalled = stack.enter_context(ending.signalled())
         stopped = () if cluster.is_one_of_several() else signalled  # none ends an evaluation alone
@@ -116,44 +112,16 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
             metrics.open_writers(workdir, num_steps=run.ends[-1], resumed_step=resumed, **viewers)
         )
         last = stack.enter_context(ending.saved(checkpoints, watch))
+        where = workdir, loader, held_out, writer, checkpoints
+        loop = Loop(run, *where, last, watch, signalled, stopped, evaluated)
         for trainer, end in zip(trainers[first:], run.ends[first:], strict=True):
             state = state if trainer is trainers[first] else trainer.begin(state)
-            log, stragglers = Log(run, trainer, loader, writer), Stragglers(trainer)
-            stragglers.look(state.step, state.weights)
-            watch.follow(trainer.pipeline.progress)
-            while state.step < end and not (over := cluster.ends(state.step, signalled=bool(signalled))):
-                due = run.eval_every and state.step and state.step % run.eval_every == 0 and state.step != evaluated
-                if held_out is not None and due:
-                    watch.steps(f"the evaluation behind step {state.step}")
-                    values = evaluate.values(trainer, state, held_out, run.eval_microbatches, stopped)
-                    _write(run, trainer, state, held_out, writer, values, stopped)
-                    log.restart()
-                    if stopped:
-                        continue  # to the loop's own end
-                watch.steps(f"step {state.step + 1}")
-                microbatches = loader.next_step(run.num_microbatches)
-                if state.step + 1 in (*run.timeline_steps, *run.profile_steps):
-                    log.settle()  # writes its line before that step's
-                state, outcome = profiles.taken(run, trainer, workdir, writer, loader.last_wait, state.step + 1)(
-                    state, microbatches
-                )
-                last.keep(trainer, state, loader.state())
-                log.step(state.step, microbatches, outcome)
-                if state.step % run.save_every == 0:
-                    watch.steps(f"the save of step {state.step}")
-                    checkpoints.save(trainer, state, loader.state())
-                    stragglers.look(state.step, state.weights)
-            log.settle()
-            watch.steps(f"the save of step {state.step}")
-            checkpoints.save(trainer, state, loader.state())
-            if over:
+            state = loop.train(trainer, state, end)
+            if loop.over:
                 break
-        if held_out is not None and not over and not metrics.has(workdir, state.step, "eval/accuracy_prior"):
-            watch.steps(f"the evaluation behind step {state.step}")
-            values = evaluate.last_values(trainer, state, loader, held_out, run.eval_microbatches, stopped)
-            _write(run, trainer, state, held_out, writer, values, stopped)
+        loop.evaluate_last(trainer, state)
         watch.pauses("its end")
-        if over or stopped:
+        if loop.over or stopped:
             checkpoints.wait()
             _say_stopped(signalled, state.step, checkpoints.directory)
         _report_data(loader)
@@ -266,27 +234,6 @@ def _check_memory(trainer: Trainer) -> None:
     needed = memory.estimate(trainer)
     print(memory.table(needed), flush=True)
     memory.check(needed, memory.available(jax.devices()))
-
-
-def _write(
-    run: Experiment,
-    trainer: Trainer,
-    state: State,
-    held_out: Loader,
-    writer: metrics.Writer,
-    values: metrics.Values,
-    stopped: Sequence[object],
-) -> None:
-    """Writes an evaluation, and what the model answers to some questions if the run asks for it; nothing once `stopped`
-    holds something, which made it end early."""
-    if stopped:
-        return
-    if run.eval_samples:
-        how = dict(count=run.eval_samples, tokens=run.eval_sample_tokens)
-        shown = bool(run.tensorboard or run.wandb) and cluster.is_primary()
-        found = samples.take(trainer, state, held_out, **how, pictures=shown)
-        writer.show(state.step, found)
-    writer.write(state.step, values)
 
 
 def _report_data(loader: Loader) -> None:
