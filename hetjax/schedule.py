@@ -24,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = command.parse_arguments(argv, parser, needs_workdir=False)
     flags = arguments.flags
     try:
+        if flags.svg and not flags.svg.lower().endswith(".svg"):
+            raise ValueError(f"--svg={flags.svg}: the picture is SVG; give it a name that ends on .svg")
         run = config.load(arguments.gin_files, arguments.bindings, experiment.Experiment)
         if not 1 <= flags.phase <= len(run.training):
             raise ValueError(f"--phase={flags.phase}; the run has 1 to {len(run.training)}")
@@ -32,6 +34,10 @@ def main(argv: Sequence[str]) -> int:
         forecast = trainer.pipeline.schedule.forecast
         print(f"{trainer.picture()}\n\n{chart.text(forecast, shutil.get_terminal_size((120, 24)).columns)}\n")
         print(f"{table(forecast)}\n\n{trainer.pipeline.promise()}")
+        if run.schedule_costs == "measured":
+            print(
+                "by the stages' FLOPs: what they really take is measured when the run begins, which tells its plan then"
+            )
         if flags.svg:
             path = Path(expanded(flags.svg))
             path.parent.mkdir(parents=True, exist_ok=True)

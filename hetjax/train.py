@@ -82,6 +82,8 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
 
 def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watch) -> None:
     boards.check(tensorboard=run.tensorboard, wandb=run.wandb)
+    if run.schedule_costs == "measured":
+        stage_costs.check(workdir)
     experiment.start(run)
     trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
     _draw(trainers[0])
@@ -232,7 +234,7 @@ def _compile(trainer: Trainer, watch: Watch, *, evaluates: bool) -> None:
 
 def _check_memory(trainer: Trainer) -> None:
     needed = memory.estimate(trainer)
-    print(memory.table(needed), flush=True)
+    print("of process 0's devices:\n" * cluster.is_one_of_several() + memory.table(needed), flush=True)
     memory.check(needed, memory.available(jax.devices()))
 
 

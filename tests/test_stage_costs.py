@@ -15,7 +15,8 @@ import tiny
 from hetjax.core import measured
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
-from hetjax.core.tasks import Cost, StageKey
+from hetjax.core.schedule import build_schedule
+from hetjax.core.tasks import Cost, Kind, StageKey, StageNode
 from hetjax.core.trainer import Trainer
 from hetjax.run import stage_costs
 
@@ -69,6 +70,14 @@ def test_each_stage_has_its_own_time(trainer: Trainer, microbatches: list, monke
     assert max(others) < 150_000 and min(others) > 1
 
 
+def test_a_task_that_takes_no_time_still_comes_before_what_follows_it() -> None:
+    nodes = [StageNode("llm", n, frozenset({n}), True, (("llm", 0),) * n, Kind.MEASURE, splits=True) for n in (0, 1)]
+    order = build_schedule(nodes, 3, kind="zerobubble", costs={node.key: Cost(0, 0, 0) for node in nodes}).order
+    for node in nodes:
+        mine = [task.kind for task in order if task.stage == node.key and task.kind in (Kind.WEIGHTS, Kind.MEASURE)]
+        assert mine == [Kind.WEIGHTS] * 3 + [Kind.MEASURE]
+
+
 def test_other_costs_order_the_tasks_otherwise_and_give_the_same_bits(trainer: Trainer, microbatches: list) -> None:
     pipeline = trainer.pipeline
     by_flops = pipeline.schedule.order
@@ -118,17 +127,19 @@ def test_a_run_that_resumes_reads_what_was_measured(
         ("{", "JSONDecodeError"),
         (
             '{"phase 1": {"basis": {"llm/0": ""}, "costs": {"llm/0": [3, -1]}}}',
-            r"costs of llm/0 are \[3, -1, 0\], not whole",
+            r"costs of llm/0 are \[3, -1\], not three whole",
         ),
-        ('{"phase 1": {"basis": {"llm/0": ""}, "costs": {"llm/0": [3, 1.5]}}}', "not whole microseconds above 0"),
+        ('{"phase 1": {"basis": {"llm/0": ""}, "costs": {"llm/0": [3, 1.5, 0]}}}', "not three whole numbers"),
+        ('{"phase 1": {"basis": {"llm/0": ""}, "costs": {"llm/0": [3, 7]}}}', "not three whole numbers"),
+        ('{"phase 1": {"basis": {"llm/0": ""}, "costs": {"llm/0": [3, 7, 7]}}}', "less than all"),
         ('{"phase 1": {"basis": {"llm/0": ""}, "costs": {}}}', "for the stages llm/0"),
         ('{"phase 1": {"basis": {}}}', "TypeError"),
     ],
 )
-def test_a_file_that_no_run_wrote_is_refused(trainer: Trainer, tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_that_no_run_wrote_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "costs.json").write_text(text)
     with pytest.raises(ValueError, match=rf"costs\.json is not what a run writes \(.*{said}.*remove it"):
-        stage_costs.settle(trainer, tmp_path, 0, {})
+        stage_costs.check(tmp_path)
 
 
 def test_costs_are_from_flops_or_measured(tmp_path: Path) -> None:

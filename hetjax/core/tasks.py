@@ -89,12 +89,13 @@ class Cost(NamedTuple):
     weights: int = 0
 
     def of(self, kind: Kind) -> int:
-        """Of a task of a microbatch."""
-        return {
+        """Of a task of a microbatch; at least 1, so that what follows it comes behind it."""
+        each = {
             Kind.FORWARD: self.forward,
             Kind.BACKWARD: self.backward - self.weights,
             Kind.WEIGHTS: self.weights,
-        }[kind]
+        }
+        return max(each[kind], 1)
 
 
 class HostTimes(NamedTuple):

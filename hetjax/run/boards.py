@@ -11,6 +11,7 @@ from hetjax.run import cluster, record
 from hetjax.run.samples import Sample
 
 Values = Mapping[str, Any]
+NOT_IN_NAMES = "/\\#?%:"  # of wandb's projects
 WANDB = "wandb.json"  # in the workdir: which run of which project it is
 
 
@@ -25,6 +26,8 @@ def check(*, tensorboard: bool, wandb: str) -> None:
                 f"{setting}={value!r} needs the package {package}, which is not installed; "
                 f"run `pip install 'hetjax[{setting}]'` or set {setting}={without!r}"
             )
+    if found := sorted(set(wandb) & set(NOT_IN_NAMES)):
+        raise ValueError(f"wandb={wandb!r} has {' '.join(found)}, which no project's name may; give it another name")
 
 
 class TensorBoard:

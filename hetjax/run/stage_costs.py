@@ -24,6 +24,11 @@ class Told(NamedTuple):
     costs: dict[str, Cost]
 
 
+def check(workdir: Path) -> None:
+    """Raises ValueError for a file of costs that no run wrote, before anything compiles."""
+    _read(workdir / FILE)
+
+
 def settle(trainer: Trainer, workdir: Path, phase: int, microbatch: Mapping[str, np.ndarray]) -> None:
     """Orders the tasks of a compiled trainer by the costs of its stages: as `workdir` has them of this phase and the
     same stages, else measured on this microbatch. Each of several processes measures its own stages."""
@@ -85,8 +90,12 @@ def _checked(basis: dict[str, str], costs: dict[str, Any]) -> Told:
     if told.costs.keys() != basis.keys():
         raise ValueError(f"costs of {', '.join(told.costs)} for the stages {', '.join(basis)}")
     for stage, cost in told.costs.items():
-        if not all(isinstance(n, int) for n in cost) or not (cost.forward > 0 <= cost.weights < cost.backward):
-            raise ValueError(f"the costs of {stage} are {list(cost)}, not whole microseconds above 0")
+        whole = len(costs[stage]) == len(cost) and all(isinstance(n, int) for n in cost)
+        if not whole or not (cost.forward > 0 <= cost.weights < cost.backward):
+            raise ValueError(
+                f"the costs of {stage} are {costs[stage]}, not three whole numbers of microseconds: a forward and a "
+                "backward above 0, and of the backward less than all, from 0 on, for weights' gradients"
+            )
     return told
 
 
