@@ -57,6 +57,11 @@ def test_a_viewer_that_is_not_installed_is_a_clear_error(
     boards.check(tensorboard=False, wandb="")
 
 
+def test_a_projects_name_that_wandb_does_not_take_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match="wandb='a/b#c' has # /, which no project's name may; give it another name"):
+        boards.check(tensorboard=False, wandb="a/b#c")
+
+
 def test_wandb_offline_has_the_same_values_and_one_run_where_a_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
