@@ -77,3 +77,12 @@ def host_fetches(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
     monkeypatch.setattr(jax_array.ArrayImpl, "_value", property(counted))
     return counter
+
+
+LONGEST = ("processes", "launch", "drawn", "mutants", "parity", "benchmarks", "resume", "phases", "checkpoint", "remat")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: a worker that began one last would end alone."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
