@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hetjax.data.paths import expanded
 from hetjax.run import command, curves, metrics
+from hetjax.run.checks import check_ending
 
 SUFFIXES = (".png", ".svg")
 
@@ -26,9 +27,9 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.parse_args(argv)
     try:
         workdirs = [Path(expanded(run)) for run in dict.fromkeys(flags.runs)]
+        if flags.out:
+            check_ending("--out", flags.out, SUFFIXES)
         path = Path(expanded(flags.out)) if flags.out else _beside(workdirs)
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"--out={flags.out}; its name must end in {' or '.join(SUFFIXES)}")
         runs = {str(workdir): _records(workdir) for workdir in workdirs}
         path.parent.mkdir(parents=True, exist_ok=True)
         curves.draw(path, runs)

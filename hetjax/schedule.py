@@ -14,6 +14,7 @@ from pathlib import Path
 from hetjax.core.forecast import Forecast
 from hetjax.data.paths import expanded
 from hetjax.run import chart, command, config, experiment
+from hetjax.run.checks import check_ending
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,8 +25,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = command.parse_arguments(argv, parser, needs_workdir=False)
     flags = arguments.flags
     try:
-        if flags.svg and not flags.svg.lower().endswith(".svg"):
-            raise ValueError(f"--svg={flags.svg}: the picture is SVG; give it a name that ends on .svg")
+        if flags.svg:
+            check_ending("--svg", flags.svg, (".svg",))
         run = config.load(arguments.gin_files, arguments.bindings, experiment.Experiment)
         if not 1 <= flags.phase <= len(run.training):
             raise ValueError(f"--phase={flags.phase}; the run has 1 to {len(run.training)}")

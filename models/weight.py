@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from models.paths import Path
+
 STATIC = {"static": True}
-Path = tuple[str, ...]
 
 
 class Use(NamedTuple):

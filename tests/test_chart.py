@@ -6,6 +6,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import pytest
 import runs
 from test_forecast import dealt, split
 from test_schedule import chain, vlm
@@ -73,3 +74,8 @@ def test_the_command_draws_a_run_and_says_what_it_promises(tmp_path: Path) -> No
     assert os.listdir(tmp_path / "a") == ["b.svg"]
     ran = subprocess.run([*line, "--phase=2"], env=environment, cwd=runs.ROOT, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr == "error: --phase=2; the run has 1 to 1\n"
+
+
+def test_a_picture_of_another_name_is_refused_before_the_run_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert schedule.main(["--gin_file=none.gin", "--svg=a.png"]) == 2
+    assert capsys.readouterr().err == "error: --svg=a.png; its name must end in .svg\n"

@@ -36,7 +36,7 @@ def costs(graph: Graph, stages: Mapping[StageKey, Stage], batch: Abstract) -> di
     """Of every stage; all alike where the FLOPs of one are not known."""
     known = forwards(graph, batch)
     if len(known) < len(graph.modules):
-        return {key: Cost() for key in stages}
+        return {key: Cost(weights=int(stage.splits)) for key, stage in stages.items()}
     return {key: _of_stage(stage, known[key[0]]) for key, stage in stages.items()}
 
 

@@ -115,7 +115,7 @@ class Orders:
         taken = lambda key: max((self.bounds[k] for k in self.graph.consumers[key] if k in self.bounds), default=0)
         outside = max(map(taken, keys))
         if self.nodes[keys[0]].share.replicas > 1:
-            self._bind_replicas(keys, max(map(taken, keys)))
+            self._bind_replicas(keys, outside)
             return
         if self.kind == "gpipe" or keys[0] in self.sharing:
             most = self.window if keys[0] in (*self.sink, *self.sharing) else self.num

@@ -62,7 +62,9 @@ class Pipeline(Wiring):
             ties=list(dict.fromkeys((tie.copy, tie.owner) for tie in self.ties if tie.gradients is not None)),
             costs=costs,
         )
-        self.__dict__.pop("tasks", None)
+        mine = lambda tasks: tuple(filter(self.is_mine, tasks))
+        # those in which this process takes part: up to the finished gradients, and behind them
+        self.tasks = mine(self.schedule.gradients), mine(self.schedule.update)
 
     def promise(self) -> str:
         """A line with what the schedule promises."""
@@ -73,12 +75,6 @@ class Pipeline(Wiring):
     def finish(self) -> Finish:
         """The programs of the step's end."""
         return Finish(self)
-
-    @functools.cached_property
-    def tasks(self) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-        """Those of a step in which this process takes part: up to the finished gradients, and behind them."""
-        schedule = self.schedule
-        return tuple(filter(self.is_mine, schedule.gradients)), tuple(filter(self.is_mine, schedule.update))
 
     @functools.cached_property
     def evaluated(self) -> Evaluated:

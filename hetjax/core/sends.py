@@ -27,8 +27,8 @@ class Send:
 
 
 class Sends:
-    """Pieces on their way: those between two devices of this process, and those that change their process
-    one by one, in the order that all processes share (see `processes.py`; a batch of them is lost in jax 0.10.2)."""
+    """Pieces on their way, one by one; those that change their process in the order that all processes share (see
+    `processes.py`; a batch of them is lost in jax 0.10.2)."""
 
     def __init__(self, sends: Sequence[Send]) -> None:
         self.crossing = [send for send in sends if send.source.process_index != send.to.process_index]

@@ -87,7 +87,7 @@ class Gradients:
             *self.alive.pop(Thing(What.RESIDUALS, key, i)),
             [*returned, *([self.seeds[key]] if key in self.seeds else [])],
             self.acc.get(key, {}),
-            self.flags[key][i == self.wiring.stages[key].plan.share.replica],
+            self._is_first(key, i),
         )
         self._drop(inputs)
         if key in self.acc:
@@ -105,8 +105,13 @@ class Gradients:
     def _weights(self, task: Task) -> jax.Array:
         key, i = task.stage, task.microbatch
         pairs = self.alive.pop(Thing(What.PAIRS, key, i))
-        self.acc[key], done = self.wiring.stages[key].programs["weights"](pairs, self.acc[key], self.flags[key][i == 0])
+        program = self.wiring.stages[key].programs["weights"]
+        self.acc[key], done = program(pairs, self.acc[key], self._is_first(key, i))
         return done
+
+    def _is_first(self, key: StageKey, i: int) -> jax.Array:
+        """On the stage's devices, whether a microbatch is the first of the step's that it is given."""
+        return self.flags[key][i == self.wiring.stages[key].plan.share.replica]
 
     def _drop(self, things: Mapping[Thing, Tree]) -> None:
         for thing in things:

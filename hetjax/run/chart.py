@@ -5,13 +5,13 @@ from typing import NamedTuple, Protocol
 
 from hetjax.core.progress import told
 from hetjax.core.simulation import Span
-from hetjax.core.tasks import Kind, StageKey, Task
+from hetjax.core.tasks import COMPUTING, OF_MICROBATCHES, Kind, StageKey, Task
 from hetjax.run.drawing import Box, Drawing, Words
 
 FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "=", Kind.WEIGHTS: "+"}
 SHADE = {Kind.FORWARD: 0.0, Kind.BACKWARD: 0.3, Kind.WEIGHTS: 0.5}  # how much darker than its module's colour
 COLOURS = ("#4c8cb8", "#d98c3f", "#6aa84f", "#a46ab0", "#b85c5c")  # of modules, forward; a backward's are darker
-ENDS, END = frozenset({Kind.REDUCE, Kind.MEASURE, Kind.UPDATE}), "#909090"  # what follows them, and its colour
+ENDS, END = COMPUTING.difference(OF_MICROBATCHES), "#909090"  # what follows them, and its colour
 WIDTH, HEIGHT, LEFT, TOP = 1200, 26, 140, 34  # pixels of the time, a row, the rows' names and the title
 
 

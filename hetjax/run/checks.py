@@ -1,6 +1,7 @@
 """Checks that several settings of a run share."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -27,3 +28,9 @@ def check_steps(setting: str, steps: Sequence[int], last: int) -> None:
     for step in steps:
         if not 1 <= step <= last:
             raise ValueError(f"{setting} names {step}; the run has steps 1 to {last}")
+
+
+def check_ending(flag: str, name: str, endings: Sequence[str]) -> None:
+    """Raises ValueError for the name of a file that ends in none of them."""
+    if Path(name).suffix not in endings:
+        raise ValueError(f"{flag}={name}; its name must end in {' or '.join(endings)}")

@@ -2,9 +2,8 @@
 
 import os
 import types
-from typing import Any
 
-from jax._src import compiler, distributed  # no setting says who writes compiled programs
+from jax._src import compiler  # no setting says who writes compiled programs
 
 TOGETHER = "--xla_gpu_shard_autotuning"
 
@@ -22,16 +21,5 @@ def write_all() -> None:
     """jax writes to its persistent cache what the first process compiles alone, as if the others compiled the same:
     those would compile theirs again at every start. From here on this one writes its own."""
     plain = compiler._cache_write
-    compiler._cache_write = types.FunctionType(plain.__code__, {**plain.__globals__, "distributed": _FirstAlways})
-
-
-class _FirstAlways:
-    """What the writing asks `jax._src.distributed`."""
-
-    class _State:
-        process_id = 0
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(distributed.global_state, name)
-
-    global_state = _State()
+    first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
+    compiler._cache_write = types.FunctionType(plain.__code__, {**plain.__globals__, "distributed": first})

@@ -1,7 +1,5 @@
 """`remat = "auto"` in a run: the choice is printed and kept in the workdir, and a run that resumes makes the same."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +7,7 @@ from typing import Any, NamedTuple
 from hetjax.core import budget
 from hetjax.core.remat import Keep
 from hetjax.core.trainer import Trainer
-from hetjax.run import cluster
+from hetjax.run import cluster, decided
 
 FILE = "remat.json"
 CHANGED = {"devices": "devices", "stages": "layouts, models or settings of memory"}  # by part of the basis
@@ -29,7 +27,7 @@ def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, 
         return
     path, name, choice = workdir / FILE, f"phase {phase + 1}", budget.Budget(trainer)
     basis = {"devices": {str(n): size for n, size in available.items()}, "stages": choice.basis}
-    before = _read(path)
+    before = decided.read(path, _from_json, "chooses")
     told = before.get(name)
     stages = [f"{module}/{index}" for module, index in trainer.pipeline.stages]
     if told is not None and told.basis == basis and sorted(told.keep) == sorted(stages):
@@ -39,32 +37,16 @@ def settle(trainer: Trainer, workdir: Path, phase: int, available: Mapping[int, 
         said = f"chosen anew, for other {' and '.join(changed)} than in {path}" if changed else "chosen"
         chosen = {f"{module}/{index}": keep for (module, index), keep in choice.choose(available).items()}
         if cluster.is_primary():
-            _write(path, before | {name: Told(basis, chosen)})
+            now = before | {name: Told(basis, chosen)}
+            decided.write(path, {phase: _to_json(told) for phase, told in now.items()})
     print(f"remat, {said}: {', '.join(f'{stage} {keep}' for stage, keep in chosen.items())}", flush=True)
     for (module, index), stage in trainer.pipeline.stages.items():
         stage.set_keep(chosen[f"{module}/{index}"])
 
 
-def _read(path: Path) -> dict[str, Told]:
-    """By phase. Raises ValueError for a file that no run wrote."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            phase: Told(told["basis"], {stage: Keep.from_json(keep) for stage, keep in told["keep"].items()})
-            for phase, told in found.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not what a run writes ({reason}); remove it, and the run chooses anew") from error
+def _from_json(entry: Any) -> Told:
+    return Told(entry["basis"], {stage: Keep.from_json(keep) for stage, keep in entry["keep"].items()})
 
 
-def _write(path: Path, found: Mapping[str, Told]) -> None:
-    entries = {
-        phase: {"basis": told.basis, "keep": {stage: keep.to_json() for stage, keep in told.keep.items()}}
-        for phase, told in found.items()
-    }
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(entries), encoding="utf-8")
-    os.replace(new, path)
+def _to_json(told: Told) -> dict[str, Any]:
+    return {"basis": told.basis, "keep": {stage: keep.to_json() for stage, keep in told.keep.items()}}

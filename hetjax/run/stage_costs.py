@@ -2,7 +2,6 @@
 resumes has the same order of tasks, to the bit."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from hetjax.core.measured import measured
 from hetjax.core.tasks import Cost, StageKey
 from hetjax.core.trainer import Trainer
-from hetjax.run import cluster
+from hetjax.run import cluster, decided
 
 FILE = "costs.json"
 
@@ -42,7 +41,8 @@ def settle(trainer: Trainer, workdir: Path, phase: int, microbatch: Mapping[str,
         of_all = _of_all(measured(trainer, microbatch))
         costs = {stage: of_all[stage] for stage in basis}
         if cluster.is_primary():
-            _write(path, before | {name: Told(basis, costs)})
+            now = before | {name: Told(basis, costs)}
+            decided.write(path, {phase: told._asdict() for phase, told in now.items()})
     words = (f"{stage} {'/'.join(f'{n / 1000:.3g}' for n in cost if n)}" for stage, cost in costs.items())
     split = "/of that weights' gradients" if any(cost.weights for cost in costs.values()) else ""
     print(f"costs of stages, forward/backward{split}, {said}: {', '.join(words)} ms")
@@ -74,15 +74,7 @@ def _named(key: StageKey) -> str:
 
 
 def _read(path: Path) -> dict[str, Told]:
-    """By phase. Raises ValueError for a file that no run wrote."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {phase: _checked(**told) for phase, told in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not what a run writes ({reason}); remove it, and the run measures anew") from error
+    return decided.read(path, lambda entry: _checked(**entry), "measures")
 
 
 def _checked(basis: dict[str, str], costs: dict[str, Any]) -> Told:
@@ -97,9 +89,3 @@ def _checked(basis: dict[str, str], costs: dict[str, Any]) -> Told:
                 "backward above 0, and of the backward less than all, from 0 on, for weights' gradients"
             )
     return told
-
-
-def _write(path: Path, found: Mapping[str, Told]) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps({phase: told._asdict() for phase, told in found.items()}, indent=1), encoding="utf-8")
-    os.replace(new, path)
