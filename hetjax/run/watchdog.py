@@ -47,6 +47,11 @@ class Watch:
         self._at = what, setting
         self._beginnings += 1
 
+    @property
+    def at(self) -> str:
+        """What the run is at."""
+        return self._at[0]
+
     def follow(self, progress: Progress) -> None:
         """Whose tasks count from here on."""
         self._progress = progress
@@ -92,6 +97,9 @@ def watched(watch: Watch) -> Iterator[Watch]:
     thread.start()
     try:
         yield watch
+    except BaseException as error:
+        error.add_note(f"in {watch.at}")
+        raise
     finally:
         watch.close()
         thread.join()
