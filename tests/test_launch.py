@@ -205,9 +205,18 @@ def test_processes_share_the_machines_gpus(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [each["CUDA_VISIBLE_DEVICES"] for each in launcher.real(2)] == ["0", "1"]
 
 
-@pytest.mark.parametrize(
-    "differs", ["configuration than process 0: 'experiment.Experiment.steps = 4' where that has 'experiment", "data"]
-)
+GPIPE = """
+import sys
+from hetjax import train
+from hetjax.core import pipeline
+plain = pipeline.build_schedule
+pipeline.build_schedule = lambda *given, kind, **named: plain(*given, kind="gpipe", **named)
+sys.exit(train.main(sys.argv[1:]))
+"""
+SETTINGS = "configuration than process 0: 'experiment.Experiment.steps = 4' where that has 'experiment"
+
+
+@pytest.mark.parametrize("differs", [SETTINGS, "data", pytest.param("order of tasks", marks=pytest.mark.slow)])
 def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
     shutil.copytree(tmp_path / "train", tmp_path / "other" / "train")
@@ -215,12 +224,13 @@ def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path
     if differs == "data":
         data = where[1] / "train" / "data.json"
         data.write_text(data.read_text().replace("q0", "q1"))
-    steps = [3, 4] if differs != "data" else [3, 3]
+    steps = [3, 4] if differs == SETTINGS else [3, 3]
+    command = [["-m", "hetjax.train"], ["-c", GPIPE] if differs == "order of tasks" else ["-m", "hetjax.train"]]
     relative = {"train/settings.DataConfig.path": "train/data.json"}
     told = {cluster.COORDINATOR: f"127.0.0.1:{free_ports(3)}", cluster.PROCESSES: "2", cluster.DEVICES: "2"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "hetjax.train"]
+            [sys.executable, *command[n]]
             + arguments(gin, tmp_path / "run", APART | relative | settings(steps=steps[n])),
             env=environment() | told | {cluster.PROCESS: str(n), "PYTHONPATH": str(ROOT)},
             cwd=where[n],
