@@ -103,7 +103,8 @@ def _failed_steps(run: Experiment, trainers: Sequence[Trainer], steps: int, tole
             cluster.meet(f"compiled phase {phase}")
             watch.follow(trainer.pipeline.progress)
             data = (_next(loader, run.num_microbatches, n, watch) for n in range(steps))
-            reports = compare(trainer, data, reference.with_config(trainer.spec.optimizer))
+            judged = lambda n: watch.pauses(f"the reference's step {n}")
+            reports = compare(trainer, data, reference.with_config(trainer.spec.optimizer), judges=judged)
             failed += _print_reports(reports, tolerance)
     return failed
 

@@ -17,7 +17,7 @@ LIMIT = 15.0  # seconds that a step may hang in these runs
 STEPS, SAVES, EVALUATES = 40, 10, 20
 HEARTBEAT = 100.0  # seconds behind which jax ends what hangs outside of steps (cluster.HEARTBEAT)
 SLACK = 20.0  # seconds: hetjax launch gives the others 10 to end, and this machine is busy
-START = 300.0  # seconds that a whole run may take here
+START = 900.0  # seconds that a whole run may take here
 # put before what one process runs: the pool of the data's threads gets a task that raises
 CRASH_HOOK = """
 import os

@@ -162,6 +162,29 @@ def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["verify", "generate"])
+def test_a_command_whose_second_process_is_stopped_ends(command: str, tmp_path: Path) -> None:
+    limit = 20.0
+    if command == "verify":
+        changes = APART | settings(step_limit=limit)
+        bindings = [f"--gin.{name}={value!r}" for name, value in changes.items()]
+        line, name = [f"--gin_file={runs.write(tmp_path)}", "--steps=100000", *bindings], "Experiment.step_limit"
+    else:
+        folder = answering.folder(tmp_path / "model", text("llama"))
+        line, name = [f"--model={folder}", "--tp=2", "--batch_size=1", f"--step_limit={limit}"], "--step_limit"
+        line += [f"--prompt=w{3 + n % 40} w5" for n in range(20000)]
+    launch = launched(command, *line, devices=4 if command == "verify" else 2)
+    assert launch.stdout is not None
+    while "step 1: loss" not in (said := launch.stdout.readline()) and '"question"' not in said:
+        assert said, launch.wait()
+    os.kill(children(launch)[1], signal.SIGSTOP)
+    said = ended(launch, 3 * limit + 10)
+    assert launch.returncode == watchdog.STATUS, said
+    assert f"[0] error: process 0: nothing has happened for {name}={limit:g} s, in " in said
+    assert "[0]   the host's thread is" in said or command == "generate"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", ["", "boundary_gradient_scaled", "reduce_without_cp"])
 def test_two_processes_judge_as_one_does(patch: str, tmp_path: Path) -> None:
     for package in ("hetjax", "models"):
