@@ -131,6 +131,12 @@ def test_a_profiled_step_is_the_step_with_the_name_of_each_task(trainer: Trainer
     assert not trainer.pipeline.annotates
 
 
+def test_a_profile_tells_programs_apart_by_stage_and_kind(trainer: Trainer) -> None:
+    for (module, number), stage in trainer.pipeline.stages.items():
+        for kind, program in stage.programs.items():
+            assert program.as_text().startswith(f"HloModule jit_{module}_{number}_{kind},")
+
+
 def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
