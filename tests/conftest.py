@@ -10,15 +10,17 @@ os.environ.setdefault("PJRT_NPROC", "64")
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs are tiny, and most of the suite's time is their compilation. A collective that waits for a device which
 # never comes ends the process, instead of hanging the suite.
-FLAGS = [
-    "--xla_backend_optimization_level=0",  # compiles three times faster
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=20",
-    "--xla_cpu_collective_call_terminate_timeout_seconds=60",
-]
-if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know the flag: a further third of a test's time
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",  # compiles three times faster
+        "--xla_llvm_disable_expensive_passes=true",
+        # a further third of a test's time; later ones do not know the flag
+        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib") < "0.11" else []),
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=20",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=60",
+    ]
+)
 
 import jax
 import jax.monitoring

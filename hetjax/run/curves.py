@@ -85,7 +85,9 @@ def _fill(axes: "Axes", panel: Panel, curves: Sequence[Curve], num_runs: int) ->
         mark = "." if len(curve.steps) < FEW else ""
         line = LINES[curve.name % len(LINES)] if num_runs > 1 else "-"
         width = 1.2 + 1.5 * (num_runs - 1 - curve.run)  # the first is the widest: seen beside what is drawn over it
-        look = dict(marker=mark, color=colour, label=_plain(curve.label), linewidth=min(width, WIDEST), alpha=0.8)
+        look: dict[str, Any] = dict(
+            marker=mark, color=colour, label=_plain(curve.label), linewidth=min(width, WIDEST), alpha=0.8
+        )
         axes.plot(curve.steps, curve.values, line, **look)
         broken = [step for step, value in zip(curve.steps, curve.values, strict=True) if math.isnan(value)]
         if broken:  # at the top, so that a gap does not pass for a straight line
