@@ -73,8 +73,9 @@ def row_gradient(g: jax.Array, w: jax.Array, sizes: jax.Array, *, interpret: Any
     """
     blocks, (groups, a, b) = Blocks(BLOCK, len(g), sizes), w.shape
     apart, tiles = blocks.apart(g), a // TILE
-    number = jnp.arange(blocks.count, dtype=jnp.int32)
-    steps = jnp.where(number < jnp.sum(blocks.counts), b // TILE, 0).astype(jnp.int32)  # of a block: none of an empty
+    count = len(blocks.group)
+    within = jnp.arange(count, dtype=jnp.int32) < jnp.sum(blocks.counts)
+    steps = jnp.where(within, b // TILE, 0).astype(jnp.int32)  # of a block: none of an empty
 
     def body(of_block: Any, steps_ref: Any, g_ref: Any, w_ref: Any, out_ref: Any) -> None:
         i, block = jax.lax.axis_index("i"), jax.lax.axis_index("block")
@@ -102,7 +103,7 @@ def row_gradient(g: jax.Array, w: jax.Array, sizes: jax.Array, *, interpret: Any
     found = gpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((len(apart), a), g.dtype),
-        grid=(tiles, blocks.count),
+        grid=(tiles, count),
         grid_names=("i", "block"),
         kernel_name="grouped_row_gradient",
         interpret=interpret,
