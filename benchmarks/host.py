@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     repeats = parser.parse_args().repeats
     emulate(8)
-    print(
-        "layouts              remat  step s  tasks  CPU ms each  F, B  ms each  of it boundary  alone, of step  residuals"
-    )
+    heads = "tasks  CPU ms each  F, B  ms each  of it boundary  alone, of step  residuals"
+    print(f"layouts              remat  step s  {heads}")
     for name, (llm, vision) in LAYOUTS.items():
         for remat in (Remat.NONE, Remat.FULL):
             work = workload(remat)
