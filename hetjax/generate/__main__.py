@@ -43,7 +43,7 @@ def answer(flags: argparse.Namespace, watch: Watch) -> int:
         model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype, date=flags.date)
         prompts = _prompts(flags, model.chat.items)
         settings = dict(max_new_tokens=flags.max_new_tokens, sampling=sampling, batch_size=flags.batch_size)
-        watch.steps("the first answer")
+        watch.pauses("the first answer")  # for which it compiles
         for number, (prompt, answer) in enumerate(zip(prompts, model.stream(prompts, **settings), strict=True), 1):
             watch.steps(f"what follows answer {number} of {len(prompts)}")
             print(answer.text if len(prompts) == 1 and not flags.prompts else _line(prompt, answer), flush=True)
@@ -87,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dp", type=int, default=1, metavar="N", help="devices that share the prompts (default 1)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: a run's own, else as stored")
     parser.add_argument("--date", metavar="DATE", help="a folder's today, such as 2026-11-27 (default: today)")
-    for name, what in (("step_limit", "a batch of answers"), ("start_limit", "loading the model")):
+    for name, what in (
+        ("step_limit", "a batch of answers"),
+        ("start_limit", "loading, or the first answer,"),
+    ):
         default = getattr(Experiment, name)
         about = f"seconds that {what} may take of several processes, which else end (default {default:g})"
         parser.add_argument(f"--{name}", type=float, default=default, metavar="S", help=about)
