@@ -103,6 +103,7 @@ def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continu
 ) -> None:
     (place, name, number, fault), first, status, saved, said = ENDS[way]
     workdir, changes = tmp_path / "run", dict(eval_every=3, keep=1, named=runs.held_out(gin))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, name, at_call(number, getattr(place, name), fault, first=first))
         if isinstance(status, int):
@@ -130,10 +131,7 @@ def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continu
 
 FAILS = {  # what fails, at which call -> what is said of it
     (Gradients, "_backward", 3): ["in the backward of llm/0, microbatch 0", "in step 2"],
-    (Wiring, "place", 7): [
-        "in the evaluation of vision/0",
-        "in the evaluation behind step 3, and the save behind its error",
-    ],
+    (Wiring, "place", 7): ["in the evaluation of vision/0", "in the evaluation behind step 3"],
 }
 
 
