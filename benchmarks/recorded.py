@@ -1,14 +1,15 @@
 """What recording costs a step (`Experiment.timeline_steps`): wall and CPU time, recorded and plain steps in turn.
 
-    python benchmarks/recorded.py [--repeats 40]
+    python benchmarks/recorded.py [--pairs 40] [--most 400] [--only WORD ...]
 
 Both kinds of step begin and end with idle devices. CPU time is that of all threads of the process; on a busy machine it
-is the figure. Beside it stands what the threads that watch add by the number of tasks that they see.
+is the figure: the median over pairs of steps, with two standard errors. Pairs are added until these are below 1%, or
+there are the most. Beside it stands what the threads that watch add by the number of tasks that they see.
 """
 
 import argparse
+import functools
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -32,39 +33,58 @@ LAYOUTS = {
 def main() -> None:
     """Prints a line per pair of layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=40)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--pairs", type=int, default=40, help="at least")
+    parser.add_argument("--most", type=int, default=400)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="stages whose name has one of these")
+    flags = parser.parse_args()
     emulate(5)
-    print("layouts          seen  plain s  recorded s  wall +%   CPU +% (quartiles of the pairs)  ms per step")
-    for name, trainer, microbatches in made():
-        steps = [step for _ in range(repeats + 1) for step in (trainer.step, trainer.recorded)]
-        state, found = trainer.init(), []
-        for step in steps:
-            jax.block_until_ready(state.weights)
-            start, worked = time.perf_counter(), time.process_time()
-            state, *rest = step(state, microbatches)
-            jax.block_until_ready(state.weights)
-            found.append((time.perf_counter() - start, time.process_time() - worked))
-        timeline = rest[-1]
-        (plain, cpu), (recorded, recorded_cpu) = (np.array(found[first::2])[1:].T for first in (0, 1))
-        more = recorded_cpu - cpu
-        low, middle, high = np.percentile(more / np.median(cpu), (25, 50, 75))
+    print("stages           seen  pairs  plain s  recorded s  wall +%    CPU s  CPU +%         ms per step")
+    for name, make in MADE.items():
+        if flags.only and not any(word in name for word in flags.only):
+            continue
+        seen, times = measured(*make(), flags.pairs, flags.most)
+        (wall, cpu), (recorded, _) = np.median(times, axis=0)
+        more_wall, more = np.median(times[:, 1] - times[:, 0], axis=0)
         print(
-            f"{name:<16} {len(timeline.spans) + len(timeline.crossings):4d}  {np.median(plain):7.3f}"
-            f"  {np.median(recorded):10.3f}  {np.median(recorded - plain) / np.median(plain):+7.1%}"
-            f"  {middle:+7.1%} ({low:+.1%}, {high:+.1%})  {1e3 * np.median(more):19.2f}",
+            f"{name:<16} {seen:4d}  {len(times):5d}  {wall:7.3f}  {recorded:10.3f}  {more_wall / wall:+7.1%}"
+            f"  {cpu:7.3f}  {more / cpu:+.2%} +-{noise(times):.2%}  {1e3 * more:10.2f}",
             flush=True,
         )
 
 
-def made() -> Iterator[tuple[str, Trainer, list]]:
-    """(name, trainer, microbatches of a step): stages that sleep, whose wall time is no matter of the cores; and stages
-    that compute."""
+def measured(trainer: Trainer, microbatches: list, least: int, most: int) -> tuple[int, np.ndarray]:
+    """Tasks seen; and seconds [pairs, plain and recorded, wall and CPU]."""
+    state, found = trainer.init(), []
+    while True:
+        pair = []
+        for step in (trainer.step, trainer.recorded):
+            jax.block_until_ready(state.weights)
+            start, worked = time.perf_counter(), time.process_time()
+            state, *rest = step(state, microbatches)
+            jax.block_until_ready(state.weights)
+            pair.append((time.perf_counter() - start, time.process_time() - worked))
+        found.append(pair)
+        times = np.array(found)[1:]  # the first pair warms up
+        if len(times) >= most or (len(times) >= least and noise(times) < 0.01):
+            return len(rest[-1].spans) + len(rest[-1].crossings), times
+
+
+def noise(times: np.ndarray) -> float:
+    """Two standard errors of the median share of CPU time that recording adds."""
+    low, high = np.percentile((times[:, 1] - times[:, 0])[:, 1], (25, 75)) / np.median(times[:, 0, 1])
+    return 2 * 1.253 * float(high - low) / 1.349 / len(times) ** 0.5
+
+
+def asleep() -> tuple[Trainer, list]:
+    """Stages that sleep, whose wall time is no matter of the cores."""
     build().value = MICROS
-    yield "asleep, pp 4", *built(Case(*LAYOUTS["disjoint, pp 4"]), MICROS)
-    for name, layouts in LAYOUTS.items():
-        trainer = workload().trainer(*layouts)
-        yield name, trainer, [trainer.prepare(microbatch) for microbatch in workload().step()]
+    return built(Case(*LAYOUTS["disjoint, pp 4"]), MICROS)[:2]
+
+
+def computing(name: str) -> tuple[Trainer, list]:
+    """Stages that compute."""
+    trainer = workload().trainer(*LAYOUTS[name])
+    return trainer, [trainer.prepare(microbatch) for microbatch in workload().step()]
 
 
 def workload() -> Workload:
@@ -79,6 +99,8 @@ def workload() -> Workload:
         remat=Remat.FULL,
     )
 
+
+MADE = {"asleep, pp 4": asleep} | {name: functools.partial(computing, name) for name in LAYOUTS}
 
 if __name__ == "__main__":
     main()

@@ -24,8 +24,8 @@ from synthetic import Workload, emulate
 
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
-from hetjax.core.tasks import Cost
-from hetjax.core.trainer import Trainer
+from hetjax.core.tasks import Cost, StageKey
+from hetjax.core.trainer import State, Trainer
 from models.decoder import Decoder
 from models.vit import ViT
 
@@ -59,6 +59,7 @@ CASES = {
     "windows of 2, encoder on the first": Case(TWO, Layout(devices="0"), window=2),
     "windows of 4, gpipe, encoder on the first": Case(TWO, Layout(devices="0"), "gpipe", window=4),
     "phases, pp 4, encoder on the last": Case(FOUR, Layout(devices="3")),
+    "windows of 4, pp 4, encoder on the third": Case(FOUR, Layout(devices="2"), window=4),
     "frozen encoder beside, pp 4": Case(FOUR, Layout(devices="4"), frozen=ENCODER_FROZEN),
     "frozen llm, pp 4": Case(FOUR, Layout(devices="4"), frozen=LLM_FROZEN, microbatches=9),
     "one device for both": Case(Layout(devices="0"), Layout(devices="0")),
@@ -98,19 +99,25 @@ def main(argv: Sequence[str]) -> int:
 
 def compared(case: Case, micros: int, repeats: int) -> tuple[float, float]:
     """Seconds of a step, simulated and measured."""
-    trainer, microbatches = built(case, micros)
-    state, seconds = trainer.init(), []
+    trainer, microbatches, _ = built(case, micros)
+    state, measured = trainer.init(), []
     for _ in range(repeats + 1):
-        jax.block_until_ready(state.weights)
-        start = time.perf_counter()
-        state, _ = trainer.step(state, microbatches)
-        jax.block_until_ready(state.weights)
-        seconds.append(time.perf_counter() - start)
-    return trainer.pipeline.schedule.forecast.makespan / 1e6, min(seconds[1:])
+        state, seconds = seconds_of(trainer, state, microbatches)
+        measured.append(seconds)
+    return trainer.pipeline.schedule.forecast.makespan / 1e6, min(measured[1:])
 
 
-def built(case: Case, micros: int) -> tuple[Trainer, list]:
-    """A compiled trainer whose tasks are ordered by their sleeps, and the microbatches of a step."""
+def seconds_of(trainer: Trainer, state: State, microbatches: list) -> tuple[State, float]:
+    """The state behind a step, and the wall time from one moment without work to another."""
+    jax.block_until_ready(state.weights)
+    start = time.perf_counter()
+    state, _ = trainer.step(state, microbatches)
+    jax.block_until_ready(state.weights)
+    return state, time.perf_counter() - start
+
+
+def built(case: Case, micros: int) -> tuple[Trainer, list, dict[StageKey, Cost]]:
+    """A compiled trainer whose tasks are ordered by their sleeps, the microbatches of a step, and the sleeps."""
     layers, of_encoder = case.layers
     llm = Decoder(vocab_size=64, width=32, num_layers=layers, num_heads=2, num_kv_heads=2, mlp_width=64)
     sizes = dict(image_size=16, patch_size=8, width=32, num_heads=2, mlp_width=64, output_width=32)
@@ -125,8 +132,9 @@ def built(case: Case, micros: int) -> tuple[Trainer, list]:
     )
     trainer = work.trainer(case.llm, case.vision, schedule=case.schedule, encoder_window=case.window)
     slept = {key: micros * (stage.plan.hi - stage.plan.lo) for key, stage in trainer.pipeline.stages.items()}
-    trainer.pipeline.reschedule({key: Cost(n, BACKWARD * n) for key, n in slept.items()})
-    return trainer, [trainer.prepare(microbatch) for microbatch in work.step()]
+    costs = {key: Cost(n, BACKWARD * n) for key, n in slept.items()}
+    trainer.pipeline.reschedule(costs)
+    return trainer, [trainer.prepare(microbatch) for microbatch in work.step()], costs
 
 
 if __name__ == "__main__":

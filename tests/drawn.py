@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +46,14 @@ MODELS: list[dict[str, Any]] = [
     dict(deepstack=(1, 0, -1)),
     dict(cross=(1, 3)),
 ]
+Draw = Callable[[random.Random], Case | None]
+Kinds = Callable[[Case], set[str]]
+TRAINED = {
+    (): "all trained",
+    FROZEN_LLM: "frozen llm",
+    FROZEN_VISION: "frozen vision",
+    PROJECTOR: "projector alone",
+}
 SIZES = dict(dp=(1, 2, 4), cp=(1, 2), tp=(1, 2, 4), pp=(1, 2), copies=(1, 1, 2), ep=(1, 2, 4))
 
 
@@ -56,16 +65,20 @@ def draw(rng: random.Random) -> Case | None:
         layouts = {name: layout(rng, most=4 if name == "audio" else 8) for name in ("llm", *names)}
         layouts["vision"] = replicated(rng, layouts["vision"])
         placed = place(rng, layouts)
-        for name, mine in placed.items():
-            plan_stages(name, definition(name, number), mine, jax.devices())
-            sizes = dict(is_sink=name == "llm", groups=SHAPE.groups, items=SHAPE.slots, seq=tiny.SEQ)
-            check_batch(name, mine, **sizes)
+        check(placed, number, SHAPE)
     except ValueError:
         return None
     changes = rng.choice([(), (), FROZEN_LLM, FROZEN_VISION, PROJECTOR])
     how = dict(remat=rng.choice(list(Remat)[:3]), schedule=rng.choice(["1f1b", "gpipe", "zerobubble"]))
     audio, shape = placed.get("audio"), SHAPE if placed["vision"].replicas == 1 else SHARED
     return Case(placed["llm"], placed["vision"], audio, shape=shape, changes=changes, **how, **MODELS[number])
+
+
+def check(placed: dict[str, Layout], number: int, shape: tiny.Shape) -> None:
+    """Raises ValueError for layouts that are not legal with MODELS[number]."""
+    for name, mine in placed.items():
+        plan_stages(name, definition(name, number), mine, jax.devices())
+        check_batch(name, mine, is_sink=name == "llm", groups=shape.groups, items=shape.slots, seq=tiny.SEQ)
 
 
 @functools.cache
@@ -115,11 +128,7 @@ def kinds(case: Case) -> set[str]:
     found.add("repeated heads" if case.kv_heads < case.llm.tp else "heads of their own")
     routers = {EXPERTS: "experts", BIASED: "experts with a bias", None: "dense"}
     found |= {routers[case.experts]} | ({"seeing experts"} if case.seeing else set())
-    found.add(
-        {FROZEN_LLM: "frozen llm", FROZEN_VISION: "frozen vision", PROJECTOR: "projector alone"}.get(
-            case.changes, "all trained"
-        )
-    )
+    found.add(TRAINED[case.changes])
     found |= {"two encoders"} if case.audio else set()
     found |= {name for name, given in (("deepstack", case.deepstack), ("cross-attention", case.cross)) if given}
     found |= {"padded vocabulary"} if case.vocab % case.llm.tp else set()
@@ -132,16 +141,18 @@ def kinds(case: Case) -> set[str]:
         found |= {f"{side} offloads {kind}" for kind in mine.offload}
         ids = mine.device_ids
         found |= {"shuffled"} if list(ids) != sorted(ids) else set()
+    return found | {placement(case)}
+
+
+def placement(case: Case) -> str:
+    """Where the encoder of pictures stands."""
     llm, vision = set(case.llm.device_ids), set(case.vision.device_ids)
-    found.add("disjoint" if not llm & vision else "colocated" if llm == vision else "overlapping")
-    return found
+    return "disjoint" if not llm & vision else "colocated" if llm == vision else "overlapping"
 
 
-def cases(count: int, seed: int = 0, tries: int = 25000) -> list[Case]:
-    """`count` distinct runs: first those that bring most new pairs of kinds, then any."""
-    rng = random.Random(seed)
-    drawn = dict.fromkeys(filter(None, (draw(rng) for _ in range(tries))))
-    left = {case: set(itertools.combinations(sorted(kinds(case)), 2)) for case in drawn}
+def cases(count: int, of: Draw, kinds: Kinds, *, seed: int = 0, tries: int = 25000, size: int = 2) -> list[Case]:
+    """`count` distinct runs: first those in which most kinds meet, `size` at a time, that have not yet, then any."""
+    left = {case: meetings(case, kinds, size) for case in several(of, seed, tries)}
     found, met = [], set()
     while len(found) < count:
         case = max(left, key=lambda case: len(left[case] - met))  # of equal ones the first
@@ -150,8 +161,18 @@ def cases(count: int, seed: int = 0, tries: int = 25000) -> list[Case]:
     return found
 
 
-def possible(seed: int = 1, tries: int = 10000) -> set[tuple[str, str]]:
-    """Pairs of kinds that meet in any legal run of a great many."""
+def several(of: Draw, seed: int, tries: int) -> dict[Case, None]:
+    """The distinct legal runs of so many drawn ones."""
     rng = random.Random(seed)
-    drawn = filter(None, (draw(rng) for _ in range(tries)))
-    return {pair for case in drawn for pair in itertools.combinations(sorted(kinds(case)), 2)}
+    return dict.fromkeys(filter(None, (of(rng) for _ in range(tries))))
+
+
+def meetings(case: Case, kinds: Kinds, size: int = 2) -> set[tuple[str, ...]]:
+    """The kinds that meet in a run, `size` at a time."""
+    return set(itertools.combinations(sorted(kinds(case)), size))
+
+
+def missed(found: list[Case], of: Draw, kinds: Kinds, *, tries: int = 10000, size: int = 2) -> set[tuple[str, ...]]:
+    """What meets in any legal run of a great many and in none of these."""
+    possible = (meetings(case, kinds, size) for case in several(of, 1, tries))
+    return set().union(*possible) - set().union(*(meetings(case, kinds, size) for case in found))

@@ -46,10 +46,22 @@ def test_a_part_that_runs_out_of_time_costs_no_other(tmp_path: Path) -> None:
     assert "| kernels | out of time |" in (tmp_path / "page.md").read_text()
 
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="without a C++ compiler nothing can sleep natively"
+)
+
+
 @pytest.mark.slow
+@needs_compiler
+def test_filling_gains_what_it_does_in_simulation() -> None:
+    line = [sys.executable, str(runs.ROOT / "benchmarks" / "filled.py"), "--only", "4, 8 microbatches"]
+    ran = subprocess.run(line, env=runs.environment(), capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_the_loop_keeps_to_the_plan() -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("without a C++ compiler nothing can sleep natively")
     line = [sys.executable, str(runs.ROOT / "benchmarks" / "schedules.py"), "--micros=40000", "--repeats=2"]
     words = ["gpipe, pp", "phases, encoder", "one device"]  # far apart, whatever else the machine does
     ran = subprocess.run([*line, "--only", *words], env=runs.environment(), capture_output=True, text=True, timeout=900)

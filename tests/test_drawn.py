@@ -1,22 +1,29 @@
-"""Whatever is drawn from the layouts that are allowed trains as the reference on one device does, in float64."""
+"""Whatever is drawn from the layouts that are allowed trains as the reference on one device does, in float64; and so do
+pipelines under every schedule.
+
+Schedules give the same bits on the same stages: test_accumulators.py, test_interleaved.py, test_stage_costs.py and
+test_replicas.py.
+"""
 
 import functools
-import itertools
 
 import at_once
 import drawn
 import jax.numpy as jnp
 import pytest
+import scheduled
 from test_parity import MOMENTUM, Case, build, judged
 
 COUNT, DEFAULT = 120, 6
 MARKS = [[] if n < DEFAULT else [pytest.mark.slow] for n in range(COUNT)]
+QUICK = {15, 16, 17, 32, 35, 40}  # of few sets of stages, each of few programs
+OF_SCHEDULES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in range(scheduled.CASES)]
 
 
 @functools.cache
 def cases() -> list[Case]:
     """All of them; drawn where one is needed, not in each process that collects tests."""
-    return drawn.cases(COUNT)
+    return drawn.cases(COUNT, drawn.draw, drawn.kinds)
 
 
 @pytest.mark.usefixtures("x64")
@@ -31,5 +38,17 @@ def test_a_drawn_run_is_the_references(number: int) -> None:
 
 @pytest.mark.slow
 def test_all_kinds_that_can_meet_do() -> None:
-    met = {pair for case in cases() for pair in itertools.combinations(sorted(drawn.kinds(case)), 2)}
-    assert drawn.possible() <= met
+    assert not drawn.missed(cases(), drawn.draw, drawn.kinds)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("number", OF_SCHEDULES)
+def test_a_drawn_pipeline_is_the_references_under_its_schedule(number: int) -> None:
+    case = scheduled.cases()[number]
+    (report,) = judged(build(case, MOMENTUM, jnp.float64), case, MOMENTUM, jnp.float64, 1)
+    assert report.within(loss=1e-12, leaves=1e-11, params=1e-11), (case, report)
+
+
+def test_all_kinds_of_schedules_meet() -> None:
+    met = set().union(*(drawn.meetings(case, scheduled.kinds) for case in scheduled.cases()))
+    assert met == scheduled.pairs()

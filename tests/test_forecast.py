@@ -128,6 +128,7 @@ def test_whatever_the_graph_all_is_done_in_time_and_within_bounds(seed: int) -> 
         assert all(spans[need].end <= span.begin for need in needs.computed(task)), task
     check_devices(found, nodes)
     check_bounds(found, nodes, num)
+    check_windows(found, nodes, num, window or num)
     assert found.shortest <= found.makespan and 0 <= found.bubble < 1
 
 
@@ -161,6 +162,28 @@ def check_bounds(found: Forecast, nodes: list[StageNode], num: int) -> None:
             assert count - done <= found.bounds[node.key], (node.key, i)
 
 
+def check_windows(found: Forecast, nodes: list[StageNode], num: int, window: int) -> None:
+    """Devices that an encoder shares with the language model have three phases per window. Those of other stages wait
+    for what these take, and for nothing else."""
+    needs, llm = Needs(nodes, num), frozenset().union(*(node.devices for node in nodes if node.module == "llm"))
+    windowed = {node.module for node in nodes if node.module != "llm" and node.devices & llm}
+    encodes = [node for node in nodes if node.module in windowed]
+    for device in llm & frozenset().union(*(node.devices for node in encodes)):
+        tasks = [task for task in found.spans if device in found.devices[task.stage] and task.kind is not Kind.WEIGHTS]
+        of_both = [task for task in tasks if task.stage[0] in {"llm", *windowed}]
+        phases = [(t.microbatch // window, "FlB".index("l" if t.stage[0] == "llm" else t.kind.value)) for t in of_both]
+        assert phases == sorted(phases)
+    for node in nodes:
+        if node.module in windowed or any(node.devices & other.devices for other in encodes):
+            continue
+        on_devices = {span.end for task, span in found.spans.items() if node.devices & found.devices[task.stage]}
+        takers = [] if node.backward else needs.consumers[node.key]
+        of_takers = {span.end for task, span in found.spans.items() if task.stage in takers}
+        for task in (task for task in found.spans if task.stage == node.key):
+            given = {found.spans[need].end for need in needs.computed(task)}
+            assert found.spans[task].begin in {0, *given, *on_devices, *of_takers}, task
+
+
 def kept(found: Forecast, node: StageNode) -> int:
     """The most microbatches of which the forward has begun and the weights' gradients are not there."""
     of = lambda kind: [span for task, span in found.spans.items() if task.stage == node.key and task.kind is kind]
@@ -174,6 +197,19 @@ def test_a_frozen_encoder_runs_ahead_and_keeps_nothing() -> None:
     assert found.in_flight[("vision", 0)] == 0 and found.bounds[("vision", 0)] == 3
     first = [task for task in found.spans if task.stage == ("vision", 0)][:3]
     assert [found.spans[task].begin for task in first] == [0, 1, 2], "ahead as far as the bound allows, without a stop"
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_window_holds_no_stage_of_other_devices(place: int) -> None:
+    """While an encoder encodes the others, the first microbatch goes through the stages in front of its own; while the
+    last cotangents go back through these, its backwards begin."""
+    nodes, num = vlm(vision=[[place]], llm=[[0], [1], [2], [3]]), 8
+    found = forecast(nodes, num, costs=alike(nodes, Cost(2, 4)))
+    begins = {task: span.begin for task, span in found.spans.items()}
+    for stage in range(place):
+        assert begins[Task(Kind.FORWARD, ("llm", stage), 0)] == 2 * (stage + 1)
+    assert begins[Task(Kind.FORWARD, ("llm", place), 0)] == 2 * num
+    assert found.makespan == found.text_only + (num - place) * (2 + 4)
 
 
 def test_work_below_the_lowest_trained_part_shortens_the_step() -> None:

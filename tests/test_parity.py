@@ -6,6 +6,7 @@ gradient. The long runs of SGD and AdamW in float32 and float64 are marked slow.
 
 import dataclasses
 import functools
+import random
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ from hetjax.core import loss
 from hetjax.core.layout import Layout, like
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.remat import Remat
+from hetjax.core.tasks import Cost
 from hetjax.core.trainer import Trainer
 from hetjax.judge import compare
 from hetjax.judge.reference import Reference
@@ -53,6 +55,7 @@ class Case:
     unweighted: bool = False  # a microbatch has no targets, another none in half of its rows
     schedule: str = "1f1b"
     encoder_window: int | None = None
+    costs: int | None = None  # seed of the stages' costs, as if they had been measured
 
     @property
     def encoders(self) -> dict[str, Layout]:
@@ -305,7 +308,13 @@ def build(case: Case, config: OptimizerConfig, dtype: Any) -> Trainer:
     config = dataclasses.replace(config, **dict(case.changes))
     # the reference is traced later, and knows neither blocks nor chunks
     with mock.patch.dict(attention.BLOCKS, cpu=case.blocks), mock.patch.dict(loss.CHUNK, cpu=5):
-        return tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
+        trainer = tiny.trainer(graph, case.shape, config, dtype=dtype, **options)
+    if case.costs is not None:
+        rng = random.Random(case.costs)
+        cost = lambda splits: Cost(rng.randint(1, 99), rng.randint(50, 199), splits * rng.randint(1, 49))
+        stages = trainer.pipeline.stages
+        trainer.pipeline.reschedule({key: cost(stage.splits) for key, stage in stages.items()})
+    return trainer
 
 
 def judged(trainer: Trainer, case: Case, config: OptimizerConfig, dtype: Any, steps: int) -> list[compare.StepReport]:

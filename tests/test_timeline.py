@@ -131,6 +131,12 @@ def test_a_profiled_step_is_the_step_with_the_name_of_each_task(trainer: Trainer
     assert not trainer.pipeline.annotates
 
 
+def test_a_profile_tells_programs_apart_by_stage_and_kind(trainer: Trainer) -> None:
+    for (module, number), stage in trainer.pipeline.stages.items():
+        for kind, program in stage.programs.items():
+            assert program.as_text().startswith(f"HloModule jit_{module}_{number}_{kind},")
+
+
 def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +149,11 @@ def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
     run = runs.load(runs.write(tmp_path), runs.settings(timeline_steps=[2, 4], profile_steps=[3, 4]))
     taken: Any = [profiles.taken(run, Plain(), tmp_path, None, 0.0, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
     assert taken == [[], ["recorded"], ["profiled"], ["profiled", "recorded"]]
+    assert not profiles.missed(run, tmp_path, 1)
+    (tmp_path / timelines.FOLDER).mkdir()
+    (tmp_path / timelines.FOLDER / "step-2.json").touch()
+    (gone,) = profiles.missed(run, tmp_path, 3)
+    assert gone == "profile_steps: the run goes on behind step 3, so 3 will not be recorded"
 
 
 @pytest.mark.parametrize("name", ["timeline_steps", "profile_steps"])

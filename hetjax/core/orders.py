@@ -63,6 +63,8 @@ class Orders:
         windowed = {n.module for n in nodes if n.module != sink and n.devices & of_sink and n.share.replicas == 1}
         self.sink = [n.key for n in nodes if n.module == sink]
         self.sharing = [n.key for n in nodes if n.module in windowed]
+        in_phases = [n for n in nodes if n.module in windowed or n.module == sink]
+        self._beside = {n.key: [m.key for m in in_phases if m.devices & n.devices] for n in in_phases}
         self.window, self.most = window if windowed else num_microbatches, window
         self.turns = _turns(nodes)
         self.bounds: dict[StageKey, int] = {}
@@ -170,7 +172,7 @@ class Orders:
         """Of every forward and backward, what must have ended."""
         tasks = [task for task in self.graph.of_microbatches() if task.kind is not Kind.WEIGHTS]
         found = {task: self.graph.computed(task) + self._rules(task) for task in tasks}
-        for turns in self.turns:
+        for turns in (turns for turns in self.turns if len(turns.stages) > 1):
             forwards = [task for task in self._forwards(turns) if self.nodes[task.stage].backward]
             ahead = self.ahead(turns)
             for forward, backward in zip(forwards[ahead:], self._backwards(turns), strict=False):
@@ -181,21 +183,24 @@ class Orders:
         kind, key, i = task.kind, task.stage, task.microbatch
         found = []
         before = i - self.bounds[key] * self.nodes[key].share.replicas
-        if kind is Kind.FORWARD and not self.nodes[key].backward and before >= 0:
-            found += [Task(kind, k, before) for k in self.graph.consumers[key]]
+        if kind is Kind.FORWARD and before >= 0:
+            takers = self.graph.consumers[key]
+            found += self._ends([key], before) if self.nodes[key].backward else [Task(kind, k, before) for k in takers]
         last = self._last_of_window(i)
         if kind is Kind.BACKWARD and self.kind == "gpipe" and self.nodes[key].share.replicas == 1:
             found.append(Task(Kind.FORWARD, key, last))
+        beside = self._beside.get(key, ())
         if kind is Kind.FORWARD and key in self.sharing and i >= self.window:
-            found += self._back([*self.sink, *self.sharing], i - i % self.window - 1)
+            found += self._ends(beside, i - i % self.window - 1)
         if kind is Kind.BACKWARD and key in self.sharing:
-            found += self._back(self.sink, last)
+            found += self._ends([k for k in beside if k in self.sink], last)
         if kind is Kind.FORWARD and key in self.sink:
-            found += [Task(kind, k, last) for k in self.sharing]
+            found += [Task(kind, k, last) for k in beside if k in self.sharing]
         return found
 
-    def _back(self, keys: Sequence[StageKey], microbatch: int) -> list[Task]:
-        return [Task(Kind.BACKWARD, key, microbatch) for key in keys if self.nodes[key].backward]
+    def _ends(self, keys: Sequence[StageKey], microbatch: int) -> list[Task]:
+        """The tasks with which stages are through with a microbatch, but for the weights' halves."""
+        return [Task(Kind.BACKWARD if self.nodes[k].backward else Kind.FORWARD, k, microbatch) for k in keys]
 
 
 def _turns(nodes: Sequence[StageNode]) -> list[Turns]:

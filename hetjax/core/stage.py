@@ -100,8 +100,6 @@ class Stage:
         self.keep, self.local = keep, self.local_with(keep.policy)
         self.y, self.ends = self._find_outputs()
 
-    # -- what the stage reads and yields -------------------------------------------------------------------------
-
     def _find_reads(self, batch: Abstract) -> list[str]:
         """The arrays of the microbatch that the stage's code looks at: one abstract run, on recorded dicts."""
         reads = self.module.definition.reads
@@ -151,8 +149,6 @@ class Stage:
 
     def _on_devices(self, function: Callable[..., Tree], in_specs: Tree, out_specs: Tree) -> Callable[..., Tree]:
         return jax.shard_map(function, mesh=self.plan.mesh, in_specs=in_specs, out_specs=out_specs)
-
-    # -- the programs --------------------------------------------------------------------------------------------
 
     def _forward(self, weights: Params, x: Tree, packed: list[jax.Array]) -> tuple[Tree, list[jax.Array], jax.Array]:
         batch = packing.unpack(self.packings, packed)
@@ -286,7 +282,9 @@ class Stage:
         self, name: str, function: Callable[..., Tree], args: tuple, *, donate: tuple[int, ...] = (), out: Tree = None
     ) -> None:
         options = {} if out is None else {"out_shardings": out}
-        compiled = jax.jit(function, donate_argnums=donate, keep_unused=True, **options).lower(*args).compile()
+        program = lambda *given: function(*given)
+        program.__name__ = "/".join((*map(str, self.plan.key), name))  # by which a profile tells it from others
+        compiled = jax.jit(program, donate_argnums=donate, keep_unused=True, **options).lower(*args).compile()
         self.memory[name] = compiled.memory_analysis()
         self.programs[name] = compiled
 
