@@ -13,7 +13,7 @@ from test_parity import FROZEN_LLM, FROZEN_VISION, Case
 from hetjax.core.layout import Layout
 
 SHAPE = tiny.Shape(samples=4, groups=4, slots=8, microbatches=5)
-SETS, CASES = 16, 48
+SETS, CASES = 10, 42
 KINDS = [
     {"1f1b", "gpipe", "zerobubble"},
     {"colocated", "disjoint", "overlapping"},

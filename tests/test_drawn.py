@@ -16,7 +16,7 @@ from test_parity import MOMENTUM, Case, build, judged
 
 COUNT, DEFAULT = 120, 6
 MARKS = [[] if n < DEFAULT else [pytest.mark.slow] for n in range(COUNT)]
-QUICK = {15, 16, 17, 32, 35, 40}  # of few sets of stages, each of few programs
+QUICK = {16, 17, 18, 19, 38, 39}  # of two sets of stages, each of few programs
 OF_SCHEDULES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in range(scheduled.CASES)]
 
 
