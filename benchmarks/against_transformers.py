@@ -1,10 +1,10 @@
 """Step time of one device against `transformers` on torch: the same LLaVA, batch and cores, forward, backward and SGD.
 
     pip install torch transformers        (the extra `torch`)
-    python benchmarks/against_transformers.py [--repeats 5] [--large|--tiny] [--json FILE]
+    python benchmarks/against_transformers.py [--repeats 5] [--large|--tiny] [--unroll] [--json FILE]
 
 On a CPU in float32. On a GPU both run in bfloat16, torch (weights too) eagerly and through `torch.compile`; `--large`
-is a decoder of 1B behind an encoder of 0.3B.
+is a decoder of 1B behind an encoder of 0.3B. `--unroll` runs our layers in no loop.
 """
 
 import os
@@ -58,15 +58,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--unroll", action="store_true")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--large", dest="work", action="store_const", const=LARGE, default=SMALL)
     size.add_argument("--tiny", dest="work", action="store_const", const=TINY)
     flags = parser.parse_args()
     gpu = jax.default_backend() == "gpu"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    work = dataclasses.replace(flags.work, dtype=jnp.bfloat16 if gpu else jnp.float32)
+    work = dataclasses.replace(flags.work, dtype=jnp.bfloat16 if gpu else jnp.float32, unroll=flags.unroll)
     device = jax.devices()[0].device_kind
-    print(f"{device}, {torch.get_num_threads()} threads, jax {jax.__version__}, torch {torch.__version__}")
+    layers = "layers in no loop" if work.unroll else "layers in a loop"
+    print(f"{device}, {torch.get_num_threads()} threads, jax {jax.__version__}, torch {torch.__version__}, {layers}")
     ours = Timed(work.trainer(Layout(), Layout()), work.step())
     found: dict[str, Time] = {}
     for name in ("torch eager", "torch.compile") if gpu else ("torch eager",):

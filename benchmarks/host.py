@@ -2,10 +2,10 @@
 
     python benchmarks/host.py [--repeats 10]
 
-All of the thread's CPU time in a step (`time.thread_time`, of the cheapest one) is divided by the number of its
-forwards and backwards: what their boundaries and the step's end take is in it; waiting for a core, which is most of the
-wall time on a busy machine, is not. Nor is packing, which the data thread does. On a busy machine the figure still
-grows, twofold and more, because the caches are others'.
+All of the thread's CPU time in a step (`time.thread_time`, of the cheapest one) is divided by the number of tasks in
+its order, boundaries and the step's end among them, and by that of its forwards and backwards alone. Waiting for a
+core, which is most of the wall time on a busy machine, is not in it. Nor is packing, which the data thread does. On a
+busy machine the figure still grows, twofold and more, because the caches are others'.
 
 The boundary's share of the step is measured by running a step's transfers alone, one after the other.
 """
@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     repeats = parser.parse_args().repeats
     emulate(8)
-    print("layouts              remat  step s  tasks  CPU ms/task  of it boundary  boundary alone, of step  residuals")
+    heads = "tasks  CPU ms each  F, B  ms each  of it boundary  alone, of step  residuals"
+    print(f"layouts              remat  step s  {heads}")
     for name, (llm, vision) in LAYOUTS.items():
         for remat in (Remat.NONE, Remat.FULL):
             work = workload(remat)
@@ -49,12 +50,14 @@ def main() -> None:
             step = median_seconds({name: timed}, repeats=repeats)[name]
             cpu = min(thread_seconds(timed) for _ in range(repeats))
             host = trainer.gradients(timed.state, timed.microbatches).host
-            tasks = sum(task.kind in (Kind.FORWARD, Kind.BACKWARD) for task in trainer.pipeline.schedule.order)
+            order = trainer.pipeline.schedule.order
+            computing = sum(task.kind in (Kind.FORWARD, Kind.BACKWARD) for task in order)
             alone = boundary_seconds(trainer, work.num_microbatches, repeats)
             kept = ", ".join(str(len(stage.kept)) for stage in trainer.pipeline.stages.values())
             print(
-                f"{name:<20} {remat.value:<5}  {step:6.3f}  {tasks:5d}  {1e3 * cpu / tasks:11.2f}  "
-                f"{host.boundary_seconds / host.dispatch_seconds:14.0%}  {alone / step:23.1%}  {kept}",
+                f"{name:<20} {remat.value:<5}  {step:6.3f}  {len(order):5d}  {1e3 * cpu / len(order):11.2f}  "
+                f"{computing:4d}  {1e3 * cpu / computing:7.2f}  {host.boundary_seconds / host.dispatch_seconds:14.0%}  "
+                f"{alone / step:14.1%}  {kept}",
                 flush=True,
             )
 

@@ -39,6 +39,7 @@ class Workload:
     remat: Remat = Remat.NONE
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", clip_norm=1.0)
     documents: int = 1  # of a row, of equal lengths
+    unroll: bool = False  # of all modules
 
     def trainer(
         self,
@@ -54,9 +55,10 @@ class Workload:
         devices = devices or jax.devices()
         encoders = ()
         if self.vision is not None:
-            encoders = (Module("vision", self.vision.module(self.dtype), vision or Layout(), self.remat),)
+            encoder = self.vision.module(self.dtype)
+            encoders = (Module("vision", encoder, vision or Layout(), self.remat, self.unroll),)
         decoder = self.llm.module(self.dtype, encoders=tuple(e.name for e in encoders), packed=self.documents > 1)
-        graph = vlm(encoders, Module("llm", decoder, llm, self.remat))
+        graph = vlm(encoders, Module("llm", decoder, llm, self.remat, self.unroll))
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.microbatch(0).items()}
         spec = TrainSpec(
             graph=graph,

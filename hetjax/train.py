@@ -74,7 +74,7 @@ def train(run: Experiment, workdir: Path, asked: Mapping[str, str] | None = None
     """Trains `run` to its last step, or to a signal, with everything that is written in `workdir`.
 
     `asked`: file name -> text, what the run was asked for; written there once nothing speaks against the run."""
-    with watchdog.watched(run.step_limit, run.start_limit) as watch:
+    with watchdog.watched(Watch(run.step_limit, run.start_limit)) as watch:
         cluster.join_as_told(run.step_limit)
         _train(run, workdir, asked or {}, watch)
         cluster.leave()

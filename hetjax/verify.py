@@ -5,19 +5,23 @@
 Exit status 0: every step's loss and every leaf are within tolerance; 1: one is not; 2: the run cannot be built.
 """
 
+import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from hetjax.core import budget, memory
 from hetjax.core.trainer import Trainer
+from hetjax.data import Loader
 from hetjax.judge.compare import StepReport, Worst, compare, compare_initial
 from hetjax.judge.reference import Reference
 from hetjax.run import cluster, command, config, experiment, several
 from hetjax.run.experiment import Experiment
 from hetjax.run.shrink import in_precision, shrunk
+from hetjax.run.watchdog import Watch
 
 
 class Tolerance(NamedTuple):
@@ -55,17 +59,22 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--shrink", action="store_true", help="a small model of the same layers and layouts")
     arguments = command.parse_arguments(argv, parser, needs_workdir=False)
-    return several.together(lambda: verify(arguments))
-
-
-def verify(arguments: command.Arguments) -> int:
-    """The exit status. Of several processes each is a judge, with the arrays of all."""
     flags = arguments.flags
     try:
         if flags.steps < 1:
             raise ValueError(f"--steps={flags.steps}; compare at least 1")
         run = config.load(arguments.gin_files, arguments.bindings, Experiment)
         run = in_precision(shrunk(run) if flags.shrink else run, flags.dtype)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    watch = Watch(run.step_limit, run.start_limit)
+    return several.together(lambda: verify(run, flags, watch), watch)
+
+
+def verify(run: Experiment, flags: argparse.Namespace, watch: Watch) -> int:
+    """The exit status. Of several processes each is a judge, with the arrays of all."""
+    try:
         experiment.start(run)
         jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would take float32 products in tf32
         trainers = [experiment.build(run, phase) for phase in range(len(run.training))]
@@ -75,27 +84,35 @@ def verify(arguments: command.Arguments) -> int:
         print(f"{trainers[0].picture()}\n", flush=True)
         if run.init_from:
             print("Experiment.init_from is not read here: both sides start from the values drawn for Experiment.seed")
-        failed = _failed_steps(run, trainers, flags.steps, TOLERANCES[flags.dtype])
+        failed = _failed_steps(run, trainers, flags.steps, TOLERANCES[flags.dtype], watch)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cluster.who()}{error}", file=sys.stderr)
         return 2
     print(f"FAILED: {failed} step(s) beyond tolerance" if failed else "every layout trains as one device does")
     return 1 if failed else 0
 
 
-def _failed_steps(run: Experiment, trainers: Sequence[Trainer], steps: int, tolerance: Tolerance) -> int:
+def _failed_steps(run: Experiment, trainers: Sequence[Trainer], steps: int, tolerance: Tolerance, watch: Watch) -> int:
     """The number of steps, and of modules at the start, beyond tolerance."""
     reference = Reference(trainers[0].graph, trainers[0].spec.optimizer)
     failed = _print_initial(compare_initial(trainers[0]))
     with experiment.train_loader(run) as loader:  # all of it, for the reference
         for phase, trainer in enumerate(trainers, 1):
             print(f"phase {phase} of {len(trainers)}", flush=True)
-            trainer.compile()
+            trainer.compile(lambda _, done, total: watch.pauses(f"compiling, with {done} of {total} programs done"))
             cluster.meet(f"compiled phase {phase}")
-            data = (loader.next_step(run.num_microbatches) for _ in range(steps))
-            reports = compare(trainer, data, reference.with_config(trainer.spec.optimizer))
+            watch.follow(trainer.pipeline.progress)
+            data = (_next(loader, run.num_microbatches, n, watch) for n in range(steps))
+            judged = lambda n: watch.pauses(f"the reference's step {n}")
+            reports = compare(trainer, data, reference.with_config(trainer.spec.optimizer), judges=judged)
             failed += _print_reports(reports, tolerance)
     return failed
+
+
+def _next(loader: Loader, num_microbatches: int, step: int, watch: Watch) -> Sequence[Mapping[str, np.ndarray]]:
+    """The microbatches of a step, which begins."""
+    watch.steps(f"step {step}")
+    return loader.next_step(num_microbatches)
 
 
 def _print_initial(found: Mapping[str, Worst]) -> int:

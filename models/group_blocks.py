@@ -33,7 +33,7 @@ class Blocks:
         last = jnp.cumsum(counts)
         number = jnp.arange(most, dtype=jnp.int32)
         group = jnp.searchsorted(last, number, side="right", method="compare_all").astype(jnp.int32)
-        self.counts, self.begins = counts, last - counts
+        self.counts, self.begins, self.sizes = counts, last - counts, sizes
         self.group = jnp.minimum(group, groups - 1)  # of numbers behind the last block: then no row is within
         self.first = (ends - sizes)[self.group] + (number - self.begins[self.group]) * self.rows
         self.end = ends[self.group]
@@ -55,3 +55,11 @@ class Blocks:
         row = self.first[:, None] + jnp.arange(self.rows, dtype=jnp.int32)[None]
         row = jnp.where(row < self.end[:, None], row, len(x)).reshape(-1)
         return x.at[row].get(mode="fill", fill_value=0)
+
+    def together(self, y: jax.Array, n: int) -> jax.Array:
+        """The rows of blocks by themselves, as they were in an array of `n`; 0 in those of no group."""
+        ends, row = jnp.cumsum(self.sizes), jnp.arange(n, dtype=jnp.int32)
+        group = jnp.searchsorted(ends, row, side="right", method="compare_all").astype(jnp.int32)
+        own = jnp.minimum(group, len(self.sizes) - 1)
+        place = self.begins[own] * self.rows + row - (ends - self.sizes)[own]
+        return y.at[jnp.where(group < len(self.sizes), place, len(y))].get(mode="fill", fill_value=0)

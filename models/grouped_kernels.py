@@ -1,7 +1,6 @@
-"""The grouped product on Hopper GPUs: tokamax's kernel for the product, ours for the weights' gradient.
+"""The grouped product on Hopper GPUs: tokamax's kernel for the product, ours for both gradients.
 
-They visit the rows that there are, in tiles of one group each, and give the same bits again. The input's gradient is a
-product with the weights transposed, of which the kernel wants a copy.
+They visit the rows that there are, in tiles of one group each, and give the same bits again.
 """
 
 import importlib
@@ -49,13 +48,16 @@ def _filled(x: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def _run_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool) -> list[jax.Array]:
+    if transposed:  # tokamax's would want a copy of the weights
+        from models.grouped_gradients import row_gradient  # here: what it imports takes most of a second
+
+        return [row_gradient(x, w.astype(x.dtype), sizes)]
     kernel = importlib.import_module(KERNELS[0]).ragged_dot_kernel
-    w = (w.swapaxes(1, 2) if transposed else w).astype(x.dtype)
-    return [_filled(kernel(x, w, sizes, x.dtype, _config()), sizes)]
+    return [_filled(kernel(x, w.astype(x.dtype), sizes, x.dtype, _config()), sizes)]
 
 
 def _run_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, *, dtype: Any) -> list[jax.Array]:
-    from models.grouped_gradient import weight_gradient  # here: what it imports takes most of a second
+    from models.grouped_gradients import weight_gradient
 
     return [weight_gradient(x, g, sizes, jnp.dtype(dtype))]
 

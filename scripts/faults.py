@@ -1,228 +1,40 @@
 """Breaks small runs of several processes at random moments, and checks what is left of them.
 
-    python scripts/faults.py --times 5 --processes 2 [--only NAME ...] [--seed 0] [--out DIR]
+    python scripts/faults.py --out DIR [--times 5] [--processes 2 4] [--only NAME ...] [--page docs/cluster.md]
 
 Every fault: the run ends within the stated time, no complete checkpoint is lost, and the same command, started again,
-gives the losses of an undisturbed run, bit for bit. Prints a table (the slowest end of each fault), and what broke.
-Exit status 1 if something did. A full disk needs root, to mount a small one. A trial takes a minute on two cores.
+gives the losses of an undisturbed run, bit for bit. DIR keeps a line of each trial that is over: the same command,
+started again, goes on behind them. Prints a table, which `--page` puts in place of that page's, and what broke. Exit
+status 1 if something did. A full disk needs root, to mount a small one.
 """
 
 import argparse
 import contextlib
-import os
+import itertools
+import json
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+import outcomes
+from cases import CASES, START, Ended, Settings, settings
+from outcomes import Outcome
 from trials import Run
-
-LIMIT = 15.0  # seconds that a step may hang in these runs
-STEPS, SAVES, EVALUATES = 40, 10, 20
-HEARTBEAT = 100.0  # seconds behind which jax ends what hangs outside of steps (cluster.HEARTBEAT)
-SLACK = 20.0  # seconds: hetjax launch gives the others 10 to end, and this machine is busy
-START = 300.0  # seconds that a whole run may take here
-# put before what one process runs: the pool of the data's threads gets a task that raises
-CRASH_HOOK = """
-import os
-if os.environ.get("HETJAX_PROCESS") == "1":
-    import concurrent.futures, itertools
-    submit, count = concurrent.futures.ThreadPoolExecutor.submit, itertools.count()
-    def breaks(*arguments):
-        raise MemoryError("a worker's crash")
-    def counted(self, function, *arguments, **named):
-        of_data = getattr(function, "__module__", "").startswith("hetjax.data")
-        return submit(self, breaks if of_data and next(count) == {calls} else function, *arguments, **named)
-    concurrent.futures.ThreadPoolExecutor.submit = counted
-"""
-
-
-class Settings(NamedTuple):
-    """What all trials share."""
-
-    folder: Path
-    processes: int
-    reference: Mapping[int, float]
-    cache: Path
-    seconds: float  # of a start
-    draw: random.Random
-
-
-class Ended(NamedTuple):
-    """How the disturbed call ended: its exit statuses, the seconds from the fault to there, the seconds allowed."""
-
-    codes: list[int | None]
-    seconds: float
-    allowed: float
-
-
-Fault = Callable[[Run, Settings], Ended]
-IN_STEP = 1.1 * LIMIT + SLACK
-ANYWHERE = 1.2 * max(HEARTBEAT, 1.2 * LIMIT) + SLACK
-
-
-def in_step(run: Run, has: Settings) -> None:
-    """Waits for a random moment in a random step."""
-    step = has.draw.randrange(3, STEPS - 5)
-    run.until(lambda: run.step() >= step, START)
-    time.sleep(has.draw.random() * 0.2)
-
-
-def in_start(run: Run, has: Settings) -> None:
-    run.until(lambda: len(run.trainers) == has.processes, START)
-    moment = time.monotonic() + has.draw.random() * has.seconds
-    run.until(lambda: time.monotonic() >= moment or run.step() > 0, START)  # what is compiled already starts sooner
-
-
-def in_save(run: Run, has: Settings) -> None:
-    number = has.draw.randrange(1, STEPS // SAVES)
-    unfinished = lambda: any((run.workdir / "checkpoints").glob(f"{number * SAVES}.*tmp*"))
-    run.until(unfinished, START)
-    time.sleep(has.draw.random() * 0.05)
-
-
-def in_evaluation(run: Run, has: Settings) -> None:
-    run.until(lambda: run.step() >= EVALUATES, START)
-    time.sleep(has.draw.random() * 0.5)
-
-
-MOMENTS = {"start": in_start, "step": in_step, "save": in_save, "evaluation": in_evaluation}
-
-
-def killed(moment: str, victim: int | None = None, *, alone: bool = False) -> Fault:
-    """SIGKILL of a process, a random one unless it is named; `alone`: of processes that nobody else would end."""
-    return signalled(signal.SIGKILL, moment, victim, alone=alone)
-
-
-def signalled(number: signal.Signals, moment: str, victim: int | None = None, *, alone: bool = False) -> Fault:
-    def fault(run: Run, has: Settings) -> Ended:
-        run.start_each() if alone else run.launch()
-        MOMENTS[moment](run, has)
-        chosen = has.draw.randrange(has.processes) if victim is None else victim
-        pids = run.trainers
-        others = [p for p in run.running if p.pid != pids[chosen]]
-        os.kill(pids[chosen], number)
-        begun, allowed = time.monotonic(), ANYWHERE if moment == "start" else IN_STEP
-        if alone:  # the stopped one itself stays
-            run.running[:] = others
-        codes = run.ended(allowed)
-        seconds = time.monotonic() - begun
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pids[chosen], signal.SIGKILL)
-        return Ended(codes, seconds, allowed)
-
-    return fault
-
-
-def stopped_shortly(run: Run, has: Settings) -> Ended:
-    """SIGSTOP for less than the limit: nothing may come of it."""
-    run.launch()
-    in_step(run, has)
-    victim = run.trainers[has.draw.randrange(has.processes)]
-    os.kill(victim, signal.SIGSTOP)
-    time.sleep(LIMIT * has.draw.uniform(0.3, 0.8))
-    os.kill(victim, signal.SIGCONT)
-    begun = time.monotonic()
-    return Ended(run.ended(START), time.monotonic() - begun, START)
-
-
-def full_disk(run: Run, has: Settings) -> Ended:
-    """The disk with the workdir fills up, before a random save."""
-    run.launch()
-    in_step(run, has)
-    with contextlib.suppress(OSError), (run.workdir / "filler").open("wb") as filler:
-        while True:
-            filler.write(bytes(2**16))
-            filler.flush()
-    begun = time.monotonic()
-    codes = run.ended(ANYWHERE)
-    (run.workdir / "filler").unlink()
-    return Ended(codes, time.monotonic() - begun, ANYWHERE)
-
-
-def corrupt_shard(run: Run, has: Settings) -> Ended:
-    """A random file of the newest checkpoint's arrays has other bytes in its middle: it is refused, and once it is
-    removed, as the message says, the run goes on from the one before."""
-    run.launch()
-    run.until(lambda: len(run.checkpoints()) == 2, START)
-    for pid in run.trainers:
-        os.kill(pid, signal.SIGKILL)
-    run.ended(ANYWHERE)
-    newest = run.workdir / "checkpoints" / str(run.checkpoints()[-1])
-    files = sorted(path for path in (newest / "state").rglob("*") if path.is_file() and path.parent.name == "d")
-    shard = has.draw.choice(files)
-    content = bytearray(shard.read_bytes())
-    place = has.draw.randrange(len(content))
-    for n in range(place, min(place + 16, len(content))):
-        content[n] ^= 0xFF
-    shard.write_bytes(content)
-    begun = time.monotonic()
-    run.launch()
-    codes = run.ended(START)
-    if codes == [2] and str(newest) in run.said:
-        shutil.rmtree(newest)
-    return Ended(codes, time.monotonic() - begun, START)
-
-
-def crashing_worker(run: Run, has: Settings) -> Ended:
-    """A thread that reads pictures raises what nobody expects, in one process, at a random picture."""
-    hook = has.folder / f"{run.workdir.name}.hook"
-    hook.mkdir()
-    calls = has.draw.randrange(200, 600)
-    (hook / "sitecustomize.py").write_text(CRASH_HOOK.format(calls=calls))
-    run.environment = {"PYTHONPATH": os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])}
-    run.launch()
-    begun = time.monotonic()
-    codes = run.ended(START)
-    run.environment = {}
-    return Ended(codes, time.monotonic() - begun, START)
-
-
-def other_settings(run: Run, has: Settings) -> Ended:
-    """One process has another learning rate."""
-    changes: list[dict[str, object]] = [{} for _ in range(has.processes)]
-    changes[has.draw.randrange(1, has.processes)]["optimizer.OptimizerConfig.learning_rate"] = has.draw.random()
-    begun = time.monotonic()
-    run.start_each(changes)
-    codes = run.ended(START)
-    assert "has another configuration than process 0: 'optimizer" in run.said, run.said[-2000:]
-    return Ended(codes, time.monotonic() - begun, START)
-
-
-class Case(NamedTuple):
-    """A fault and the exit statuses that it may give."""
-
-    fault: Fault
-    codes: tuple[int, ...]
-
-
-DEAD = 128 + signal.SIGKILL
-GONE = (1, 3, -signal.SIGABRT)  # an error of the transport, the watchdog, jax's own end of who lost the coordinator
-CASES = {
-    **{f"SIGKILL in {moment}": Case(killed(moment), (DEAD,)) for moment in MOMENTS},
-    "SIGKILL of the coordinator": Case(killed("step", 0), (DEAD,)),
-    "SIGKILL in step, no launcher": Case(killed("step", alone=True), GONE),
-    "SIGSTOP beyond the limit": Case(signalled(signal.SIGSTOP, "step"), (3,)),
-    "SIGSTOP beyond it, no launcher": Case(signalled(signal.SIGSTOP, "step", alone=True), GONE),
-    "SIGSTOP within the limit": Case(stopped_shortly, (0,)),
-    "full disk": Case(full_disk, (1, 2)),
-    "corrupt shard": Case(corrupt_shard, (0, 2)),  # 0: nothing reads those bytes
-    "crash of a data worker": Case(crashing_worker, (1, 2)),
-    "other settings in one process": Case(other_settings, (2,)),
-}
 
 
 @contextlib.contextmanager
 def disk(workdir: Path, *, small: bool) -> Iterator[None]:
-    """The directory; `small`: on a disk of its own, of 16 MiB."""
+    """An empty directory in place of what an interrupted trial left; `small`: on a disk of its own, of 16 MiB."""
+    if workdir.is_mount():
+        unmount(workdir)
+    for left in workdir.parent.glob(f"{workdir.name}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     workdir.mkdir()
     if not small:
         yield
@@ -231,12 +43,15 @@ def disk(workdir: Path, *, small: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", "-l", str(workdir)], check=True)
+        unmount(workdir)
 
 
-def trial(name: str, number: int, has: Settings) -> Ended:
+def unmount(directory: Path) -> None:
+    subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def trial(name: str, workdir: Path, has: Settings) -> Ended:
     """One disturbed run, and its resume. Raises AssertionError with what is wrong."""
-    workdir = has.folder / f"{name.replace(' ', '-').replace(',', '')}-{number}"
     with disk(workdir, small=name == "full disk"):
         run = Run(workdir, settings(), has.cache, has.processes)
         try:
@@ -255,53 +70,72 @@ def trial(name: str, number: int, has: Settings) -> Ended:
     return ended
 
 
-def settings() -> dict[str, object]:
-    """Those of all runs."""
-    values = dict(steps=STEPS, save_every=SAVES, eval_every=EVALUATES, step_limit=LIMIT)
-    return {f"experiment.Experiment.{name}": value for name, value in values.items()}
+def undisturbed(folder: Path, processes: int) -> Settings:
+    """A whole run, or what is left of it in `folder`."""
+    told, run = folder / "start.json", Run(folder / "undisturbed", settings(), folder / "cache", processes)
+    if not told.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        run.workdir.mkdir(parents=True)
+        begun = time.monotonic()
+        try:
+            run.launch(learns=True)
+            run.until(lambda: run.step() > 0, START)
+            seconds = time.monotonic() - begun
+            assert run.ended(START) == [0], run.said
+        finally:
+            run.kill()
+        told.write_text(json.dumps(seconds))
+    return Settings(folder, processes, run.losses(), run.cache, json.loads(told.read_text()), random.Random())
+
+
+def tried(name: str, number: int, seed: int, has: Settings) -> Outcome:
+    """A trial, whatever comes of it; its workdir and what it said stay if that is wrong."""
+    workdir = has.folder / f"{name.replace(' ', '-').replace(',', '')}-{number}"
+    begun = time.monotonic()
+    minutes = lambda: (time.monotonic() - begun) / 60
+    try:
+        ended = trial(name, workdir, has._replace(draw=random.Random(f"{seed} {name} {number}")))
+    except Exception as error:
+        traceback.print_exc()
+        return Outcome(name, has.processes, number, minutes=minutes(), wrong=f"{error}"[:300])
+    for left in workdir.parent.glob(f"{workdir.name}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    codes = tuple(sorted({code for code in ended.codes if code is not None}))
+    return Outcome(name, has.processes, number, ended.seconds, codes, minutes())
 
 
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5, metavar="N", help="trials of each fault")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="of each run: 2 or 4")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], metavar="N", help="of the runs")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and the victims")
     parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="NAME", help=", ".join(CASES))
-    parser.add_argument("--out", metavar="DIR", help="where logs and workdirs stay; else they are removed")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where trials leave what they found")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="whose table is replaced by the one found")
     flags = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.ExitStack() as stack:
-        folder = Path(flags.out or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        undisturbed = Run(folder / "undisturbed", settings(), folder / "cache", flags.processes)
-        undisturbed.workdir.mkdir()
-        begun = time.monotonic()
-        undisturbed.launch(learns=True)
-        undisturbed.until(lambda: undisturbed.step() > 0, START)
-        seconds = time.monotonic() - begun
-        assert undisturbed.ended(START) == [0], undisturbed.said
-        draw = random.Random(flags.seed)
-        has = Settings(folder, flags.processes, undisturbed.losses(), folder / "cache", seconds, draw)
-        broken = [name for name in flags.only or CASES if not several(name, flags.times, has)]
-    print("broken: " + ", ".join(broken) if broken else "all as it should be")
+    folder, names = flags.out.absolute(), flags.only or list(CASES)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "trials.jsonl"
+    wanted = itertools.product(range(flags.times), flags.processes, names)  # each fault once before any twice
+    done = {(o.number, o.processes, o.fault) for o in outcomes.read(results)}
+    todo = [trial for trial in wanted if trial not in done]
+    whole = {count: undisturbed(folder / str(count), count) for count in sorted({count for _, count, _ in todo})}
+    begun = time.monotonic()
+    for behind, (number, count, name) in enumerate(todo, 1):
+        outcome = tried(name, number, flags.seed, whole[count])
+        outcomes.add(results, outcome)
+        left = (time.monotonic() - begun) / behind * (len(todo) - behind) / 60
+        said = f"WRONG: {outcome.wrong}" if outcome.wrong else f"ends after {outcome.seconds:.0f} s, {outcome.codes}"
+        print(f"{name}, {count} processes, {number}: {said}; {outcome.minutes:.1f} min, {left:.0f} left", flush=True)
+    found = outcomes.read(results)
+    print(lines := outcomes.table(found, list(CASES)))
+    if flags.page:
+        outcomes.put_in(flags.page, lines)
+    broken = [f"{o.fault}, {o.processes} processes, {o.number}: {o.wrong}" for o in found if o.wrong]
+    print("\n".join(["broken:", *broken]) if broken else "all as it should be")
     return int(bool(broken))
-
-
-def several(name: str, times: int, has: Settings) -> bool:
-    """Prints a line of the table; whether all trials went well."""
-    ended, bad = [], []
-    for number in range(times):
-        try:
-            ended.append(trial(name, number, has))
-        except Exception as error:
-            bad.append(f"  {name} {number}: {error}")
-            traceback.print_exc()
-    slowest = max((end.seconds for end in ended), default=0.0)
-    codes = sorted({code for end in ended for code in end.codes if code is not None})
-    print(f"| {name} | {len(ended)} of {times} | {slowest:.0f} s | {', '.join(map(str, codes))} |", flush=True)
-    print("\n".join(bad), flush=True, end="\n" if bad else "")
-    return not bad
 
 
 if __name__ == "__main__":

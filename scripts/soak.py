@@ -1,22 +1,25 @@
 """A long run, compressed: a tiny model in several processes, with saves, evaluations, kills and resumes.
 
-    python scripts/soak.py [--steps 2000] [--processes 4] [--kills 5] [--seed 0] [--out DIR]
+    python scripts/soak.py --out DIR [--steps 2000] [--processes 4] [--kills 5] [--seed 0]
 
 Trains it once undisturbed and once with `--kills` processes killed at random steps and resumed. Checks that the losses
 are the same, bit for bit, and that no process of the undisturbed run grows: from the second quarter of its steps to the
-last by less than 2% of its memory. Prints what it measured; exit status 1 if a check fails.
+last by less than 2% of its memory. The same command, started again, goes on with what DIR has. Prints what it measured;
+exit status 1 if a check fails.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from trials import Run
 
@@ -26,35 +29,78 @@ PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20  # MiB
 Samples = list[tuple[int, list[float]]]  # (step, MiB of each process)
 
 
-def watched(run: Run) -> tuple[list[int | None], Samples]:
-    """The exit statuses of a run that goes on to its end, and its memory once a second."""
-    samples: Samples = []
+class Notes:
+    """What earlier calls of this script did and measured, a line each in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self._lines: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def add(self, **values: Any) -> None:
+        """A line more."""
+        self._lines.append(values)
+        with self._path.open("a") as file:
+            print(json.dumps(values), file=file, flush=True)
+
+    def of(self, name: str) -> list[Any]:
+        """The values of that name, in their order."""
+        return [line[name] for line in self._lines if name in line]
+
+
+@contextlib.contextmanager
+def timed(notes: Notes, name: str) -> Iterator[None]:
+    """Notes the minutes that it takes, also of a call that is interrupted."""
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        notes.add(**{name: (time.monotonic() - begun) / 60})
+
+
+def undisturbed(run: Run, notes: Notes) -> list[int | None]:
+    """The exit statuses of a run that goes on to its end; notes its memory once a second."""
+    call = len(notes.of("call"))
+    notes.add(call=call)
+    run.launch(learns=True)
     while run.running and run.running[0].poll() is None:
         with contextlib.suppress(OSError, ValueError):  # a process that is just ending
             memory = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE for pid in run.trainers]
             if len(memory) == run.processes:
-                samples.append((run.step(), memory))
+                notes.add(sample=(call, run.step(), memory))
         time.sleep(1)
-    return run.ended(0), samples
+    return run.ended(0)
 
 
-def growth(samples: Samples, steps: int) -> list[tuple[float, float]]:
+def longest(found: Iterable[tuple[int, int, list[float]]]) -> Samples:
+    """Those of the call that made most steps: processes that start anew have memory of their own."""
+    calls: dict[int, Samples] = {}
+    for call, step, memory in found:
+        if step:
+            calls.setdefault(call, []).append((step, memory))
+    return max(calls.values(), key=lambda samples: samples[-1][0] - samples[0][0])
+
+
+def growth(samples: Samples) -> list[tuple[float, float]]:
     """(MiB in the second quarter of the steps, MiB in the last) of each process, medians."""
-    second = [memory for step, memory in samples if steps / 4 <= step < steps / 2]
-    last = [memory for step, memory in samples if step >= 3 * steps / 4]
-    return [
-        (statistics.median(a), statistics.median(b))
-        for a, b in zip(zip(*second, strict=True), zip(*last, strict=True), strict=True)
-    ]
+    first, last = samples[0][0], samples[-1][0]
+    share = lambda step: (step - first) / max(last - first, 1)
+    early = [memory for step, memory in samples if 0.25 <= share(step) < 0.5]
+    late = [memory for step, memory in samples if share(step) >= 0.75]
+    medians = lambda found: [statistics.median(of_one) for of_one in zip(*found, strict=True)]
+    return list(zip(medians(early), medians(late), strict=True))
 
 
-def disturbed(run: Run, steps: list[int], draw: random.Random) -> list[int | None]:
+def disturbed(run: Run, steps: list[int], notes: Notes, seed: int) -> list[int | None]:
     """Kills a process at each of these steps, and goes on to the end: its exit statuses."""
     for step in steps:
+        if step in notes.of("killed"):
+            continue
         run.launch()
-        run.until(lambda step=step: run.step() >= step, DAY)  # type: ignore[misc]
-        os.kill(draw.choice(run.trainers), signal.SIGKILL)
+        run.until(lambda step=step: run.step() >= step and len(run.trainers) == run.processes, DAY)  # type: ignore[misc]
+        os.kill(random.Random(f"{seed} {step}").choice(run.trainers), signal.SIGKILL)
         assert run.ended(120) == [128 + signal.SIGKILL], run.said[-2000:]
+        notes.add(killed=step)
     run.launch()
     return run.ended(DAY)
 
@@ -66,31 +112,31 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4, metavar="N", help="of the run: 2 or 4")
     parser.add_argument("--kills", type=int, default=5, metavar="N", help="of processes, at random steps")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the kills")
-    parser.add_argument("--out", metavar="DIR", help="where logs and workdirs stay; else they are removed")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and workdirs stay")
     flags = parser.parse_args()
-    draw = random.Random(flags.seed)
     values = dict(steps=flags.steps, save_every=max(1, flags.steps // 20), eval_every=max(1, flags.steps // 10))
     settings = {f"experiment.Experiment.{name}": value for name, value in values.items()}
+    folder = flags.out.absolute()
+    runs = [Run(folder / name, settings, folder / "cache", flags.processes) for name in ("whole", "broken")]
+    kills = sorted(random.Random(flags.seed).sample(range(1, flags.steps), flags.kills))
     with contextlib.ExitStack() as stack:
-        folder = Path(flags.out or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
-        runs = [Run(folder / name, settings, folder / "cache", flags.processes) for name in ("whole", "broken")]
         for run in runs:
-            run.workdir.mkdir(parents=True)
+            run.workdir.mkdir(parents=True, exist_ok=True)
             stack.callback(run.kill)
-        begun = time.monotonic()
-        runs[0].launch(learns=True)
-        codes, samples = watched(runs[0])
-        assert codes == [0], runs[0].said[-2000:]
-        print(f"undisturbed: {flags.steps} steps of {flags.processes} processes in {time.monotonic() - begun:.0f} s")
-        found = growth(samples, flags.steps)
+        notes = Notes(folder / "notes.jsonl")
+        if len(runs[0].losses()) < flags.steps:
+            with timed(notes, "whole"):
+                assert undisturbed(runs[0], notes) == [0], runs[0].said[-2000:]
+        minutes = sum(notes.of("whole"))
+        print(f"undisturbed: {flags.steps} steps of {flags.processes} processes in {minutes:.1f} min", flush=True)
+        found = growth(longest(notes.of("sample")))
         for number, (before, after) in enumerate(found):
             print(f"process {number}: {before:.1f} MiB in the second quarter, {after:.1f} MiB in the last")
-        kills = sorted(draw.sample(range(1, flags.steps), flags.kills))
-        begun = time.monotonic()
-        codes = disturbed(runs[1], kills, draw)
-        print(f"killed at steps {kills}: ends with {codes} after {time.monotonic() - begun:.0f} s")
-        same = runs[0].losses() == runs[1].losses() and len(runs[0].losses()) == flags.steps
-        print("the losses are the same, bit for bit" if same else "the losses are OTHERS")
+        with timed(notes, "broken"):
+            codes = disturbed(runs[1], kills, notes, flags.seed)
+        print(f"killed at steps {kills}: ends with {codes} after {sum(notes.of('broken')):.1f} min")
+    same = runs[0].losses() == runs[1].losses() and len(runs[0].losses()) == flags.steps
+    print("the losses are the same, bit for bit" if same else "the losses are OTHERS")
     flat = all(after < (1 + GROWS) * before for before, after in found)
     print("memory is flat" if flat else "memory GROWS")
     return int(codes != [0] or not same or not flat)

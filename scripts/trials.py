@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hetjax.launch import free_ports
+from hetjax.launch import die_with_parent, free_ports
 from hetjax.run import cluster, metrics
 from hetjax.run.checkpoint import steps_in
 
@@ -79,7 +79,14 @@ class Run:
         self.calls += 1
         with (self.workdir.parent / f"{self.workdir.name}.{self.calls}.log").open("w") as log:
             self.running.append(
-                subprocess.Popen([sys.executable, *command], env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    env=env,
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=die_with_parent,
+                )
             )
 
     @property

@@ -1,5 +1,6 @@
 """What every test stands on: eight emulated CPU devices, warnings as errors, counters of compilations and fetches."""
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +8,15 @@ from pathlib import Path
 # The CPU client's thread pool is as wide as the machine; programs with collectives starve each other in a narrow one.
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# A collective that waits for a device which never comes ends the process, instead of hanging the suite.
+# The programs are tiny, and most of the suite's time is their compilation. A collective that waits for a device which
+# never comes ends the process, instead of hanging the suite.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",  # compiles three times faster; the programs are tiny
+        "--xla_backend_optimization_level=0",  # compiles three times faster
+        "--xla_llvm_disable_expensive_passes=true",
+        # a further third of a test's time; later ones do not know the flag
+        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib") < "0.11" else []),
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=20",
         "--xla_cpu_collective_call_terminate_timeout_seconds=60",
     ]

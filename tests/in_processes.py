@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 Found = dict[str, Any]  # name of a leaf -> {block: values}; "loss", "norm", "tasks": of each step; "compiled": stages;
-# "replicas": stages that own nothing; "reads": rows that are read from files, by array; "whole": leaves of all
-# processes, by module
+# "replicas": stages that own nothing; "reads": rows that are read from files, by array; "memories": where optimizer
+# state lies between steps; "whole": leaves of all processes, by module
 STEPS = 2
 ITEMS = {"vision.pixels", "audio.mel"}  # what is read from files
 
@@ -28,6 +28,8 @@ class Case:
     audio: dict[str, Any] | None = None
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: str = "1f1b"
+    window: int | None = None
+    offload: bool = False  # of all that can be, by all modules
 
 
 # Eight devices, two of each of four processes.
@@ -65,6 +67,19 @@ CASES = {
     "two encoders on two processes": Case(
         dict(dp=4, devices="4-7"), dict(dp=2, devices=OWN), dict(dp=2, devices="2,3")
     ),
+    "pp 2 across, tied, offloaded": Case(
+        dict(pp=2, dp=2, devices="2-5"), dict(dp=2, devices=OWN), model=dict(tied=True), schedule="gpipe", offload=True
+    ),
+    "pp 2 over two processes each, tied, offloaded": Case(
+        dict(pp=2, dp=2, tp=2), dict(dp=4, devices="2-5"), model=dict(tied=True), schedule="zerobubble", offload=True
+    ),
+    "replicas on two processes, offloaded": Case(
+        dict(pp=2, dp=2, devices="2-5"), dict(replicas=2, dp=2, devices="2-5"), model=dict(tied=True), offload=True
+    ),
+    "colocated over all, offloaded": Case(dict(dp=2, tp=2, cp=2), dict(dp=8), window=1, offload=True),
+    "overlapping, zero 2 and 3, offloaded": Case(
+        dict(dp=4, zero=3, devices="1-4"), dict(dp=4, zero=2, devices="2-5"), window=1, offload=True
+    ),
 }
 
 
@@ -76,17 +91,19 @@ def run(case: Case, checkpoints: str = "") -> Found:
 
     from hetjax.core.layout import Layout
     from hetjax.core.optimizer import OptimizerConfig
+    from hetjax.core.tasks import OFFLOADS
     from hetjax.run import cluster
     from hetjax.run.checkpoint import Checkpoints
 
-    encoders = {"vision": Layout(**case.vision)} | ({"audio": Layout(**case.audio)} if case.audio else {})
+    own = dict(offload=tuple(OFFLOADS) if case.offload else ())
+    encoders = {"vision": Layout(**case.vision, **own)} | ({"audio": Layout(**case.audio, **own)} if case.audio else {})
     model = dict(case.model)
     if "experts" in model:
         model["experts"] = dataclasses.replace(tiny.EXPERTS, count=8, balance_loss=0.5)
-    graph = tiny.graph(Layout(**case.llm), encoders, jnp.float32, **model)
+    graph = tiny.graph(Layout(**case.llm, **own), encoders, jnp.float32, **model)
     shape = tiny.Shape(microbatches=3)
     config = OptimizerConfig(name="sgd", momentum=0.9, learning_rate=0.1, clip_norm=0.5)
-    trainer = tiny.trainer(graph, shape, config, dtype=jnp.float32, schedule=case.schedule)
+    trainer = tiny.trainer(graph, shape, config, dtype=jnp.float32, schedule=case.schedule, encoder_window=case.window)
     cluster.meet(f"compiled {case}")
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(Checkpoints(checkpoints)) if checkpoints else None
@@ -105,6 +122,7 @@ def run(case: Case, checkpoints: str = "") -> Found:
             f"{module}/{index}" for (module, index), s in trainer.pipeline.stages.items() if s.plan.share.replica
         ],
         "reads": {name: sorted(trainer.pipeline.rows_here(name)) for name in ITEMS & trainer.spec.batch.keys()},
+        "memories": sorted({leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer)}),
         "whole": {},
     }
     for kind, trees in (("params", state.params), ("optimizer", state.optimizer)):

@@ -1,6 +1,7 @@
 """Gradients are added in place, microbatch by microbatch in their order, whatever lies in the accumulators before."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -91,12 +92,16 @@ def stage_of(
     return trainer.pipeline.stages["llm", 0]
 
 
-def test_the_gradients_of_the_layers_never_exist_together() -> None:
-    """With more layers the backward's workspace does not grow."""
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_gradients_of_the_layers_never_exist_together(unroll: bool) -> None:
+    """With more layers the backward's workspace does not grow: no accumulator is copied, no layer's weights are taken
+    before it is their turn."""
 
     def workspace(num_layers: int) -> int:
-        stage = stage_of(dataclasses.replace(SMALL, num_layers=num_layers), Remat.FULL)
+        stage = stage_of(dataclasses.replace(SMALL, num_layers=num_layers), Remat.FULL, unroll=unroll)
         stage.thunks(evaluate=False)["backward"]()
+        copies = re.findall(rf"f32\[(?:1,)?{num_layers},[\d,]+\]\S* copy\(.*", stage.programs["backward"].as_text())
+        assert not (unroll and copies), "of accumulators"
         return stage.memory["backward"].temp_size_in_bytes
 
     layer = sum(a.size for a in jax.tree.leaves(stage_of(SMALL, Remat.FULL).parameters.params["layers"])) * 4 // 3

@@ -49,7 +49,7 @@ CASES = {
     "frozen but for biases, pp 4": Case(Layout(dp=2, pp=4), Layout(dp=4), changes=BIASES_ALONE),
     "frozen": Case(Layout(dp=2, pp=2), Layout(dp=4), changes=(("frozen", ("llm/layers/moe/*",)),)),
 }
-DEFAULT = {"ep 4 of tp and dp", "frozen but for biases, pp 4"}
+DEFAULT = {"frozen but for biases, pp 4"}
 
 
 @pytest.mark.usefixtures("x64")

@@ -174,7 +174,12 @@ def test_a_digest_sees_one_element_and_where_it_stands_however_the_array_is_cut(
 
 
 @pytest.mark.parametrize(
-    "cut", [Layout(pp=2, tp=2, layers=(3, 1), devices="0-3"), Layout(pp=2, vpp=2, tp=2, devices="0-3")], ids=str
+    "cut",
+    [
+        pytest.param(Layout(pp=2, tp=2, layers=(3, 1), devices="0-3"), marks=pytest.mark.slow),
+        Layout(pp=2, vpp=2, tp=2, devices="0-3"),
+    ],
+    ids=str,
 )
 def test_layers_of_two_kinds_restore_under_another_cut_by_their_number_in_the_model(
     cut: Layout, tmp_path: Path

@@ -226,6 +226,7 @@ def assert_parity(graph: experiment.Graph) -> None:
     assert report.within(loss=1e-12, leaves=1e-11, params=1e-11), report
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_equal_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     notebook = jupytext.read(ROOT / "notebooks" / "layouts.py")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from models import grouped, grouped_gradient, grouped_kernels, hopper
+from models import grouped, grouped_gradients, grouped_kernels, hopper
 from models.group_blocks import Blocks, Form
 from models.grouped import BLOCKS, grouped_dot, pick
 from models.grouped_kernels import refusal
@@ -146,11 +146,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def gradient(x: Any, g: Any, sizes: Any, dtype: Any) -> jax.Array:
         asked.append("gradient")
-        blocks = Blocks(grouped_gradient.BLOCK, len(x), sizes)
+        blocks = Blocks(grouped_gradients.BLOCK, len(x), sizes)
         of_group = jnp.repeat(jax.nn.one_hot(blocks.group, len(sizes), dtype=dtype), blocks.rows, 0)
         return jnp.einsum("ng,na,nb->gab", of_group, *(blocks.apart(a).astype(dtype) for a in (x, g)))
 
-    monkeypatch.setattr(grouped_gradient, "weight_gradient", gradient)
+    def rows(g: Any, w: Any, sizes: Any) -> jax.Array:
+        asked.append("rows")
+        assert g.dtype == w.dtype
+        return jnp.nan_to_num(lax.ragged_dot(g, w.swapaxes(1, 2), sizes))
+
+    monkeypatch.setattr(grouped_gradients, "weight_gradient", gradient)
+    monkeypatch.setattr(grouped_gradients, "row_gradient", rows)
     fake = SimpleNamespace(ragged_dot_kernel=product)
     names = SimpleNamespace(Config=dict, MatmulDimension=SimpleNamespace(M=0))
     for name, module in zip(grouped_kernels.KERNELS, (fake, names), strict=True):
@@ -166,7 +172,7 @@ def test_kernels_give_what_blocks_do(stand_in: list[str], given: Arrays) -> None
     expected = definition(*(np.asarray(a, np.float64) for a in (x, w.astype(jnp.bfloat16), g)), sizes)
     x, g = x.at[behind].set(jnp.nan), g.at[behind].set(jnp.nan)
     y, g_x, g_w = jax.jit(functools.partial(outputs))(x, w, g, jnp.array(sizes, jnp.int32))
-    assert stand_in == ["product", "product", "gradient"]
+    assert stand_in == ["product", "rows", "gradient"]
     assert (y.dtype, g_x.dtype, g_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     for found, wanted, near in zip((y, g_x, g_w), expected, (1e-2, 1e-2, 1e-6), strict=True):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=near, atol=near)
@@ -182,7 +188,7 @@ def test_the_gradient_kernel_in_simulation(sizes: list[int]) -> None:
     x, g = (jnp.asarray(rng.normal(size=(256, width)), jnp.bfloat16) for width in (128, 256))
     behind = slice(sum(sizes), None)
     wanted = definition(np.float64(x), np.zeros((len(sizes), 128, 256)), np.float64(g), sizes)[2]
-    found = grouped_gradient.weight_gradient(
+    found = grouped_gradients.weight_gradient(
         x.at[behind].set(jnp.nan),
         g.at[behind].set(jnp.nan),
         jnp.array(sizes, jnp.int32),
@@ -191,3 +197,22 @@ def test_the_gradient_kernel_in_simulation(sizes: list[int]) -> None:
     )
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax before 0.11 does not simulate transposed operands")
+@pytest.mark.parametrize("sizes", [[5, 0, 64, 100, 1, 77, 3], [0, 256, 0, 0, 0, 0, 0], [0] * 7])
+def test_the_row_kernel_in_simulation(sizes: list[int]) -> None:
+    from jax.experimental.pallas import mosaic_gpu
+
+    rng = np.random.default_rng(3)
+    g = jnp.asarray(rng.normal(size=(256, 256)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(len(sizes), 128, 256)), jnp.bfloat16)
+    wanted = definition(np.zeros((256, 128)), np.float64(w), np.float64(g), sizes)[1]
+    found = grouped_gradients.row_gradient(
+        g.at[sum(sizes) :].set(jnp.nan),
+        w,
+        jnp.array(sizes, jnp.int32),
+        interpret=mosaic_gpu.InterpretGPUParams(detect_races=True),
+    )
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(found), wanted, rtol=1e-2, atol=1e-2)

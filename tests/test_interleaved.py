@@ -85,6 +85,7 @@ class Watch:
         return walk(pipeline, tasks, dict.fromkeys(doing, watched))
 
 
+@pytest.mark.slow
 def test_what_is_held_is_what_the_forecast_says_and_does_not_grow(
     frozen: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

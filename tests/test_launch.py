@@ -162,6 +162,29 @@ def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["verify", "generate"])
+def test_a_command_whose_second_process_is_stopped_ends(command: str, tmp_path: Path) -> None:
+    limit = 30.0
+    if command == "verify":
+        changes = APART | settings(step_limit=limit)
+        bindings = [f"--gin.{name}={value!r}" for name, value in changes.items()]
+        line, name = [f"--gin_file={runs.write(tmp_path)}", "--steps=100000", *bindings], "Experiment.step_limit"
+    else:
+        folder = answering.folder(tmp_path / "model", text("llama"))
+        line, name = [f"--model={folder}", "--tp=2", "--batch_size=1", f"--step_limit={limit}"], "--step_limit"
+        line += [f"--prompt=w{3 + n % 40} w5" for n in range(5000)]
+    launch = launched(command, *line, devices=4 if command == "verify" else 2)
+    assert launch.stdout is not None
+    while "step 1: loss" not in (said := launch.stdout.readline()) and '"question"' not in said:
+        assert said, launch.wait()
+    os.kill(children(launch)[1], signal.SIGSTOP)
+    said = ended(launch, 3 * limit + 10)
+    assert launch.returncode == watchdog.STATUS, said
+    assert f"[0] error: process 0: nothing has happened for {name}={limit:g} s, in " in said
+    assert "[0]   the host's thread is" in said or command == "generate"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", ["", "boundary_gradient_scaled", "reduce_without_cp"])
 def test_two_processes_judge_as_one_does(patch: str, tmp_path: Path) -> None:
     for package in ("hetjax", "models"):
@@ -205,9 +228,18 @@ def test_processes_share_the_machines_gpus(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [each["CUDA_VISIBLE_DEVICES"] for each in launcher.real(2)] == ["0", "1"]
 
 
-@pytest.mark.parametrize(
-    "differs", ["configuration than process 0: 'experiment.Experiment.steps = 4' where that has 'experiment", "data"]
-)
+GPIPE = """
+import sys
+from hetjax import train
+from hetjax.core import pipeline
+plain = pipeline.build_schedule
+pipeline.build_schedule = lambda *given, kind, **named: plain(*given, kind="gpipe", **named)
+sys.exit(train.main(sys.argv[1:]))
+"""
+SETTINGS = "configuration than process 0: 'experiment.Experiment.steps = 4' where that has 'experiment"
+
+
+@pytest.mark.parametrize("differs", [SETTINGS, "data", pytest.param("order of tasks", marks=pytest.mark.slow)])
 def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
     shutil.copytree(tmp_path / "train", tmp_path / "other" / "train")
@@ -215,12 +247,13 @@ def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path
     if differs == "data":
         data = where[1] / "train" / "data.json"
         data.write_text(data.read_text().replace("q0", "q1"))
-    steps = [3, 4] if differs != "data" else [3, 3]
+    steps = [3, 4] if differs == SETTINGS else [3, 3]
+    command = [["-m", "hetjax.train"], ["-c", GPIPE] if differs == "order of tasks" else ["-m", "hetjax.train"]]
     relative = {"train/settings.DataConfig.path": "train/data.json"}
     told = {cluster.COORDINATOR: f"127.0.0.1:{free_ports(3)}", cluster.PROCESSES: "2", cluster.DEVICES: "2"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "hetjax.train"]
+            [sys.executable, *command[n]]
             + arguments(gin, tmp_path / "run", APART | relative | settings(steps=steps[n])),
             env=environment() | told | {cluster.PROCESS: str(n), "PYTHONPATH": str(ROOT)},
             cwd=where[n],

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_model_precision import jaxprs
 from test_models import close
 
-from hetjax.core.loss import Head, add_gradients, token_scores
+from hetjax.core.loss import Head, add_gradients, token_scores, training_chunk
 from models.axes import ONE_DEVICE, Axes, Axis, vary
 
 Tree = Any
@@ -125,6 +125,11 @@ def test_tokens_without_weight_are_not_computed(x64: None) -> None:
     close(program(np.where(weights[..., None] == 0, np.nan, x), head, targets, weights), expected)
     loss, *gradients = program(np.full_like(x, np.nan), head, targets, np.zeros_like(weights))
     assert loss == 0 and not any(np.any(g) for g in gradients)
+
+
+def test_a_cpus_last_chunk_is_a_small_part_of_a_microbatch() -> None:
+    assert [training_chunk("cpu", 512, tokens) for tokens in (3, 1022, 1024, 9000)] == [1, 256, 256, 512]
+    assert training_chunk("gpu", 16384, 1024) == 1024
 
 
 def test_the_heads_gradient_is_added_where_it_trains_and_all_are_times_the_seed(x64: None) -> None:

@@ -1,6 +1,7 @@
 """Several processes train as one does: bit for bit where no collective crosses between them, else to rounding."""
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from in_processes import CASES, Found, run
 
+from hetjax.core.alive import HOST
 from hetjax.launch import free_ports
 
 DEVICES = 8
@@ -24,6 +26,8 @@ SAME_BITS = [  # no stage spans two of four processes, or sums over more than tw
     "pp 2 vpp 2 across, tied",
     "replicas on two processes",
     "1 process and 3",
+    "pp 2 across, tied, offloaded",
+    "replicas on two processes, offloaded",
 ]
 
 
@@ -66,8 +70,12 @@ def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None:
-    """Every process's part of a case against one process that has all devices."""
+def check(name: str, parts: list[Found], *, same_bits: bool) -> Found:
+    """Every process's part of a case against one process that has all devices and offloads nothing, which it gives."""
+    case = CASES[name]
+    one = run(dataclasses.replace(case, offload=False))
+    kinds = {kind for part in parts for kind in part["memories"]}
+    assert kinds == ({HOST} if case.offload else {"device"}), name
     assert np.isfinite(one["loss"]).all(), name
     numbers, held = ("loss", "norm"), set()
     sizes: dict[str, float] = {}  # of parameters, and of momenta, by stage
@@ -96,6 +104,7 @@ def check(name: str, parts: list[Found], one: Found, *, same_bits: bool) -> None
         for part in parts:  # who has none of an encoder's first stages reads none of its files
             first = {f"{array.partition('.')[0]}/0", *part["replicas"]}
             assert bool(part["reads"][array]) == bool(first & set(part["compiled"]))
+    return one
 
 
 def is_leaf(key: str) -> bool:
@@ -108,11 +117,10 @@ def owner(key: str) -> str:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    apart, spanning = "pp 2 across, tied", "pp 2 over two processes each, tied"
+    apart, spanning = "pp 2 across, tied", "pp 2 over two processes each, tied, offloaded"
     parts = launch([apart, spanning], 2, tmp_path / "two", seconds=240)
     for name in (apart, spanning):
-        one = run(CASES[name])
-        check(name, [part[name] for part in parts], one, same_bits=name == apart)
+        one = check(name, [part[name] for part in parts], same_bits=name == apart)
     assert [part[apart]["compiled"] for part in parts] == [["vision/0", "llm/0"], ["llm/1"]]
     assert [part[spanning]["compiled"] for part in parts] == [["vision/0", "llm/0"], ["vision/0", "llm/1"]]
     slots = list(range(len(one["reads"]["vision.pixels"])))
@@ -127,23 +135,24 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_train_as_one_under_all_placements(processes: int, tmp_path: Path) -> None:
     parts = launch(list(CASES), processes, tmp_path / "all", seconds=3000)
-    for name, case in CASES.items():
-        check(name, [part[name] for part in parts], run(case), same_bits=processes == 4 and name in SAME_BITS)
+    for name in CASES:
+        check(name, [part[name] for part in parts], same_bits=processes == 4 and name in SAME_BITS)
 
 
 @pytest.mark.slow
 def test_checkpoints_know_no_processes(tmp_path: Path) -> None:
     saved = str(tmp_path / "checkpoints")
     whole = [run(CASES["colocated over all"], str(tmp_path / "alone")) for _ in range(2)]
-    (first, *_) = launch(["colocated over all"], 4, tmp_path / "four", seconds=600, checkpoints=saved)
-    np.testing.assert_allclose(first["colocated over all"]["loss"], whole[0]["loss"], rtol=1e-6)
+    colocated, overlapping = "colocated over all, offloaded", "overlapping, zero 2 and 3, offloaded"
+    (first, *_) = launch([colocated], 4, tmp_path / "four", seconds=600, checkpoints=saved)
+    np.testing.assert_allclose(first[colocated]["loss"], whole[0]["loss"], rtol=1e-6)
     shutil.copytree(saved, tmp_path / "one")
     shutil.copytree(saved, tmp_path / "replicas")
     one = run(CASES["encoder on its own process"], str(tmp_path / "one"))
     np.testing.assert_allclose(one["loss"], whole[1]["loss"], rtol=1e-6)
-    parts = launch(["overlapping"], 3, tmp_path / "three", seconds=600, devices=6, checkpoints=saved)
-    for part in parts:
-        np.testing.assert_allclose(part["overlapping"]["loss"], whole[1]["loss"], rtol=1e-6)
+    for part in launch([overlapping], 3, tmp_path / "three", seconds=600, devices=6, checkpoints=saved):
+        np.testing.assert_allclose(part[overlapping]["loss"], whole[1]["loss"], rtol=1e-6)
+        assert part[overlapping]["memories"] in ([HOST], [])  # the third one drives no device of a stage
     replicas = "replicas across, gpipe"
     for part in launch([replicas], 4, tmp_path / "more", seconds=600, checkpoints=str(tmp_path / "replicas")):
         np.testing.assert_allclose(part[replicas]["loss"], whole[1]["loss"], rtol=1e-6)

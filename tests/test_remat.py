@@ -109,6 +109,7 @@ def test_what_is_computed_again_changes_no_number(together: Budget) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * size)
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_keeps_what_was_chosen_unless_the_devices_or_the_layout_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], apart: Budget
 ) -> None:

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 import orbax.checkpoint as ocp
 import pytest
 import runs
 from runs import DRAWN, STEPS
 
 from hetjax.core.packing import Packing
+from hetjax.core.step import Gradients
 from hetjax.core.trainer import Trainer
+from hetjax.core.wiring import Wiring
 from hetjax.data import Loader, Pictures
 from hetjax.data.settings import DataError
 from hetjax.run import checkpoint, curves, evaluate, metrics
@@ -100,6 +103,7 @@ def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continu
 ) -> None:
     (place, name, number, fault), first, status, saved, said = ENDS[way]
     workdir, changes = tmp_path / "run", dict(eval_every=3, keep=1, named=runs.held_out(gin))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, name, at_call(number, getattr(place, name), fault, first=first))
         if isinstance(status, int):
@@ -123,6 +127,25 @@ def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continu
     assert losses == {n: undisturbed[n] for n in losses} and losses.keys() >= set(range(newest + 1, STEPS + 1))
     assert list(runs.records(workdir, "eval/loss")) == [3, 6, STEPS]
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(STEPS)]
+
+
+FAILS = {  # what fails, at which call -> what is said of it
+    (Gradients, "_backward", 3): ["in the backward of llm/0, microbatch 0", "in step 2"],
+    (Wiring, "place", 7): ["in the evaluation of vision/0", "in the evaluation behind step 3"],
+}
+
+
+@pytest.mark.parametrize("way", FAILS, ids=lambda way: way[1])
+def test_what_the_devices_refuse_is_told_with_task_and_step(
+    once: None, call: Callable, gin: Path, tmp_path: Path, way: tuple[Any, str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, name, number = way
+    refused = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes.")
+    monkeypatch.setattr(place, name, at_call(number, getattr(place, name), fail(refused)))
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        call(tmp_path / "run", eval_every=3, named=runs.held_out(gin))
+    task, at = FAILS[way]
+    assert raised.value.__notes__ == [task, f"{at}, and the save behind its error"]
 
 
 FULL = {  # how often metrics are written, and so what meets the full disk first; what is said

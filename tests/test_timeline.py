@@ -149,6 +149,11 @@ def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
     run = runs.load(runs.write(tmp_path), runs.settings(timeline_steps=[2, 4], profile_steps=[3, 4]))
     taken: Any = [profiles.taken(run, Plain(), tmp_path, None, 0.0, step)() for step in (1, 2, 3, 4)]  # type: ignore[arg-type]
     assert taken == [[], ["recorded"], ["profiled"], ["profiled", "recorded"]]
+    assert not profiles.missed(run, tmp_path, 1)
+    (tmp_path / timelines.FOLDER).mkdir()
+    (tmp_path / timelines.FOLDER / "step-2.json").touch()
+    (gone,) = profiles.missed(run, tmp_path, 3)
+    assert gone == "profile_steps: the run goes on behind step 3, so 3 will not be recorded"
 
 
 @pytest.mark.parametrize("name", ["timeline_steps", "profile_steps"])

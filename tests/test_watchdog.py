@@ -1,12 +1,14 @@
 """The watchdog ends a run in which nothing happens for longer than its limit, in a native call too, and no other."""
 
 import itertools
+import signal
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
+import pytest
 import runs
 from runs import ROOT, environment, settings
 
@@ -46,3 +48,37 @@ def test_a_run_that_hangs_in_a_native_call_says_where_and_ends(tmp_path: Path) -
     assert ran.returncode == watchdog.STATUS, ran
     assert "error: process 1: nothing has happened for Experiment.start_limit=2 s, in its start" in ran.stderr
     assert "in join" in ran.stderr  # where the main thread is
+
+
+ALONE = """
+import os, sys
+from hetjax.run import cluster, several
+from hetjax.run.watchdog import Watch
+watch = Watch(2.0, 60.0, of="--")
+def command():
+    watch.steps("the first answer")
+    if not cluster.is_primary():
+        os.kill(os.getpid(), int(sys.argv[1]))
+    cluster.meet("answers")
+    return 0
+sys.exit(several.together(command, watch))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_command_whose_peer_hangs_or_is_dead_ends(number: int) -> None:
+    told = {cluster.COORDINATOR: f"127.0.0.1:{free_ports(3)}", cluster.PROCESSES: "2", cluster.DEVICES: "1"}
+    line = [sys.executable, "-c", ALONE, str(int(number))]
+    how = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running = [
+        subprocess.Popen(line, env=environment() | told | {cluster.PROCESS: str(n), "PYTHONPATH": str(ROOT)}, **how)
+        for n in range(2)
+    ]
+    try:
+        said = running[0].communicate(timeout=60)[1]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert running[0].returncode == watchdog.STATUS, said
+    assert "error: process 0: nothing has happened for --step_limit=2 s, in the first answer" in said

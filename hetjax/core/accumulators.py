@@ -1,8 +1,9 @@
 """Gradient accumulators: each data replica adds its microbatches' gradients in place; the step's end sums and measures.
 
-Inside of the per-device programs an accumulator has a leading dim of 1, which is this replica's part of a dim over
-the replicas. Nothing empties one: the first microbatch of a step writes where the others add. Under ZeRO-2 and 3
-replicas share an accumulator that lies in shards, and what is added to it has been scattered.
+Where several replicas have their own, an accumulator has a leading dim over them: in the per-device programs one of 1,
+this replica's part. It enters a program, is added to and leaves in one shape, or XLA would copy it first. Nothing
+empties one: the first microbatch of a step writes where the others add. Under ZeRO-2 and 3 replicas share an
+accumulator that lies in shards, and what is added to it has been scattered.
 """
 
 import math
@@ -25,18 +26,25 @@ Tree = Any
 def opened(acc: jax.Array, spread: Spread, like: jax.Array, first: jax.Array) -> jax.Array:
     """What a leaf's gradient may be added to in several steps, an array `like` the leaf: its accumulator itself, or
     where that lies in shards, zeros."""
-    return vary_like(jnp.zeros(like.shape, acc.dtype), like) if spread.early else jnp.where(first, 0, acc)[0]
+    return (
+        vary_like(jnp.zeros(like.shape, acc.dtype), like)
+        if spread.early
+        else jnp.where(first, 0, acc).reshape(like.shape)
+    )
 
 
 def closed(acc: jax.Array, spread: Spread, found: jax.Array, first: jax.Array) -> jax.Array:
     """The accumulator, from what the gradient has been added to."""
-    return add({"": acc}, {"": found}, {"": spread}, first)[""] if spread.early else found[None]
+    return add({"": acc}, {"": found}, {"": spread}, first)[""] if spread.early else found.reshape(acc.shape)
 
 
 def add(acc: Tree, new: Tree, spreads: Tree, first: jax.Array | bool) -> Tree:
     """`acc` with the gradients `new` of some of its leaves added, or in their place if `first`."""
     new = scatter(new, spreads)
-    return {**acc, **jax.tree.map(lambda a, g: _sum(a, g[None], first), {name: acc[name] for name in new}, new)}
+    return {
+        **acc,
+        **jax.tree.map(lambda a, g: _sum(a, g.reshape(a.shape), first), {name: acc[name] for name in new}, new),
+    }
 
 
 def add_layer(acc: Mapping, rows: Mapping, i: jax.Array | int, new: Mapping, first: jax.Array) -> dict[str, Any]:
@@ -51,8 +59,9 @@ def add_layer(acc: Mapping, rows: Mapping, i: jax.Array | int, new: Mapping, fir
 
 
 def _add_row(acc: jax.Array, row: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    new = new[None, None]
-    at = (jnp.int32(0), row, *[jnp.int32(0)] * (new.ndim - 2))
+    replicas, zero = acc.ndim - new.ndim - 1, jnp.int32(0)
+    at = (*[zero] * replicas, row, *[zero] * new.ndim)
+    new = new.reshape(*[1] * (replicas + 1), *new.shape)
     return lax.dynamic_update_slice(acc, _sum(lax.dynamic_slice(acc, at, new.shape), new, first), at)
 
 
@@ -93,15 +102,14 @@ def _scatter(arrays: list[jax.Array], dims: list[int], axes: tuple[str, ...]) ->
     return [a.reshape(shape) for a, shape in zip(split(mine, [row.shape[1] for row in rows]), shapes, strict=True)]
 
 
-def with_replicas(program: Callable[..., tuple], spreads: Tree) -> Callable[..., tuple]:
-    """`program(*given, acc, first)`, which gives accumulators first and is per-device code, in global view: those of
-    one replica get their leading dim out here, where that is no operation."""
+def in_global_view(program: Callable[..., tuple]) -> Callable[..., tuple]:
+    """`program(*given, acc, first)`, which gives accumulators first, where single numbers are accumulated too: in the
+    program they have a dim, which differs between devices."""
 
     def whole(*args: Tree) -> tuple:
         *given, acc, first = args
-        lead = lambda a, spread: a if spread.count > 1 else a[None]
-        acc, *others = program(*given, jax.tree.map(lead, acc, spreads), first)
-        return jax.tree.map(lambda a, spread: a if spread.count > 1 else a[0], acc, spreads), *others
+        found, *others = program(*given, jax.tree.map(jnp.atleast_1d, acc), first)
+        return jax.tree.map(lambda a, given: a.reshape(given.shape), found, acc), *others
 
     return whole
 

@@ -1,8 +1,10 @@
 """The things that are alive in a step, each on its devices or in the host's pinned memory, or with a copy in both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from hetjax.core.tasks import Kind, Task, Thing
 
@@ -25,7 +27,20 @@ def _put(tree: Tree, memory: str) -> Tree:
     if all(leaf.sharding.memory_kind == memory for leaf in leaves):
         return tree
     where = [leaf.sharding.with_memory_kind(memory) for leaf in leaves]
-    return jax.tree.unflatten(structure, jax.device_put(leaves, where))
+    put = jax.device_put if all(leaf.is_fully_addressable for leaf in leaves) else _put_own
+    return jax.tree.unflatten(structure, put(leaves, where))
+
+
+def _put_own(leaves: Sequence[jax.Array], where: Sequence[NamedSharding]) -> list[jax.Array]:
+    """Arrays of which other processes have shards too: each process puts its own, where jax would have all of them run
+    a program."""
+    own = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
+    moved = iter(jax.device_put(own, [data.sharding.with_memory_kind(where[0].memory_kind) for data in own]))
+    shards = [[next(moved) for _ in leaf.addressable_shards] for leaf in leaves]
+    return [
+        jax.make_array_from_single_device_arrays(leaf.shape, to, mine, dtype=leaf.dtype)
+        for leaf, to, mine in zip(leaves, where, shards, strict=True)
+    ]
 
 
 class Alive:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hetjax.core import processes
+from hetjax.core.alive import on_device
 from hetjax.core.boundary import Boundary
 from hetjax.core.tasks import StageKey
 
@@ -27,7 +28,7 @@ def on_hosts(
     found = {}
     for key, tree in abstract.items():
         leaves, structure = jax.tree.flatten(tree)
-        mine = jax.tree.leaves(trees[key]) if key in trees else None
+        mine = jax.tree.leaves(on_device(trees[key])) if key in trees else None
         found[key] = jax.tree.unflatten(structure, _moved(leaves, mine, everywhere) if leaves else [])
     return found
 

@@ -4,8 +4,12 @@ XLA runs on CPUs what does not depend on a loop beside that loop, and tells two 
 way at a time apart by nothing (jax gives all of them one channel): values of one then end in the other. So what holds
 collectives waits there for a loop that holds some, by a dependence that XLA does not see through. On GPUs a program's
 collectives go one after the other.
+
+XLA also copies on CPUs what it can at a program's begin, rows of stacked weights too: those of layers outside of any
+loop would all lie in memory at a time, which costs time for their pages.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,14 +26,10 @@ def behind(tree: Any, before: Any) -> Any:
 
     An array waits for those arrays that differ between no other devices than it does itself.
     """
-    done = [a for a in jax.tree.leaves(before) if jnp.issubdtype(a.dtype, jnp.floating)]
-    if program_device().platform != "cpu" or not done:
-        return tree
-    is_never = lambda a: lax.bitcast_convert_type(a.reshape(-1)[0], f"uint{8 * a.itemsize}") == NEVER[a.itemsize]
-    never = [(varying_axes(a), is_never(a)) for a in done]
+    never = _never(before)
     flags: dict[frozenset[str], jax.Array] = {}  # False behind all that an array waits for, by the axes it varies over
     for axes in set(map(varying_axes, jax.tree.leaves(tree))):
-        if mine := [vary(flag, axes) for of, flag in never if of <= axes]:
+        if mine := [vary(flag, axes) for flag in never if varying_axes(flag) <= axes]:
             flags[axes] = jnp.stack(mine).any()
 
     def wait(a: jax.Array) -> jax.Array:
@@ -38,3 +38,18 @@ def behind(tree: Any, before: Any) -> Any:
         return jnp.where(flags[axes], jnp.zeros_like(a), a) if waits else a
 
     return jax.tree.map(wait, tree)
+
+
+def zero_behind(before: Any, axes: Sequence[str]) -> jax.Array | int:
+    """0, which on CPUs is not known until those of `before` are there that vary over no other axes than these: a slice
+    that begins there is not copied long before it is used."""
+    mine = [vary(flag, tuple(axes)) for flag in _never(before) if varying_axes(flag) <= set(axes)]
+    return jnp.stack(mine).any().astype(jnp.int32) if mine else 0
+
+
+def _never(before: Any) -> list[jax.Array]:
+    """False behind each floating-point array of `before`, on CPUs."""
+    done = [a for a in jax.tree.leaves(before) if jnp.issubdtype(a.dtype, jnp.floating)]
+    if program_device().platform != "cpu":
+        return []
+    return [lax.bitcast_convert_type(a.reshape(-1)[0], f"uint{8 * a.itemsize}") == NEVER[a.itemsize] for a in done]

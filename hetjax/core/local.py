@@ -219,8 +219,9 @@ class Local:
         mine, spread = at(acc, (part, leaf)), at(self.parameters.spreads, (part, leaf))
         opened = None if tap is None else accumulators.opened(mine, spread, tap, first)
         tokens = given.batch["targets"], given.batch["weights"]
+        chunk = loss.training_chunk(self._platform, self.chunk, x.size // x.shape[-1])
         total, g_x, found = loss.add_gradients(
-            x, head, *tokens, opened, seed=seeds["loss"], axes=self.plan.axes, chunk=self.chunk
+            x, head, *tokens, opened, seed=seeds["loss"], axes=self.plan.axes, chunk=chunk
         )
         if found is not None:
             acc = {**acc, part: {**acc[part], leaf: accumulators.closed(mine, spread, found, first)}}
@@ -232,7 +233,11 @@ class Local:
         name = self.module.definition.head
         head = self.parameters.full_last(self.parameters.leaves)[name]
         ids = head.sharding.shard_shape(head.shape)[self.module.definition.last.logical[name].index("vocab")]
-        return loss.chunk_size(self.plan.mesh.devices.flat[0].platform, ids)
+        return loss.chunk_size(self._platform, ids)
+
+    @property
+    def _platform(self) -> str:
+        return self.plan.mesh.devices.flat[0].platform
 
     def _given(self, weights: Params, x: Tree, batch: Batch) -> Given:
         weights = jax.tree.map(self._vary_weight, weights, self.parameters.weights)

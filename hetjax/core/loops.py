@@ -69,7 +69,7 @@ class Loops:
         self.runs = stacks.runs(self.layers, unroll=module.unroll)
         self.takes = sorted({name for part in self.layers for name in part.takes})
         self._wanted = [name for name in self.takes if name in wanted]
-        self._axes, self._working, self._policy = plan.axes, parameters.working, policy
+        self._axes, self._data, self._working, self._policy = plan.axes, plan.grid.data, parameters.working, policy
         self._trainable = parameters.trainable.get(LAYERS, {})
         self._spreads = parameters.spreads.get(LAYERS, {})
         self._splits = splits
@@ -109,7 +109,8 @@ class Loops:
             return (carry, gathered), kept
 
         start = carry, self._gathered(run, Turn(0, 0), weights)
-        (carry, _), kept = body(start, 0) if run.times == 1 else lax.scan(body, start, _repetitions(run))
+        once = run.times == 1
+        (carry, _), kept = body(start, self._only(carry)) if once else lax.scan(body, start, _repetitions(run))
         return carry, kept
 
     def backward(
@@ -144,7 +145,7 @@ class Loops:
         last = self._gathered(run, Turn(len(run.period) - 1, run.times - 1), weights)
         start = behind._replace(entered=mine), last
         if run.times == 1:  # what it computes again depends on no loop of the layers behind it
-            (front, _), pairs = body(start, (0, in_turn.behind(kept, behind.g)))
+            (front, _), pairs = body(start, (self._only(behind.g), in_turn.behind(kept, behind.g)))
         else:
             (front, _), pairs = lax.scan(body, start, (_repetitions(run), kept), reverse=True)
         return front._replace(entered={**behind.entered, **front.entered}), pairs
@@ -179,6 +180,10 @@ class Loops:
         rows = flat(self._rows(self._trainable, run, turn.place))
         mine = accumulators.scatter(g_w, self._spreads, stacked=True)
         return accumulators.add_layer(acc, nested({path: rows[path] for path in flat(mine)}), turn.i, mine, first)
+
+    def _only(self, before: Tree) -> jax.Array | int:
+        """The number of a run's only repetition, whose weights are not taken until `before` are there."""
+        return in_turn.zero_behind(before, self._data)
 
     def _paired_at(self, run: Run, place: int) -> tuple[Paired, ...]:
         return self._paired.get((run.lo, place), ())

@@ -154,8 +154,13 @@ class Spread:
 
     @property
     def accumulator(self) -> P:
-        """The spec of its accumulator with a leading dim over the replicas that have their own."""
-        return P(self.outside or None, *self.cut) if self.early else P(self.replicas, *self.where)
+        """The spec of its accumulator where it is added to: with a leading dim over the replicas that have their own;
+        where that is one, its mesh axes, of one device, go with the first dim."""
+        own, where = (self.outside, self.cut) if self.early else (self.replicas, self.where)
+        if self.count > 1:
+            return P(own or None, *where)
+        first, *others = where or (None,)
+        return P((*axis_names(first), *own) or None, *others)
 
 
 def fold(axis: str, size: int, inner: Iterable[int]) -> dict[str, int]:

@@ -218,7 +218,7 @@ class Parameters:
 
     def _accumulator(self, leaf: jax.ShapeDtypeStruct, spread: Spread) -> jax.ShapeDtypeStruct:
         if spread.count == 1:
-            return self._at(leaf, P(*spread.accumulator[1:]))
+            return self._at(leaf, spread.cut if spread.early else spread.where)
         return self._at(jax.ShapeDtypeStruct((spread.count, *leaf.shape), leaf.dtype), spread.accumulator)
 
     def _at(self, a: Any, where: P) -> jax.ShapeDtypeStruct:

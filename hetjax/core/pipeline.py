@@ -158,10 +158,15 @@ class Pipeline(Wiring):
         self.progress.begin([Task(Kind.FORWARD, key) for key in stages])
         for key, stage in stages.items():  # producers come before their consumers
             y: Tree | None = None
-            if key in self.mine:
-                y = stage.programs["evaluate"](on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared))
-            for link in self.links[key]:
-                inputs[link.target] |= link.forward(y)
+            try:
+                if key in self.mine:
+                    given = on_device(weights[key]), inputs.pop(key, {}), self.place(key, prepared)
+                    y = stage.programs["evaluate"](*given)
+                for link in self.links[key]:
+                    inputs[link.target] |= link.forward(y)
+            except Exception as error:
+                error.add_note(f"in the evaluation of {key[0]}/{key[1]}")
+                raise
             self.progress.handed_out()
         loss, likeliest = self.evaluated(y)
         cp = self.graph.sink.layout.cp

@@ -21,6 +21,11 @@ class Send:
     origin: int
     arrival: int
 
+    def __post_init__(self) -> None:
+        # jax's transfer of an empty array to another process never arrives (0.10.2 and 0.12). None is sent: `wire.py`
+        # makes no empty piece, and what a step's end tells has elements.
+        assert 0 not in self.piece.shape, self
+
     def at(self, device: jax.Device) -> jax.ShapeDtypeStruct:
         """The piece on one of its ends."""
         return jax.ShapeDtypeStruct(self.piece.shape, self.piece.dtype, sharding=SingleDeviceSharding(device))

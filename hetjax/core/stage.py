@@ -272,7 +272,7 @@ class Stage:
         spreads, at = self.parameters.spreads, len(args) - 2
         acc_specs = jax.tree.map(lambda spread: spread.accumulator, spreads)
         specs = tuple(acc_specs if n == at else spec_tree(given) for n, given in enumerate(args))
-        whole = accumulators.with_replicas(self._on_devices(program, specs, (acc_specs, *out)), spreads)
+        whole = accumulators.in_global_view(self._on_devices(program, specs, (acc_specs, *out)))
         return functools.partial(self._compile, name, whole, args, donate=(at,))
 
     def _whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

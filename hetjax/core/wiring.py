@@ -8,7 +8,7 @@ import jax
 
 from hetjax.core import processes
 from hetjax.core.boundary import Boundary
-from hetjax.core.graph import Graph, Module
+from hetjax.core.graph import Module
 from hetjax.core.packing import Packing, Prepared
 from hetjax.core.parameters import Parameters
 from hetjax.core.plan import StagePlan, plan_stages
@@ -67,7 +67,6 @@ class Wiring:
     def __init__(self, spec: TrainSpec) -> None:
         graph = spec.graph
         self.spec, self.graph = spec, graph
-        _check_processes(graph, spec.devices)
         self.plans = {m.name: plan_stages(m.name, m.definition, m.layout, spec.devices) for m in graph.modules}
         self.stages: dict[StageKey, Stage] = {}
         self.links: dict[StageKey, list[Link]] = {}  # by source
@@ -227,12 +226,3 @@ class Wiring:
         for name, boundary in self.boundaries.items():
             found += [(f"{name} {program}", thunk) for program, thunk in boundary.programs()]
         return found
-
-
-def _check_processes(graph: Graph, devices: Sequence[jax.Device]) -> None:
-    for module in graph.modules:
-        if module.layout.offload and len({device.process_index for device in devices}) > 1:
-            raise ValueError(
-                f"{module.name}: Layout.offload={list(module.layout.offload)} runs in one process alone; leave it out, "
-                "or start one process"
-            )

@@ -18,15 +18,22 @@ from hetjax.generate.generator import DTYPES, Answer, load
 from hetjax.generate.prompt import Prompt, ask, read_prompts
 from hetjax.generate.sample import Sampling
 from hetjax.run import cluster, command, several
+from hetjax.run.experiment import Experiment
+from hetjax.run.watchdog import Watch
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
-    flags = _parser().parse_args(argv)
-    return several.together(lambda: answer(flags))
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    for name in ("step_limit", "start_limit"):
+        if not getattr(flags, name) > 0:
+            parser.error(f"--{name}={getattr(flags, name):g}; it must be above 0")
+    watch = Watch(flags.step_limit, flags.start_limit, of="--")
+    return several.together(lambda: answer(flags, watch), watch)
 
 
-def answer(flags: argparse.Namespace) -> int:
+def answer(flags: argparse.Namespace, watch: Watch) -> int:
     """The exit status. Several processes answer together, and the first prints."""
     try:
         sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -36,10 +43,12 @@ def answer(flags: argparse.Namespace) -> int:
         model = load(flags.model, tp=flags.tp, dp=flags.dp, dtype=flags.dtype, date=flags.date)
         prompts = _prompts(flags, model.chat.items)
         settings = dict(max_new_tokens=flags.max_new_tokens, sampling=sampling, batch_size=flags.batch_size)
-        for prompt, answer in zip(prompts, model.stream(prompts, **settings), strict=True):
+        watch.pauses("the first answer")  # for which it compiles
+        for number, (prompt, answer) in enumerate(zip(prompts, model.stream(prompts, **settings), strict=True), 1):
+            watch.steps(f"what follows answer {number} of {len(prompts)}")
             print(answer.text if len(prompts) == 1 and not flags.prompts else _line(prompt, answer), flush=True)
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {cluster.who()}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -78,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dp", type=int, default=1, metavar="N", help="devices that share the prompts (default 1)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: a run's own, else as stored")
     parser.add_argument("--date", metavar="DATE", help="a folder's today, such as 2026-11-27 (default: today)")
+    for name, what in (
+        ("step_limit", "a batch of answers"),
+        ("start_limit", "loading, or the first answer,"),
+    ):
+        default = getattr(Experiment, name)
+        about = f"seconds that {what} may take of several processes, which else end (default {default:g})"
+        parser.add_argument(f"--{name}", type=float, default=default, metavar="S", help=about)
     parser.add_argument("--emulated_devices", type=int, default=0, metavar="N", help="CPU devices to emulate")
     return parser
 

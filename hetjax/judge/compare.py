@@ -4,7 +4,7 @@ A leaf's error is ||x - reference|| / max(||reference||, 0.01 ||module's referen
 true gradient of zero, and relative error means nothing there.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,10 +83,12 @@ def compare(
     reference: Reference,
     *,
     start: State | None = None,
+    judges: Callable[[int], None] = lambda step: None,
 ) -> Iterator[StepReport]:
     """Trains both sides from the same parameters, a step per element of `steps` (lists of microbatches).
 
-    `start`, where the trainer's first step begins with other parameters than its initial ones, is consumed."""
+    `start`, where the trainer's first step begins with other parameters than its initial ones, is consumed. `judges` is
+    called once the trainer's part of a step is done: what follows is the reference's alone, of each process its own."""
     definitions = {module.name: module.definition for module in trainer.graph.modules}
     state: State = trainer.init() if start is None else start
     before = params = trainer.whole(state.params)
@@ -96,11 +98,13 @@ def compare(
         done = trainer.gradients(state, microbatches)
         got = trainer.flat(done.grads, "grads")
         state, outcome = trainer.update(state, done)
+        new, moved = trainer.flat(state.optimizer, "state"), trainer.flat(state.params)
+        judges(n)
         result = reference.step(params, reference_state, microbatches, n)
         own = (_like(reference_state, states), outcome.loss, _like(result.grads, got), outcome.routed)
         expected = reference.update(before, *own, n).params
         params, reference_state = result.params, result.state
-        states, moved = trainer.flat(state.optimizer, "state"), trainer.flat(state.params)
+        states = new
         yield StepReport(
             n,
             float(outcome.loss),

@@ -28,6 +28,11 @@ STOP = "hetjax/stop/"  # the directory of the key with the step before which all
 _TIMES = itertools.count()
 
 
+def is_told() -> bool:
+    """Whether the environment tells this process of others."""
+    return any(map(os.environ.get, (COORDINATOR, PROCESSES, PROCESS))) or os.environ.get(CLUSTER) == "auto"
+
+
 def join_as_told(step_limit: float = HEARTBEAT) -> None:
     """Joins the run that the environment tells of, if it does; only the first process writes to standard output.
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 FILE = "curves.png"
 SIZE, DOTS = (12, 8), 100  # inches, and dots per inch
 FEW = 40  # points that are marked one by one
+WIDEST = 6.0  # of a line, in points
 LINES = ("-", "--", ":", "-.")
 Record = Mapping[str, Any]
 
@@ -83,7 +84,11 @@ def _fill(axes: "Axes", panel: Panel, curves: Sequence[Curve], num_runs: int) ->
         colour = f"C{(curve.run if num_runs > 1 else curve.name) % 10}"
         mark = "." if len(curve.steps) < FEW else ""
         line = LINES[curve.name % len(LINES)] if num_runs > 1 else "-"
-        axes.plot(curve.steps, curve.values, line, marker=mark, color=colour, label=_plain(curve.label), linewidth=1.2)
+        width = 1.2 + 1.5 * (num_runs - 1 - curve.run)  # the first is the widest: seen beside what is drawn over it
+        look: dict[str, Any] = dict(
+            marker=mark, color=colour, label=_plain(curve.label), linewidth=min(width, WIDEST), alpha=0.8
+        )
+        axes.plot(curve.steps, curve.values, line, **look)
         broken = [step for step, value in zip(curve.steps, curve.values, strict=True) if math.isnan(value)]
         if broken:  # at the top, so that a gap does not pass for a straight line
             label = _plain(f"{curve.label}: not finite")

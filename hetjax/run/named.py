@@ -58,8 +58,11 @@ def to_names(trainer: Trainer, state: State) -> Names:
         if key in trainer.pipeline.mine:
             copy = stage.programs.get("copy") or functools.partial(_copies, stored=stored)
             arrays = copy(tuple(jax.tree.leaves(on_device((state.params[key], state.optimizer[key])))))
-            copies = dict(zip(_all_names(stored), jax.device_put(arrays, _places(trainer, key, stored)), strict=True))
-        names |= _union(trainer, stored).to_all(copies) if jax.process_count() > 1 else copies or {}
+            copies = dict(zip(_all_names(stored), arrays, strict=True))
+        if jax.process_count() > 1:
+            names |= _union(trainer, stored).to_all(copies)
+        elif copies:
+            names |= zip(copies, jax.device_put(list(copies.values()), _places(trainer, key, stored)), strict=True)
     return names
 
 

@@ -1,23 +1,28 @@
 """A command that one process runs, or several together."""
 
+import contextlib
+import sys
 import traceback
 from collections.abc import Callable
 
-from hetjax.run import cluster
+from hetjax.run import cluster, watchdog
+from hetjax.run.watchdog import Watch
 
 
-def together(command: Callable[[], int]) -> int:
+def together(command: Callable[[], int], watch: Watch) -> int:
     """The exit status of `command`, run once this process has joined those that it is told of, if it is; they leave
-    together, unless one of them fails."""
-    cluster.join_as_told()
-    try:
-        status = command()
-    except BaseException:
-        if cluster.is_one_of_several():
-            traceback.print_exc()
-        cluster.end(1)
-        raise
-    if status == 2:  # what the user can mend, said already
-        return cluster.end(status)
-    cluster.leave()
+    together, unless one of them fails. Of several each watches whether the command goes on: another one may be dead."""
+    with watchdog.watched(watch) if cluster.is_told() else contextlib.nullcontext():
+        cluster.join_as_told(watch.step_limit)
+        try:
+            status = command()
+        except BaseException:
+            if cluster.is_one_of_several():
+                print(f"error: {cluster.who()}ends by what follows\n{traceback.format_exc()}", file=sys.stderr)
+            cluster.end(1)
+            raise
+        if status == 2:  # what the user can mend, said already
+            return cluster.end(status)
+        watch.pauses("its end")
+        cluster.leave()
     return status

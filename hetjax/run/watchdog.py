@@ -23,9 +23,11 @@ TICK = 0.5  # seconds between two looks
 class Watch:
     """What the run is at, and for how long it may stay there without a task, an evaluation or a program more.
 
-    Seconds in which this process itself was stopped (SIGSTOP, Ctrl-Z, a laptop's lid) do not count."""
+    Seconds in which this process itself was stopped (SIGSTOP, Ctrl-Z, a laptop's lid) do not count. `of`: what stands
+    before the names of the limits where a user sets them."""
 
-    def __init__(self, step_limit: float, start_limit: float) -> None:
+    def __init__(self, step_limit: float, start_limit: float, of: str = "Experiment.") -> None:
+        self.step_limit, self._of = step_limit, of
         self._limits = {"step_limit": step_limit, "start_limit": start_limit}
         self._at = "its start", "start_limit"  # what, and whose limit is its
         self._beginnings = 0
@@ -44,6 +46,11 @@ class Watch:
     def _begins(self, what: str, setting: str) -> None:
         self._at = what, setting
         self._beginnings += 1
+
+    @property
+    def at(self) -> str:
+        """What the run is at."""
+        return self._at[0]
 
     def follow(self, progress: Progress) -> None:
         """Whose tasks count from here on."""
@@ -72,7 +79,7 @@ class Watch:
     def _end(self) -> None:
         what, setting = self._at
         limit = self._limits[setting]
-        lines = [f"{cluster.who()}nothing has happened for Experiment.{setting}={limit:g} s, in {what}"]
+        lines = [f"{cluster.who()}nothing has happened for {self._of}{setting}={limit:g} s, in {what}"]
         with contextlib.suppress(Exception):  # whatever it is, the end must come
             lines += self._progress.lines() if self._progress else []
         os.write(2, "\n".join([f"error: {lines[0]}", *(f"  {line}" for line in lines[1:]), ""]).encode())
@@ -84,13 +91,15 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watched(step_limit: float, start_limit: float) -> Iterator[Watch]:
+def watched(watch: Watch) -> Iterator[Watch]:
     """A watch whose thread looks until the end of the block; at first the run is at its start."""
-    watch = Watch(step_limit, start_limit)
     thread = threading.Thread(target=watch.run, name="watchdog", daemon=True)
     thread.start()
     try:
         yield watch
+    except BaseException as error:
+        error.add_note(f"in {watch.at}")
+        raise
     finally:
         watch.close()
         thread.join()
