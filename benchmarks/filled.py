@@ -8,6 +8,7 @@ each counts. Exit status 1 if less than four fifths of the simulated gain is mea
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     emulate(4)
     build().value = flags.micros
     chosen = {name: case for name, case in CASES.items() if not flags.only or any(w in name for w in flags.only)}
+    if not chosen:
+        parser.error(f"no case has one of {flags.only} in its name; there are: {', '.join(CASES)}")
     print(f"load {os.getloadavg()[0]:.1f}\n{'':<42} in front and behind: s   in holes: s   gain, s", flush=True)
     planned = real = 0.0
     for name, case in chosen.items():
@@ -53,8 +56,9 @@ def main(argv: Sequence[str]) -> int:
         for what, (without, filled) in (("simulated", simulated), ("measured", measured)):
             print(f"{f'{name}, {what}':<55} {without:10.3f} {filled:13.3f} {without - filled:9.3f}", flush=True)
         planned, real = planned + simulated[0] - simulated[1], real + measured[0] - measured[1]
-        print(f"{'measured over simulated gain':<55} {(measured[0] - measured[1]) / (simulated[0] - simulated[1]):.2f}")
-    print(f"over all cases {real / planned:.2f}; load {os.getloadavg()[0]:.1f}")
+        gain = simulated[0] - simulated[1]
+        print(f"{'measured over simulated gain':<55} {(measured[0] - measured[1]) / gain if gain else math.nan:.2f}")
+    print(f"over all cases {real / planned if planned else math.nan:.2f}; load {os.getloadavg()[0]:.1f}")
     return int(real < LEAST * planned)
 
 

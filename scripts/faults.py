@@ -33,7 +33,7 @@ def disk(workdir: Path, *, small: bool) -> Iterator[None]:
     """An empty directory in place of what an interrupted trial left; `small`: on a disk of its own, of 16 MiB."""
     if workdir.is_mount():
         unmount(workdir)
-    for left in workdir.parent.glob(f"{workdir.name}*"):
+    for left in (*workdir.parent.glob(workdir.name), *workdir.parent.glob(f"{workdir.name}.*")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     workdir.mkdir()
     if not small:
@@ -98,7 +98,7 @@ def tried(name: str, number: int, seed: int, has: Settings) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         return Outcome(name, has.processes, number, minutes=minutes(), wrong=f"{error}"[:300])
-    for left in workdir.parent.glob(f"{workdir.name}*"):
+    for left in (*workdir.parent.glob(workdir.name), *workdir.parent.glob(f"{workdir.name}.*")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     codes = tuple(sorted({code for code in ended.codes if code is not None}))
     return Outcome(name, has.processes, number, ended.seconds, codes, minutes())
@@ -119,7 +119,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "trials.jsonl"
     wanted = itertools.product(range(flags.times), flags.processes, names)  # each fault once before any twice
-    done = {(o.number, o.processes, o.fault) for o in outcomes.read(results)}
+    done = {(o.number, o.processes, o.fault) for o in outcomes.read(results) if not o.wrong}  # those are tried again
     todo = [trial for trial in wanted if trial not in done]
     whole = {count: undisturbed(folder / str(count), count) for count in sorted({count for _, count, _ in todo})}
     begun = time.monotonic()

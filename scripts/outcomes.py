@@ -1,10 +1,10 @@
 """How trials of faults ended: a line each in a file, so that an interrupted script goes on, and a table of them."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import lines
 
 HEAD = "| fault |"  # what the table begins with
 
@@ -23,23 +23,14 @@ class Outcome:
 
 
 def read(path: Path) -> list[Outcome]:
-    """All that the file has; a line that was being written when the script was ended is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found.append(Outcome(**values | {"codes": tuple(values["codes"])}))
-    return found
+    """Of each trial in the file the newest outcome."""
+    found = [Outcome(**values | {"codes": tuple(values["codes"])}) for values in lines.read(path)]
+    return list({(one.fault, one.processes, one.number): one for one in found}.values())
 
 
 def add(path: Path, outcome: Outcome) -> None:
-    """A line more, on disk behind this call."""
-    with path.open("a") as file:
-        file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Puts it into the file."""
+    lines.add(path, dataclasses.asdict(outcome))
 
 
 def table(outcomes: Iterable[Outcome], faults: Sequence[str]) -> str:
@@ -47,7 +38,7 @@ def table(outcomes: Iterable[Outcome], faults: Sequence[str]) -> str:
     known = [outcome for outcome in outcomes if outcome.fault in faults]
     counts = sorted({outcome.processes for outcome in known})
     columns = [*(f"{count} processes" for count in counts), "slowest end", "exit status"]
-    lines = [f"{HEAD} {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
+    rows = [f"{HEAD} {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
     for fault in faults:
         of_fault = [outcome for outcome in known if outcome.fault == fault]
         if not of_fault:
@@ -57,13 +48,13 @@ def table(outcomes: Iterable[Outcome], faults: Sequence[str]) -> str:
         good = [o for o in of_fault if not o.wrong]
         slowest = f"{max(o.seconds for o in good):.0f} s" if good else ""
         codes = ", ".join(map(str, sorted({code for o in good for code in o.codes})))
-        lines.append(f"| {fault} | {' | '.join(shares)} | {slowest} | {codes} |")
-    return "\n".join(lines)
+        rows.append(f"| {fault} | {' | '.join(shares)} | {slowest} | {codes} |")
+    return "\n".join(rows)
 
 
-def put_in(page: Path, lines: str) -> None:
+def put_in(page: Path, found: str) -> None:
     """The table in place of the page's. Raises ValueError where the page has none."""
     before, head, rest = page.read_text().partition(f"\n{HEAD}")
     if not head:
         raise ValueError(f"{page} has no table that begins with {HEAD}")
-    page.write_text(f"{before}\n{lines}\n\n{rest.partition(chr(10) * 2)[2]}")
+    page.write_text(f"{before}\n{found}\n\n{rest.partition(chr(10) * 2)[2]}")

@@ -10,7 +10,6 @@ exit status 1 if a check fails.
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lines
 from trials import Run
 
 DAY = 86400.0
@@ -34,14 +34,12 @@ class Notes:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self._lines: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("}")]
+        self._lines = lines.read(path)
 
     def add(self, **values: Any) -> None:
         """A line more."""
         self._lines.append(values)
-        with self._path.open("a") as file:
-            print(json.dumps(values), file=file, flush=True)
+        lines.add(self._path, values)
 
     def of(self, name: str) -> list[Any]:
         """The values of that name, in their order."""

@@ -31,6 +31,9 @@ def test_a_page_gets_the_table_of_all_trials_that_were_written_whole(outcomes: A
         outcomes.add(file, outcome)
     file.write_text(file.read_text() + '{"fault": "kill", "proc')
     assert outcomes.read(file) == tried
+    tried[1] = outcomes.Outcome("kill", 2, 1, wrong="hangs still")
+    outcomes.add(file, tried[1])
+    assert outcomes.read(file) == tried
     table = outcomes.table(outcomes.read(file), ["stop", "kill", "flood"])
     assert table.splitlines() == [
         "| fault | 2 processes | 4 processes | slowest end | exit status |",

@@ -7,7 +7,8 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,13 +98,21 @@ ENDS: dict[str, tuple[tuple[Any, str, int, Callable], bool, Any, int, str]] = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where a shell started the tests in the background, to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("way", ENDS)
 def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continues(
     once: None, call: Callable, gin: Path, tmp_path: Path, undisturbed: dict, capsys: pytest.CaptureFixture, way: str
 ) -> None:
     (place, name, number, fault), first, status, saved, said = ENDS[way]
     workdir, changes = tmp_path / "run", dict(eval_every=3, keep=1, named=runs.held_out(gin))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, name, at_call(number, getattr(place, name), fault, first=first))
         if isinstance(status, int):
@@ -129,6 +138,16 @@ def test_whatever_ends_a_run_its_last_step_is_saved_and_the_same_command_continu
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(STEPS)]
 
 
+def test_a_line_counts_no_save_before_its_steps(
+    once: None, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.Checkpoints.save
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *given: (save(*given), time.sleep(2)))
+    call(tmp_path / "run", log_every=1, save_every=2)
+    seconds = runs.records(tmp_path / "run", "step_seconds")
+    assert len(seconds) == STEPS and max(seconds.values()) < 2
+
+
 FAILS = {  # what fails, at which call -> what is said of it
     (Gradients, "_backward", 3): ["in the backward of llm/0, microbatch 0", "in step 2"],
     (Wiring, "place", 7): ["in the evaluation of vision/0", "in the evaluation behind step 3"],
@@ -145,7 +164,7 @@ def test_what_the_devices_refuse_is_told_with_task_and_step(
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         call(tmp_path / "run", eval_every=3, named=runs.held_out(gin))
     task, at = FAILS[way]
-    assert raised.value.__notes__ == [task, f"{at}, and the save behind its error"]
+    assert raised.value.__notes__ == [task, at]
 
 
 FULL = {  # how often metrics are written, and so what meets the full disk first; what is said

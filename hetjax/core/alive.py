@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from hetjax.core.tasks import Kind, Task, Thing
 
@@ -26,20 +25,22 @@ def _put(tree: Tree, memory: str) -> Tree:
     leaves, structure = jax.tree.flatten(tree)
     if all(leaf.sharding.memory_kind == memory for leaf in leaves):
         return tree
-    where = [leaf.sharding.with_memory_kind(memory) for leaf in leaves]
-    put = jax.device_put if all(leaf.is_fully_addressable for leaf in leaves) else _put_own
-    return jax.tree.unflatten(structure, put(leaves, where))
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(memory), tree))
+    return jax.tree.unflatten(structure, _put_own(leaves, memory))
 
 
-def _put_own(leaves: Sequence[jax.Array], where: Sequence[NamedSharding]) -> list[jax.Array]:
+def _put_own(leaves: Sequence[jax.Array], memory: str) -> list[jax.Array]:
     """Arrays of which other processes have shards too: each process puts its own, where jax would have all of them run
     a program."""
     own = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
-    moved = iter(jax.device_put(own, [data.sharding.with_memory_kind(where[0].memory_kind) for data in own]))
+    moved = iter(jax.device_put(own, [data.sharding.with_memory_kind(memory) for data in own]))
     shards = [[next(moved) for _ in leaf.addressable_shards] for leaf in leaves]
     return [
-        jax.make_array_from_single_device_arrays(leaf.shape, to, mine, dtype=leaf.dtype)
-        for leaf, to, mine in zip(leaves, where, shards, strict=True)
+        jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding.with_memory_kind(memory), mine, dtype=leaf.dtype
+        )
+        for leaf, mine in zip(leaves, shards, strict=True)
     ]
 
 

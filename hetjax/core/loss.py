@@ -18,8 +18,9 @@ from models.layers import dot, wide
 # 2,048 tokens took 202, 193, 210 and 238 ms in chunks of 256, 512, 1024 and 2048 with 4,096 ids and 512 features, and
 # 1654, 1536, 1590 and 1587 ms with 24,576 ids and 576 features.
 CHUNK = {"cpu": 512}
-# Into at least so many chunks a microbatch goes, since of the last one what has no weight is computed in vain: of 1,024
-# tokens of 4,096 ids and 512 features, with weight 768 of them, 4 took 76 ms and 2 took 95; with weight all, 98 and 92.
+# Into about so many chunks, or more, a microbatch goes, since of the last one what has no weight is computed in vain:
+# of 1,024 tokens of 4,096 ids and 512 features, with weight 768 of them, 4 took 76 ms and 2 took 95; with weight all,
+# 98 and 92.
 CHUNKS = {"cpu": 4}
 LOGITS = 2 * 2**30  # bytes of a chunk's logits elsewhere: 16,384 tokens of 32,768 ids in float32
 

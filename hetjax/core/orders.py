@@ -12,9 +12,10 @@ come in the order of the microbatches whatever the schedule, and its gradients h
 
 GPipe (arXiv:1811.06965) is forwards first. 1F1B (PipeDream-Flush, arXiv:2006.09503) is backwards first, with a bound on
 the microbatches in flight: those that keep the stages from here to the loss busy. Modules that share devices with the
-sink run in windows: encode a window of microbatches, run the sink over them, then the encoders' backwards
-(arXiv:2605.27678's three phases, when the window is the whole step). The replicas of a module, each with its share of
-the microbatches, work in the holes of the others instead (`filling.py`), at most a window of microbatches ahead.
+sink run in windows on the devices that both stand on: encode a window of microbatches, run the sink over them, then the
+encoders' backwards (arXiv:2605.27678's three phases, when the window is the whole step). The replicas of a module, each
+with its share of the microbatches, work in the holes of the others instead (`filling.py`), at most a window of
+microbatches ahead.
 
 What is waited for can be no circle: the earliest microbatch that is not through all stages can always go on.
 """

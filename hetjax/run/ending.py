@@ -52,8 +52,10 @@ def saved(checkpoints: Checkpoints, watch: Watch) -> Iterator[Last]:
         yield last
     except BaseException:  # a user's code may raise any
         if last.complete is not None and not cluster.is_one_of_several():  # the others are not here to save with
-            watch.pauses(f"{watch.at}, and the save behind its error")
+            at = watch.at
+            watch.pauses(f"{at}, and the save behind its error")
             print(_save(checkpoints, last), flush=True)
+            watch.pauses(at)  # where the error came from
         raise
 
 

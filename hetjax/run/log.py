@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: what a step gave, and the rates since the line before."""
+"""The lines of metrics.jsonl: what a step gave, and the rates since the line, the save or the evaluation before."""
 
 import itertools
 import math
@@ -29,6 +29,7 @@ class Log:
         self.run, self.trainer, self.loader, self.writer = run, trainer, loader, writer
         self.pending: tuple[int, Outcome] | None = None
         self.flops = trainer.step_flops()
+        self.read = loader.media_bytes
         self.restart()
 
     def restart(self) -> None:
@@ -37,7 +38,6 @@ class Log:
         self.items = {item.reader.rate: 0 for item in self.loader.items}
         self.host_seconds = self.boundary_seconds = 0.0
         self.waited = self.loader.seconds_waited
-        self.read = self.loader.media_bytes
 
     def step(self, step: int, microbatches: Sequence[Any], outcome: Outcome) -> None:
         """Takes note of a step that was dispatched; waits for the one before it, and for this one if a line is due."""
@@ -89,6 +89,7 @@ class Log:
         values |= {f"media_bytes/{process}": now - before for process, (now, before) in pairs}
         values |= self._rates(seconds / self.steps)
         self.writer.write(step, values)
+        self.read = self.loader.media_bytes
         self.restart()
 
     def _rates(self, step_seconds: float) -> Values:

@@ -39,8 +39,6 @@ class Loop:
         """The state behind step `end`, or behind the step at which a signal ends the run; it is saved."""
         log, stragglers = Log(self.run, trainer, self.loader, self.writer), Stragglers(trainer)
         stragglers.look(state.step, state.weights)
-        for line in profiles.missed(self.run, self.workdir, state.step):
-            print(line, flush=True)
         self.watch.follow(trainer.pipeline.progress)
         while state.step < end and not self._ends(state.step):
             if self._evaluates(state.step):

@@ -12,17 +12,17 @@ from hetjax.run.watchdog import Watch
 def together(command: Callable[[], int], watch: Watch) -> int:
     """The exit status of `command`, run once this process has joined those that it is told of, if it is; they leave
     together, unless one of them fails. Of several each watches whether the command goes on: another one may be dead."""
-    with watchdog.watched(watch) if cluster.is_told() else contextlib.nullcontext():
-        cluster.join_as_told(watch.step_limit)
-        try:
+    try:
+        with watchdog.watched(watch) if cluster.is_told() else contextlib.nullcontext():
+            cluster.join_as_told(watch.step_limit)
             status = command()
-        except BaseException:
-            if cluster.is_one_of_several():
-                print(f"error: {cluster.who()}ends by what follows\n{traceback.format_exc()}", file=sys.stderr)
-            cluster.end(1)
-            raise
-        if status == 2:  # what the user can mend, said already
-            return cluster.end(status)
-        watch.pauses("its end")
-        cluster.leave()
+            if status == 2:  # what the user can mend, said already
+                return cluster.end(status)
+            watch.pauses("its end")
+            cluster.leave()
+    except BaseException:  # out here it says what the command was at
+        if cluster.is_one_of_several():
+            print(f"error: {cluster.who()}ends by what follows\n{traceback.format_exc()}", file=sys.stderr)
+        cluster.end(1)
+        raise
     return status
