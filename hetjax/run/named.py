@@ -160,9 +160,10 @@ def _copies(leaves: tuple[jax.Array, ...], stored: tuple[Stored, ...]) -> list[j
 
 
 def _without_padding(row: jax.Array, array: jax.ShapeDtypeStruct) -> jax.Array:
-    if row.shape == array.shape:
-        return row
+    """`row` where `array` says that it lies: what is sent to other processes must."""
     uncut = lax.with_sharding_constraint(row, array.sharding)  # first: so that no device has the whole of it
+    if row.shape == array.shape:
+        return uncut
     return lax.with_sharding_constraint(uncut[tuple(map(slice, array.shape))], array.sharding)
 
 
