@@ -102,18 +102,16 @@ def _failed_steps(run: Experiment, trainers: Sequence[Trainer], steps: int, tole
             trainer.compile(lambda _, done, total: watch.pauses(f"compiling, with {done} of {total} programs done"))
             cluster.meet(f"compiled phase {phase}")
             watch.follow(trainer.pipeline.progress)
-            each = (f"step {n} of phase {phase}" for n in range(steps))
-            data = (_next(loader, run.num_microbatches, step, watch) for step in each)
+            data = (_next(loader, run.num_microbatches, n, watch) for n in range(steps))
             judged = lambda n: watch.pauses(f"the reference's step {n}")
             reports = compare(trainer, data, reference.with_config(trainer.spec.optimizer), judges=judged)
             failed += _print_reports(reports, tolerance)
     return failed
 
 
-def _next(loader: Loader, num_microbatches: int, step: str, watch: Watch) -> Sequence[Mapping[str, np.ndarray]]:
-    """The microbatches of a step, which begins once all processes have judged the one before: each its reference's."""
-    cluster.meet(step)
-    watch.steps(step)
+def _next(loader: Loader, num_microbatches: int, step: int, watch: Watch) -> Sequence[Mapping[str, np.ndarray]]:
+    """The microbatches of a step, which begins."""
+    watch.steps(f"step {step}")
     return loader.next_step(num_microbatches)
 
 
