@@ -7,16 +7,13 @@ Stages sleep on emulated devices of their own, as in `schedules.py`; steps of bo
 each counts. Exit status 1 if less than four fifths of the simulated gain is measured over all cases.
 """
 
-import argparse
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from unittest import mock
 
-from schedules import Case, built, seconds_of
-from sleeping import build
-from synthetic import emulate
+from schedules import Case, built, seconds_of, started
 
 from hetjax.core import forecast
 from hetjax.core.layout import Layout
@@ -38,26 +35,16 @@ CASES = {
 
 def main(argv: Sequence[str]) -> int:
     """Prints a line per case, and the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--micros", type=int, default=60_000, help="of a layer's forward; more on a busy machine")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="cases whose name has one of these")
-    flags = parser.parse_args(argv)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # compiles sooner
-    emulate(4)
-    build().value = flags.micros
-    chosen = {name: case for name, case in CASES.items() if not flags.only or any(w in name for w in flags.only)}
-    if not chosen:
-        parser.error(f"no case has one of {flags.only} in its name; there are: {', '.join(CASES)}")
+    flags, chosen, _ = started(argv, __doc__, CASES, repeats=4, micros=60_000)
     print(f"load {os.getloadavg()[0]:.1f}\n{'':<42} in front and behind: s   in holes: s   gain, s", flush=True)
     planned = real = 0.0
     for name, case in chosen.items():
         simulated, measured = compared(case, flags.micros, flags.repeats)
         for what, (without, filled) in (("simulated", simulated), ("measured", measured)):
             print(f"{f'{name}, {what}':<55} {without:10.3f} {filled:13.3f} {without - filled:9.3f}", flush=True)
-        planned, real = planned + simulated[0] - simulated[1], real + measured[0] - measured[1]
-        gain = simulated[0] - simulated[1]
-        print(f"{'measured over simulated gain':<55} {(measured[0] - measured[1]) / gain if gain else math.nan:.2f}")
+        gains = [without - filled for without, filled in (simulated, measured)]
+        planned, real = planned + gains[0], real + gains[1]
+        print(f"{'measured over simulated gain':<55} {gains[1] / gains[0] if gains[0] else math.nan:.2f}")
     print(f"over all cases {real / planned if planned else math.nan:.2f}; load {os.getloadavg()[0]:.1f}")
     return int(real < LEAST * planned)
 

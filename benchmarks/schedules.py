@@ -13,8 +13,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -71,16 +71,7 @@ SERIAL, BESIDE = (Case(Layout(devices="0"), Layout(devices=where), **EQUAL) for 
 
 def main(argv: Sequence[str]) -> int:
     """Prints a line per schedule, and the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--micros", type=int, default=10_000, help="of a layer's forward; more on a busy machine")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="schedules whose name has one of these")
-    flags = parser.parse_args(argv)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # compiles sooner
-    emulate(6)
-    slept = build()
-    slept.value = flags.micros
-    chosen = {name: case for name, case in CASES.items() if not flags.only or any(w in name for w in flags.only)}
+    flags, chosen, slept = started(argv, __doc__, CASES, repeats=3, micros=10_000)
     print(f"load {os.getloadavg()[0]:.1f}\n{'schedule':<42} simulated s  measured s   error", flush=True)
     found = []
     for name, case in chosen.items():
@@ -95,6 +86,26 @@ def main(argv: Sequence[str]) -> int:
     print(f"encoder and language model of one cost: {serial:.3f} s on one device, {beside:.3f} s beside each other,")
     print(f"{serial / beside:.2f} times as fast; load {os.getloadavg()[0]:.1f}")
     return int(not (rank >= LEAST_RANK and error <= MOST_ERROR and serial / beside >= LEAST_GAIN))
+
+
+def started(
+    argv: Sequence[str], about: str | None, cases: Mapping[str, Case], *, repeats: int, micros: int
+) -> tuple[argparse.Namespace, dict[str, Case], Any]:
+    """What the command line asks for, with these defaults; those of the cases; how long layers sleep from now on, on
+    emulated devices."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--micros", type=int, default=micros, help="of a layer's forward; more on a busy machine")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="cases whose name has one of these")
+    flags = parser.parse_args(argv)
+    chosen = {name: case for name, case in cases.items() if not flags.only or any(w in name for w in flags.only)}
+    if not chosen:
+        parser.error(f"no case has one of {flags.only} in its name; there are: {', '.join(cases)}")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # compiles sooner
+    emulate(6)
+    slept = build()
+    slept.value = flags.micros
+    return flags, chosen, slept
 
 
 def compared(case: Case, micros: int, repeats: int) -> tuple[float, float]:

@@ -11,7 +11,6 @@ import contextlib
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {cluster.who()}{' '.join(str(error).split())}", file=sys.stderr)
         return cluster.end(2)
     except BaseException:
-        if cluster.is_one_of_several():
-            print(f"error: {cluster.who()}ends by what follows\n{traceback.format_exc()}", file=sys.stderr)
-        cluster.end(1)
+        cluster.end_by_error()
         raise
     return 0
 

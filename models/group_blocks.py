@@ -33,9 +33,10 @@ class Blocks:
         last = jnp.cumsum(counts)
         number = jnp.arange(most, dtype=jnp.int32)
         group = jnp.searchsorted(last, number, side="right", method="compare_all").astype(jnp.int32)
-        self.counts, self.begins, self.sizes = counts, last - counts, sizes
+        self.counts, self.begins = counts, last - counts
+        self.starts, self.ends = ends - sizes, ends  # rows of groups
         self.group = jnp.minimum(group, groups - 1)  # of numbers behind the last block: then no row is within
-        self.first = (ends - sizes)[self.group] + (number - self.begins[self.group]) * self.rows
+        self.first = self.starts[self.group] + (number - self.begins[self.group]) * self.rows
         self.end = ends[self.group]
         self.start = jnp.minimum(self.first, n - self.rows)
         self.count = most if form.every else last[-1]
@@ -58,8 +59,8 @@ class Blocks:
 
     def together(self, y: jax.Array, n: int) -> jax.Array:
         """The rows of blocks by themselves, as they were in an array of `n`; 0 in those of no group."""
-        ends, row = jnp.cumsum(self.sizes), jnp.arange(n, dtype=jnp.int32)
-        group = jnp.searchsorted(ends, row, side="right", method="compare_all").astype(jnp.int32)
-        own = jnp.minimum(group, len(self.sizes) - 1)
-        place = self.begins[own] * self.rows + row - (ends - self.sizes)[own]
-        return y.at[jnp.where(group < len(self.sizes), place, len(y))].get(mode="fill", fill_value=0)
+        row, groups = jnp.arange(n, dtype=jnp.int32), len(self.ends)
+        group = jnp.searchsorted(self.ends, row, side="right", method="compare_all").astype(jnp.int32)
+        own = jnp.minimum(group, groups - 1)
+        place = self.begins[own] * self.rows + row - self.starts[own]
+        return y.at[jnp.where(group < groups, place, len(y))].get(mode="fill", fill_value=0)

@@ -35,24 +35,12 @@ def weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, dtype: Any, *,
         i, j, group = (jax.lax.axis_index(name) for name in ("i", "j", "group"))
         begin = begins[group]
 
-        def multiply(total: Any) -> Any:
-            def step(_: Any, x_block: Any, g_block: Any) -> None:
-                gpu.wgmma(total, x_block.transpose((1, 0)), g_block)
-                gpu.wgmma_wait(1)  # the one before: its block is free, as `delay_release` says
-
-            gpu.emit_pipeline(
-                step,
-                grid=(counts[group],),
-                in_specs=[
-                    _tiles(x.dtype, BLOCK.rows, lambda number: (begin + number, i)),
-                    _tiles(g.dtype, BLOCK.rows, lambda number: (begin + number, j)),
-                ],
-                max_concurrent_steps=STAGES,
-            )(x_ref, g_ref)
-            return total[...]
-
-        found = pl.run_scoped(multiply, gpu.ACC((TILE, TILE)))
-
+        specs = [
+            _tiles(x.dtype, BLOCK.rows, lambda number: (begin + number, i)),
+            _tiles(g.dtype, BLOCK.rows, lambda number: (begin + number, j)),
+        ]
+        multiply = lambda total, x_block, g_block: gpu.wgmma(total, x_block.transpose((1, 0)), g_block)
+        found = _summed((TILE, TILE), counts[group], multiply, specs, x_ref, g_ref)
         _store(found, out_ref, (group, pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)))
 
     a, b, groups = x.shape[1], g.shape[1], len(sizes)
@@ -81,23 +69,12 @@ def row_gradient(g: jax.Array, w: jax.Array, sizes: jax.Array, *, interpret: Any
         i, block = jax.lax.axis_index("i"), jax.lax.axis_index("block")
         matrix = of_block[block] * tiles + i
 
-        def multiply(total: Any) -> Any:
-            def step(_: Any, g_block: Any, w_tile: Any) -> None:
-                gpu.wgmma(total, g_block, w_tile.transpose((1, 0)))
-                gpu.wgmma_wait(1)
-
-            gpu.emit_pipeline(
-                step,
-                grid=(steps_ref[block],),
-                in_specs=[
-                    _tiles(g.dtype, BLOCK.rows, lambda number: (block, number)),
-                    _tiles(w.dtype, TILE, lambda number: (matrix, number)),
-                ],
-                max_concurrent_steps=STAGES,
-            )(g_ref, w_ref)
-            return total[...]
-
-        found = pl.run_scoped(multiply, gpu.ACC((BLOCK.rows, TILE)))
+        specs = [
+            _tiles(g.dtype, BLOCK.rows, lambda number: (block, number)),
+            _tiles(w.dtype, TILE, lambda number: (matrix, number)),
+        ]
+        multiply = lambda total, g_block, w_tile: gpu.wgmma(total, g_block, w_tile.transpose((1, 0)))
+        found = _summed((BLOCK.rows, TILE), steps_ref[block], multiply, specs, g_ref, w_ref)
         _store(found, out_ref, (pl.ds(block * BLOCK.rows, BLOCK.rows), pl.ds(i * TILE, TILE)))
 
     found = gpu.kernel(
@@ -109,6 +86,20 @@ def row_gradient(g: jax.Array, w: jax.Array, sizes: jax.Array, *, interpret: Any
         interpret=interpret,
     )(blocks.group, steps, apart, w.reshape(groups * a, b))
     return blocks.together(found, len(g))
+
+
+def _summed(shape: tuple[int, int], steps: Any, multiply: Any, specs: list[Any], *refs: Any) -> Any:
+    """The sum [shape], in registers, of the products that `multiply(total, *tiles)` adds in each of the steps."""
+
+    def run(total: Any) -> Any:
+        def step(_: Any, *tiles: Any) -> None:
+            multiply(total, *tiles)
+            gpu.wgmma_wait(1)  # the one before: its tiles are free, as `delay_release` says
+
+        gpu.emit_pipeline(step, grid=(steps,), in_specs=specs, max_concurrent_steps=STAGES)(*refs)
+        return total[...]
+
+    return pl.run_scoped(run, gpu.ACC(shape))
 
 
 def _store(found: Any, out_ref: Any, place: tuple[Any, ...]) -> None:

@@ -33,8 +33,7 @@ def disk(workdir: Path, *, small: bool) -> Iterator[None]:
     """An empty directory in place of what an interrupted trial left; `small`: on a disk of its own, of 16 MiB."""
     if workdir.is_mount():
         unmount(workdir)
-    for left in (*workdir.parent.glob(workdir.name), *workdir.parent.glob(f"{workdir.name}.*")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    clear(workdir)
     workdir.mkdir()
     if not small:
         yield
@@ -44,6 +43,12 @@ def disk(workdir: Path, *, small: bool) -> Iterator[None]:
         yield
     finally:
         unmount(workdir)
+
+
+def clear(workdir: Path) -> None:
+    """Removes a trial's workdir and logs."""
+    for left in (*workdir.parent.glob(workdir.name), *workdir.parent.glob(f"{workdir.name}.*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def unmount(directory: Path) -> None:
@@ -98,8 +103,7 @@ def tried(name: str, number: int, seed: int, has: Settings) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         return Outcome(name, has.processes, number, minutes=minutes(), wrong=f"{error}"[:300])
-    for left in (*workdir.parent.glob(workdir.name), *workdir.parent.glob(f"{workdir.name}.*")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    clear(workdir)
     codes = tuple(sorted({code for code in ended.codes if code is not None}))
     return Outcome(name, has.processes, number, ended.seconds, codes, minutes())
 

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -174,6 +175,14 @@ def end(status: int) -> int:
             time.sleep(1)  # its end takes the others with it, who may be about to say theirs
         os._exit(status)
     return status
+
+
+def end_by_error() -> None:
+    """Inside of an `except`: of several processes this one says what came through, and ends; one that is alone leaves
+    both to Python."""
+    if is_one_of_several():
+        print(f"error: {who()}ends by what follows\n{traceback.format_exc()}", file=sys.stderr)
+    end(1)
 
 
 def _client() -> Any:

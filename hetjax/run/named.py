@@ -155,12 +155,12 @@ def _copies(leaves: tuple[jax.Array, ...], stored: tuple[Stored, ...]) -> list[j
     found = []
     for leaf, how in zip(leaves, stored, strict=True):
         rows = [leaf[i] for i in range(len(how.names))] if how.stacked else [jnp.copy(leaf)]
-        found += [_without_padding(row, how.array) for row in rows]
+        found += [_as_stored(row, how.array) for row in rows]
     return found
 
 
-def _without_padding(row: jax.Array, array: jax.ShapeDtypeStruct) -> jax.Array:
-    """`row` where `array` says that it lies: what is sent to other processes must."""
+def _as_stored(row: jax.Array, array: jax.ShapeDtypeStruct) -> jax.Array:
+    """`row` without padding, where `array` says that it lies: what is sent to other processes must."""
     uncut = lax.with_sharding_constraint(row, array.sharding)  # first: so that no device has the whole of it
     if row.shape == array.shape:
         return uncut

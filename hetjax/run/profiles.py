@@ -11,7 +11,7 @@ import jax
 
 from hetjax.core.finish import Outcome
 from hetjax.core.trainer import Microbatches, State, Trainer
-from hetjax.run import cluster, metrics, timelines
+from hetjax.run import metrics, timelines
 from hetjax.run.experiment import Experiment
 
 FOLDER = "profiles"
@@ -34,7 +34,7 @@ def missed(run: Experiment, workdir: Path, step: int) -> list[str]:
     found = []
     for setting, (numbers, folder) in asked.items():
         recorded = {path.name.removesuffix(".json") for path in (workdir / folder).glob("*")}
-        if gone := [str(n) for n in numbers if n <= step and f"step-{n}{cluster.of_others()}" not in recorded]:
+        if gone := [str(n) for n in numbers if n <= step and timelines.name_of(n) not in recorded]:
             found.append(f"{setting}: the run goes on behind step {step}, so {', '.join(gone)} will not be recorded")
     return found
 
@@ -47,7 +47,7 @@ def step(
     take: Take,
 ) -> tuple[State, Outcome]:
     """A step, as `take` takes it, of which jax writes a profile between two moments without work."""
-    folder = workdir / FOLDER / f"step-{state.step + 1}{cluster.of_others()}"
+    folder = workdir / FOLDER / timelines.name_of(state.step + 1)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # every call of a function would hide the tasks, and slow the step down
     jax.block_until_ready(state.weights)

@@ -1,8 +1,6 @@
 """A command that one process runs, or several together."""
 
 import contextlib
-import sys
-import traceback
 from collections.abc import Callable
 
 from hetjax.run import cluster, watchdog
@@ -21,8 +19,6 @@ def together(command: Callable[[], int], watch: Watch) -> int:
             watch.pauses("its end")
             cluster.leave()
     except BaseException:  # out here it says what the command was at
-        if cluster.is_one_of_several():
-            print(f"error: {cluster.who()}ends by what follows\n{traceback.format_exc()}", file=sys.stderr)
-        cluster.end(1)
+        cluster.end_by_error()
         raise
     return status

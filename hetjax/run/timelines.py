@@ -28,7 +28,7 @@ def step(
     """A step of `trainer` that is recorded in `workdir`, and its numbers in `writer`; it `waited` seconds for data."""
     state, outcome, timeline = trainer.recorded(state, microbatches)
     found = numbers(trainer, timeline) | {"timeline/data_wait_seconds": waited}
-    name = f"step-{state.step}{cluster.of_others()}"
+    name = name_of(state.step)
     planned = trainer.pipeline.schedule.forecast
     real = f"step {state.step}, {timeline.makespan / MICRO:.3f} s: devices idle {timeline.bubble:.1%}"
     real += f", after {waited:.3f} s without data"
@@ -42,6 +42,11 @@ def step(
     print(f"recorded {real}: {folder / name}.svg, .png and .json{others}", flush=True)
     writer.write(state.step, found)
     return state, outcome
+
+
+def name_of(step: int) -> str:
+    """What the files begin with in which this process has a step."""
+    return f"step-{step}{cluster.of_others()}"
 
 
 def numbers(trainer: Trainer, timeline: Timeline) -> dict[str, float]:
