@@ -1,7 +1,6 @@
 """A vision-language model of chosen size on random microbatches: what the benchmarks time."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from hetjax.core.remat import Remat
 from hetjax.core.stage import Stage
 from hetjax.core.train_spec import TrainSpec
 from hetjax.core.trainer import State, Trainer
+from hetjax.run import command
 from models.contract import ModuleDef
 from models.decoder import Decoder
 from models.vit import ViT
@@ -143,9 +143,7 @@ def one_row(definition: ModuleDef, layout: Layout, remat: Remat, tokens: int, de
 
 def emulate(devices: int) -> None:
     """Runs on emulated CPU devices. Call it before the first array."""
-    os.environ.setdefault("PJRT_NPROC", str(max(64, 8 * devices)))
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    command.ask_for_emulated(devices)
 
 
 class Timed:

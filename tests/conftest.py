@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# The CPU client's thread pool is as wide as the machine; programs with collectives starve each other in a narrow one.
-os.environ.setdefault("PJRT_NPROC", "64")
+NUM_DEVICES = 8
+os.environ.setdefault("PJRT_NPROC", str(2 * NUM_DEVICES))  # as `command.ask_for_emulated` has it, for children too
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs are tiny, and most of the suite's time is their compilation. A collective that waits for a device which
 # never comes ends the process, instead of hanging the suite.
@@ -27,7 +27,6 @@ import jax.monitoring
 import pytest
 from jax._src import array as jax_array
 
-NUM_DEVICES = 8
 # A second run of the suite compiles little. Each worker keeps its own: jax writes entries in place, not by rename.
 CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 COMPILED = "/jax/core/compile/backend_compile_duration"

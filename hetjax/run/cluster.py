@@ -72,7 +72,7 @@ def join(coordinator: str, num_processes: int, process: int, emulated: int, *, s
     `emulated` CPU devices of its own, or where that is 0 with its accelerators. Call it before jax is used."""
     if emulated:
         port = int(coordinator.rpartition(":")[2])
-        command.ask_for_emulated(emulated)
+        command.ask_for_emulated(emulated, processes=num_processes)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cross_host_transfer_socket_address", f"127.0.0.1:{port + 1 + process}")
     else:

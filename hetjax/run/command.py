@@ -74,11 +74,7 @@ def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser, *, nee
 
 
 def emulate_devices(count: int) -> None:
-    """Makes this process run on `count` emulated CPU devices. Call it before the first array.
-
-    Also sets PJRT_NPROC, the width of the CPU client's thread pool: in one as narrow as a small machine's, programs
-    with collectives starve each other and the client aborts. Both are read when the backend starts.
-    """
+    """Makes this process run on `count` emulated CPU devices. Call it before the first array."""
     with contextlib.suppress(RuntimeError):  # the backend has started, in a notebook or a test: enough will do
         ask_for_emulated(count)
     found = jax.devices()
@@ -89,10 +85,15 @@ def emulate_devices(count: int) -> None:
         )
 
 
-def ask_for_emulated(count: int) -> None:
-    """Sets what makes a backend that starts later one of `count` emulated CPU devices. Raises RuntimeError if it has
-    started."""
-    os.environ.setdefault("PJRT_NPROC", str(max(64, 8 * count)))
+def ask_for_emulated(count: int, *, processes: int = 1) -> None:
+    """Sets what makes a backend that starts later one of `count` emulated CPU devices, in each of so many processes.
+    Raises RuntimeError if it has started.
+
+    Also PJRT_NPROC, the width of the CPU client's thread pools, where it is not set: in pools as narrow as a small
+    machine's, programs with collectives starve each other and the client aborts. Wider ones cost time: XLA cuts each
+    operation in as many pieces. It goes by the devices of all processes, since the pieces are part of what makes bits.
+    """
+    os.environ.setdefault("PJRT_NPROC", str(max(2 * count * processes, os.cpu_count() or 1)))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
