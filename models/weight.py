@@ -11,12 +11,12 @@ gradients are the product.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 
 from models.paths import Path
 
@@ -130,5 +130,5 @@ def in_order(found: Iterable[tuple[tuple[int, ...], Sequence[jax.Array]]]) -> li
 
 def split(columns: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
     """`columns` [..., sum of widths] cut along its last dim."""
-    ends = list(itertools.accumulate(widths, initial=0))
-    return [columns[..., lo:hi] for lo, hi in itertools.pairwise(ends)]
+    # not by slices: the gradients of those would each be padded to the whole width and added
+    return list(lax.split(columns, tuple(widths), axis=columns.ndim - 1))

@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-NUM_DEVICES = 8
-os.environ.setdefault("PJRT_NPROC", str(2 * NUM_DEVICES))  # as `command.ask_for_emulated` has it, for children too
+os.environ.setdefault("PJRT_NPROC", "16")  # two for each device, as `command.ask_for_emulated` has it; children too
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs are tiny, and most of the suite's time is their compilation. A collective that waits for a device which
 # never comes ends the process, instead of hanging the suite.
@@ -27,6 +26,7 @@ import jax.monitoring
 import pytest
 from jax._src import array as jax_array
 
+NUM_DEVICES = 8
 # A second run of the suite compiles little. Each worker keeps its own: jax writes entries in place, not by rename.
 CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 COMPILED = "/jax/core/compile/backend_compile_duration"
