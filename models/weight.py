@@ -11,12 +11,12 @@ gradients are the product.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 
 from models.paths import Path
 
@@ -130,5 +130,6 @@ def in_order(found: Iterable[tuple[tuple[int, ...], Sequence[jax.Array]]]) -> li
 
 def split(columns: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
     """`columns` [..., sum of widths] cut along its last dim."""
-    # not by slices: the gradients of those would each be padded to the whole width and added
-    return list(lax.split(columns, tuple(widths), axis=columns.ndim - 1))
+    # On GPUs not by `lax.split`: its gradient is a concatenation, into which XLA fuses nothing (1B: 0.945 to 0.959 s).
+    ends = list(itertools.accumulate(widths, initial=0))
+    return [columns[..., lo:hi] for lo, hi in itertools.pairwise(ends)]
