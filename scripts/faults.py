@@ -102,10 +102,10 @@ def tried(name: str, number: int, seed: int, has: Settings) -> Outcome:
         ended = trial(name, workdir, has._replace(draw=random.Random(f"{seed} {name} {number}")))
     except Exception as error:
         traceback.print_exc()
-        return Outcome(name, has.processes, number, minutes=minutes(), wrong=f"{error}"[:300])
+        return Outcome(name, has.processes, number, seed, minutes=minutes(), wrong=f"{error}"[:300])
     clear(workdir)
     codes = tuple(sorted({code for code in ended.codes if code is not None}))
-    return Outcome(name, has.processes, number, ended.seconds, codes, minutes())
+    return Outcome(name, has.processes, number, seed, ended.seconds, codes, minutes())
 
 
 def main() -> int:
@@ -123,8 +123,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "trials.jsonl"
     wanted = itertools.product(range(flags.times), flags.processes, names)  # each fault once before any twice
-    done = {(o.number, o.processes, o.fault) for o in outcomes.read(results) if not o.wrong}  # those are tried again
-    todo = [trial for trial in wanted if trial not in done]
+    done = {outcome.key for outcome in outcomes.read(results) if not outcome.wrong}  # the others are tried again
+    todo = [trial for trial in wanted if (*trial[::-1], flags.seed) not in done]
     whole = {count: undisturbed(folder / str(count), count) for count in sorted({count for _, count, _ in todo})}
     begun = time.monotonic()
     for behind, (number, count, name) in enumerate(todo, 1):

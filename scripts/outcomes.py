@@ -16,16 +16,22 @@ class Outcome:
     fault: str
     processes: int
     number: int
+    seed: int = 0
     seconds: float = 0.0  # from the fault to the run's end
     codes: tuple[int, ...] = ()  # exit statuses
     minutes: float = 0.0  # of the whole trial
     wrong: str = ""  # what was not as it should be
 
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        """Which trial it is."""
+        return self.fault, self.processes, self.number, self.seed
+
 
 def read(path: Path) -> list[Outcome]:
     """Of each trial in the file the newest outcome."""
     found = [Outcome(**values | {"codes": tuple(values["codes"])}) for values in lines.read(path)]
-    return list({(one.fault, one.processes, one.number): one for one in found}.values())
+    return list({one.key: one for one in found}.values())
 
 
 def add(path: Path, outcome: Outcome) -> None:

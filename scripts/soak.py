@@ -112,16 +112,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the kills")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and workdirs stay")
     flags = parser.parse_args()
+    if flags.kills >= flags.steps:
+        parser.error(f"--kills={flags.kills} at different steps needs more than --steps={flags.steps}; give fewer kills")
     values = dict(steps=flags.steps, save_every=max(1, flags.steps // 20), eval_every=max(1, flags.steps // 10))
     settings = {f"experiment.Experiment.{name}": value for name, value in values.items()}
     folder = flags.out.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    notes, asked = Notes(folder / "notes.jsonl"), {k: v for k, v in vars(flags).items() if k != "out"}
+    if (before := notes.of("asked")) and before[0] != asked:
+        parser.error(f"{folder} has a soak of other flags, {before[0]}; give those, or another --out")
+    if not before:
+        notes.add(asked=asked)
     runs = [Run(folder / name, settings, folder / "cache", flags.processes) for name in ("whole", "broken")]
     kills = sorted(random.Random(flags.seed).sample(range(1, flags.steps), flags.kills))
     with contextlib.ExitStack() as stack:
         for run in runs:
             run.workdir.mkdir(parents=True, exist_ok=True)
             stack.callback(run.kill)
-        notes = Notes(folder / "notes.jsonl")
         if len(runs[0].losses()) < flags.steps:
             with timed(notes, "whole"):
                 assert undisturbed(runs[0], notes) == [0], runs[0].said[-2000:]

@@ -23,6 +23,7 @@ def test_a_page_gets_the_table_of_all_trials_that_were_written_whole(outcomes: A
     tried = [
         outcomes.Outcome("kill", 2, 0, seconds=3.4, codes=(137,)),
         outcomes.Outcome("kill", 2, 1, wrong="hangs"),
+        outcomes.Outcome("kill", 2, 0, seed=1, seconds=2.0, codes=(137,)),  # another trial than the first
         outcomes.Outcome("kill", 4, 0, seconds=5.6, codes=(1, 137)),
         outcomes.Outcome("stop", 4, 0, seconds=23.0, codes=(3,)),
         outcomes.Outcome("fire", 4, 0),
@@ -39,7 +40,7 @@ def test_a_page_gets_the_table_of_all_trials_that_were_written_whole(outcomes: A
         "| fault | 2 processes | 4 processes | slowest end | exit status |",
         "| --- | --- | --- | --- | --- |",
         "| stop |  | 1 of 1 | 23 s | 3 |",
-        "| kill | 1 of 2 | 1 of 1 | 6 s | 1, 137 |",
+        "| kill | 2 of 3 | 1 of 1 | 6 s | 1, 137 |",
     ]
     outcomes.put_in(page, table)
     outcomes.put_in(page, table)  # in its own place
