@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and workdirs stay")
     flags = parser.parse_args()
     if flags.kills >= flags.steps:
-        parser.error(f"--kills={flags.kills} at different steps needs more than --steps={flags.steps}; give fewer kills")
+        parser.error(f"--kills={flags.kills} at different steps of --steps={flags.steps} are too many; give fewer")
     values = dict(steps=flags.steps, save_every=max(1, flags.steps // 20), eval_every=max(1, flags.steps // 10))
     settings = {f"experiment.Experiment.{name}": value for name, value in values.items()}
     folder = flags.out.absolute()
