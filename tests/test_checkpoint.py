@@ -148,6 +148,20 @@ def test_a_damaged_checkpoint_says_what_to_do(saved: tuple, tmp_path: Path) -> N
     gc.collect()  # Orbax leaves the tasks of a failed read behind, each with an exception that no one retrieved
 
 
+def test_the_end_of_another_process_is_no_damage_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end this one with the status of what only a user can mend, which no launcher starts again."""
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-to-all failed: Connection reset by peer")
+
+    def gone(*_: object) -> None:
+        raise lost
+
+    monkeypatch.setattr(checkpoint, "to_names", gone)
+    trainer = build(DISJOINT)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        checkpoints.save(trainer, trainer.init(), {})
+    assert raised.value is lost and lost.__notes__ == [f"when {tmp_path}/0 was to be written"]
+
+
 def test_values_that_the_disk_has_changed_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, name = build(COLOCATED), "params/llm/layers/0001/mlp/down"
     one_up = lambda names: nested({**names, name: names[name].at[3, 5].add(1e-3)})

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from hetjax.core.trainer import State, Trainer
@@ -69,7 +70,7 @@ class Checkpoints:
     def save(self, trainer: Trainer, state: State, data: Mapping[str, Any]) -> None:
         """Starts to write `state` and the data's position; returns once the values are copied.
 
-        Raises CheckpointError if it was not, or if the one before it could not be written."""
+        Raises CheckpointError if it was not, or if the one before it could not be written, and what devices raise."""
         if self.latest == state.step:
             return
         with self._explained(state.step, "written", WRITING):
@@ -143,6 +144,9 @@ class Checkpoints:
         try:
             yield
         except CheckpointError:
+            raise
+        except jax.errors.JaxRuntimeError as error:  # of devices or of another process, and of no file
+            error.add_note(f"when {self.directory / str(step)} was to be {what}")
             raise
         except Exception as error:
             raise CheckpointError(
