@@ -33,15 +33,15 @@ class Axis:
 
     def gather(self, x: jax.Array, dim: int) -> jax.Array:
         """All shards of `x`, concatenated along `dim` in axis order; its transpose is a reduce-scatter."""
-        return lax.all_gather(x, self.names, axis=dim, tiled=True) if self.size > 1 else x
+        return lax.all_gather(x, self.names, axis=dim, tiled=True) if self.names else x
 
     def scatter(self, x: jax.Array, dim: int) -> jax.Array:
         """The sum of `x` over the axis, of which each device takes its part along `dim`."""
-        return lax.psum_scatter(x, self.names, scatter_dimension=dim, tiled=True) if self.size > 1 else x
+        return lax.psum_scatter(x, self.names, scatter_dimension=dim, tiled=True) if self.names else x
 
     def exchange(self, x: jax.Array, cut: int, join: int) -> jax.Array:
         """`x` cut along `cut` into one part for each device, and what all sent here concatenated along `join`."""
-        return lax.all_to_all(x, self.names, cut, join, tiled=True) if self.size > 1 else x
+        return lax.all_to_all(x, self.names, cut, join, tiled=True) if self.names else x
 
     def passed(self, x: jax.Array) -> jax.Array:
         """The `x` of the device before this one, in a ring: each passes its own on to the next."""
