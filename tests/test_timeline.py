@@ -18,6 +18,7 @@ import runs
 import tiny
 from PIL import Image
 
+from hetjax.core import processes
 from hetjax.core.layout import Layout
 from hetjax.core.optimizer import OptimizerConfig
 from hetjax.core.progress import told
@@ -116,6 +117,19 @@ def test_what_is_recorded_keeps_to_what_tasks_need(trainer: Trainer, monkeypatch
     for name, devices in {"vision": 1, "llm": 2}.items():
         rate = computed[name] / (devices * numbers[f"timeline/seconds/{name}"])
         assert numbers[f"timeline/mfu/{name}"] == pytest.approx(rate / 1e9)
+
+
+def test_of_a_stage_that_processes_share_each_counts_its_own_devices(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    microbatches = tiny.microbatches(tiny.Shape(microbatches=3), ("vision",), seed=0)
+    graph = tiny.graph(Layout(dp=2, devices="0-1"), {"vision": Layout(devices="1")}, jnp.float32)
+    shared = tiny.trainer(graph, tiny.Shape(microbatches=3), trainer.spec.optimizer, dtype=jnp.float32)
+    monkeypatch.setattr(processes, "own", lambda devices: frozenset({1}))
+    _, _, found = shared.recorded(shared.init(), microbatches)
+    assert found.devices == {("vision", 0): {1}, ("llm", 0): {1}} and 0 <= found.bubble < 1
+    spans = [span for task, span in found.spans.items() if task.stage[0] == "llm"]
+    assert found.device_seconds("llm") == pytest.approx(sum(span.end - span.begin for span in spans) / 1e6)
 
 
 def test_a_profiled_step_is_the_step_with_the_name_of_each_task(trainer: Trainer, tmp_path: Path) -> None:

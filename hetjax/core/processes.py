@@ -7,7 +7,7 @@ process takes part in each of them, in the same order, also where neither end is
 three processes one would else wait for ever); that costs such a bystander 0.03 ms.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,11 @@ def is_mine(device: jax.Device) -> bool:
 def owns_some(devices: Iterable[jax.Device]) -> bool:
     """Whether this process drives any of them."""
     return any(map(is_mine, devices))
+
+
+def own(devices: Sequence[jax.Device]) -> frozenset[int]:
+    """The numbers of those that this process drives."""
+    return frozenset(number for number, device in enumerate(devices) if is_mine(device))
 
 
 def firsts(devices: Iterable[jax.Device]) -> list[jax.Device]:

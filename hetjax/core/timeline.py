@@ -18,7 +18,7 @@ MICRO = 1_000_000
 @dataclasses.dataclass(frozen=True)
 class Timeline:
     """A recorded step: `spans` of its computing tasks in microseconds from its begin, `crossings` of boundaries from
-    the end of what gives to the arrival. `devices`: of each stage. `makespan`: to the new parameters."""
+    the end of what gives to the arrival. `devices`: this process's of each stage. `makespan`: to the new parameters."""
 
     devices: Mapping[StageKey, frozenset[int]]
     spans: Mapping[Task, Span]
@@ -27,7 +27,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """The share of all devices' time in which they compute nothing."""
+        """The share of these devices' time in which they compute nothing."""
         return idle(self.spans, self.devices, self.makespan)
 
     def device_seconds(self, module: str) -> float:
@@ -63,7 +63,7 @@ class Recorder:
             waiting.put(None)
 
     def timeline(self, needs: Needs, devices: Mapping[StageKey, frozenset[int]]) -> Timeline:
-        """What was seen, now that all of the step is over."""
+        """What was seen, now that all of the step is over. `devices`: this process's of each stage."""
         makespan, ends = self._now(), self._ends
         self.close()
         for thread in self._threads.values():

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from hetjax.core import flops, optimizer
+from hetjax.core import flops, optimizer, processes
 from hetjax.core.alive import on_device
 from hetjax.core.costs import forwards, num_items
 from hetjax.core.finish import Outcome, Reduced, Scores
@@ -179,7 +179,8 @@ class Trainer:
                 pipeline.recorder.see(task, jax.tree.leaves(state.params[task.stage])[0])
             jax.block_until_ready(state.weights)
             needs = Needs(pipeline.nodes, self.spec.num_microbatches)
-            return state, outcome, pipeline.recorder.timeline(needs, pipeline.schedule.forecast.devices)
+            own, of_stages = processes.own(self.spec.devices), pipeline.schedule.forecast.devices
+            return state, outcome, pipeline.recorder.timeline(needs, {key: ids & own for key, ids in of_stages.items()})
         finally:
             pipeline.recorder.close()
             pipeline.recorder = None

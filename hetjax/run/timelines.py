@@ -30,7 +30,8 @@ def step(
     found = numbers(trainer, timeline) | {"timeline/data_wait_seconds": waited}
     name = name_of(state.step)
     planned = trainer.pipeline.schedule.forecast
-    real = f"step {state.step}, {timeline.makespan / MICRO:.3f} s: devices idle {timeline.bubble:.1%}"
+    whose, others = ("this process's ", "; others beside it") if jax.process_count() > 1 else ("", "")
+    real = f"step {state.step}, {timeline.makespan / MICRO:.3f} s: {whose}devices idle {timeline.bubble:.1%}"
     real += f", after {waited:.3f} s without data"
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
@@ -38,7 +39,6 @@ def step(
     (folder / f"{name}.svg").write_text(drawing.svg(), encoding="utf-8")
     (folder / f"{name}.png").write_bytes(drawing.png())
     (folder / f"{name}.json").write_text(json.dumps({"traceEvents": list(_events(timeline))}))
-    others = "; of this process's devices, others beside it" if jax.process_count() > 1 else ""
     print(f"recorded {real}: {folder / name}.svg, .png and .json{others}", flush=True)
     writer.write(state.step, found)
     return state, outcome
