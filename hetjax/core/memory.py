@@ -58,7 +58,8 @@ def estimate(trainer: Trainer) -> dict[int, DeviceMemory]:
     workspace = {(key, name): _workspace(stage, name) for key, stage in stages.items() for name in stage.memory}
     workspace |= {(key, ADD): local_bytes(trainer.finish.lent(key)) for key in trainer.finish.owners}
     found = of_step(trainer.pipeline, {key: local_bytes(stage.kept) for key, stage in stages.items()}, workspace)
-    return {n: memory for n, memory in found.items() if processes.is_mine(trainer.spec.devices[n])}
+    own = processes.own(trainer.spec.devices)
+    return {n: memory for n, memory in found.items() if n in own}
 
 
 def _workspace(stage: Stage, name: str) -> int:
