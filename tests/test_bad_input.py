@@ -87,7 +87,6 @@ MISWRITTEN = [
     ({"experiment.Experimant.steps": 3}, "experiment has no Experimant; did you mean Experiment?"),
     ({"visoin/layout.Layout.tp": 2}, "visoin/layout.Layout.tp is never used: "),
     ({"vision/decoder.Decoder.width": 2}, "vision/decoder.Decoder.width is never used: "),
-    (settings(encoders=[]), "vision/experiment.Encoder.model is never used: nothing builds it"),
     (settings(steps="ten"), "experiment.Experiment.steps = 'ten', but it must be int"),
     (settings(steps=1.5), "experiment.Experiment.steps = 1.5, but it must be int"),
     (settings(tensorboard=1), "experiment.Experiment.tensorboard = 1, but it must be bool"),

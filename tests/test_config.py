@@ -119,6 +119,17 @@ def test_the_command_line_may_stand_before_all_uses_of_a_files_binding(tmp_path:
     assert load(tmp_path, BASE, *scoped).encoders[0].model == ViT(8)
 
 
+def test_what_files_set_for_a_value_that_the_command_line_replaces_is_not_missed(tmp_path: Path) -> None:
+    none = "test_config.Experiment.encoders = []"
+    assert same(load(tmp_path, BASE, none), encoders=())
+    deeper = BASE.replace("dp = 4", "devices = %DEVICES") + "DEVICES = [0]"
+    assert same(load(tmp_path, deeper, none), encoders=())
+    with pytest.raises(ConfigError, match=r"vision/test_config.Layout.tp is never used"):
+        load(tmp_path, BASE, none, "vision/test_config.Layout.tp = 2")
+    with pytest.raises(ConfigError, match=r"run.gin:\d+: test_config.Encoder.model is never used"):
+        load(tmp_path, BASE + none)
+
+
 def test_an_include_is_found_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.gin").write_text(BASE)

@@ -12,8 +12,8 @@ A file imports the modules that it names and binds fields of the dataclasses in 
 Only gin's parser is used. Bindings are looked up here, and as gin does: `@scope/name()` enters that scope, `@name()`
 stays in the scope it is used in, an inner scope wins over an outer one. But every name, field and type is checked, a
 binding that reaches no value is an error (gin takes a misspelt scope in silence), and there is no global state. The
-command line may stand before a file's binding, and its text needs no quotes. Errors name the file, the line and the
-nearest valid name.
+command line may stand before a file's binding, and all that hangs on it, and its text needs no quotes. Errors name the
+file, the line and the nearest valid name.
 """
 
 import dataclasses
@@ -60,9 +60,10 @@ class _Builder:
     def __init__(self, reader: Reader) -> None:
         self.bindings, self.macros = reader.bindings, reader.macros
         self.used: set[Any] = set()
+        self.excused: set[Any] = set()  # (what, scope)
         self.calls: list[tuple[Any, str]] = []  # (target, scope)
         for binding in reader.replaced:
-            self._use_macros(binding.value)
+            self._excuse(binding, binding.name.rpartition("/")[0])
 
     def build(self, target: Callable[..., T], scope: str, where: str, name: str) -> T:
         """`target(**fields)` with the fields that are bound in `scope` or around it."""
@@ -78,7 +79,7 @@ class _Builder:
         self.used |= set(keys.values())
         for key in in_files.values():  # what the command line alone stands before was not written in vain
             self.used.add(key)
-            self._use_macros(self.bindings[key].value)
+            self._excuse(self.bindings[key], scope)
         fields = {f: self._value(self.bindings[key], scope, hints.get(f, Any)) for f, key in keys.items()}
         try:
             return target(**fields)
@@ -98,14 +99,28 @@ class _Builder:
         mine = [key for key in keys if key.target is target]
         return {key.field: key for outer in _around(scope) for key in mine if key.scope == outer}
 
-    def _use_macros(self, value: Any) -> None:
-        def use(leaf: Any) -> None:
-            name = leaf.text[1:] if isinstance(leaf, Name) and leaf.text.startswith("%") else None
-            if name in self.macros and name not in self.used:
-                self.used.add(name)
-                self._use_macros(self.macros[name].value)
+    def _excuse(self, binding: Binding, scope: str) -> None:
+        """Takes as used what files set for this value in `scope`, in place of which the command line has another."""
 
-        map_leaves(use, value)
+        def use(leaf: Any) -> None:
+            if not isinstance(leaf, Name):
+                return
+            found: dict[Any, Binding] = {}
+            inner = scope
+            if leaf.text.startswith("%"):
+                found = {name: self.macros[name] for name in [leaf.text[1:]] if name in self.macros}
+            elif leaf.text.endswith("()"):
+                inside, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
+                target, inner = resolve(name, leaf.symbols, binding.where), inside or scope
+                in_files = [key for key, other in self.bindings.items() if other.in_file]
+                found = {key: self.bindings[key] for key in self._bound(target, inner, in_files).values()}
+            for key, other in found.items():
+                self.used.add(key)
+                if (key, inner) not in self.excused:
+                    self.excused.add((key, inner))
+                    self._excuse(other, inner)
+
+        map_leaves(use, binding.value)
 
     def _value(self, binding: Binding, scope: str, hint: Any) -> Any:
         value = map_leaves(lambda leaf: self._evaluate(leaf, scope, binding.where), binding.value)
