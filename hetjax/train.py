@@ -106,7 +106,7 @@ def _train(run: Experiment, workdir: Path, asked: Mapping[str, str], watch: Watc
         state = _ready(run, trainers, first, loader, checkpoints, starts, watch)
         files = {**asked, record.SCHEDULE: record.promised(trainers)}
         record.write(workdir, files, resumed, trains=resumed is None or resumed < run.ends[-1])
-        for line in profiles.missed(run, workdir, resumed or 0) if state.step < run.ends[-1] else ():
+        for line in profiles.missed(run, workdir, resumed or 0):
             print(line, flush=True)
         evaluated = resumed if metrics.has(workdir, resumed, "eval/loss") else None
         viewers = dict[str, Any](tensorboard=run.tensorboard, wandb=run.wandb)

@@ -167,7 +167,7 @@ def test_the_run_records_and_profiles_the_steps_that_it_asks_for(
     (tmp_path / timelines.FOLDER).mkdir()
     (tmp_path / timelines.FOLDER / "step-2.json").touch()
     (gone,) = profiles.missed(run, tmp_path, 3)
-    assert gone == "profile_steps: the run goes on behind step 3, so 3 will not be recorded"
+    assert gone == "profile_steps: the run has made step 3 already, so 3 will not be recorded"
 
 
 @pytest.mark.parametrize("name", ["timeline_steps", "profile_steps"])

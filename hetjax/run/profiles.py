@@ -29,13 +29,13 @@ def taken(run: Experiment, trainer: Trainer, workdir: Path, writer: metrics.Writ
 
 
 def missed(run: Experiment, workdir: Path, step: int) -> list[str]:
-    """A line for each setting that asks for steps up to `step`, where the run goes on, that nobody recorded."""
+    """A line for each setting that asks for steps up to `step`, the last one made, that nobody recorded."""
     asked = {"timeline_steps": (run.timeline_steps, timelines.FOLDER), "profile_steps": (run.profile_steps, FOLDER)}
     found = []
     for setting, (numbers, folder) in asked.items():
         recorded = {path.name.removesuffix(".json") for path in (workdir / folder).glob("*")}
         if gone := [str(n) for n in numbers if n <= step and timelines.name_of(n) not in recorded]:
-            found.append(f"{setting}: the run goes on behind step {step}, so {', '.join(gone)} will not be recorded")
+            found.append(f"{setting}: the run has made step {step} already, so {', '.join(gone)} will not be recorded")
     return found
 
 
