@@ -1,12 +1,13 @@
 """Predicts time and MFU of a training step on an H100 from its compiled programs, and checks them. No GPU is needed.
 
-    python benchmarks/roofline.py [--case 1b 3b vlm] [--remat auto] [--rates h100|h200] [--json FILE]
+    python benchmarks/roofline.py [--case 1b 3b vlm] [--remat auto] [--gpu h100|h200] [--json FILE]
 
 The cases are those of mfu.py: 1B and 3B decoders at 4k tokens and a VLM, bfloat16 with float32 AdamW, compiled for an
-H100 with 80 GB that is only described (needs the extra `cuda12` or `cuda13`). Every operation takes as long as its
-FLOPs or its bytes at the rates of cost.py, whatever is slower. Each case is then checked: it fits, no gradient is
-filled with zeros or stacked beside the accumulators, at most 16 bytes move per parameter and microbatch for gradients,
-no loop makes narrow copies of weights, and at least 55% MFU are predicted. Exit status 1 if a check fails.
+H100 with 80 GB, or an H200 with 141, that is only described (needs the extra `cuda12` or `cuda13`). Every operation
+takes as long as its FLOPs or its bytes at the rates of cost.py, whatever is slower. Each case is then checked: it fits,
+no gradient is filled with zeros or stacked beside the accumulators, at most 16 bytes move per parameter and microbatch
+for gradients, no loop makes narrow copies of weights, and at least 55% MFU are predicted. The exit status is 1 if a
+check fails.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from hetjax.core.layout import Layout
 from hetjax.core.remat import Remat
 
 KIND = "NVIDIA H100"
-CAPACITY = 84942979072  # bytes of one
+GPUS = {"h100": (H100, 84_942_979_072), "h200": (H200, 150_110_000_000)}  # rates, bytes of memory
 MOST_BYTES, LEAST_MFU = 16.0, 0.55
 
 
@@ -44,19 +45,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, nargs="+", default=["1b", "3b", "vlm"])
     parser.add_argument("--remat", choices=[r.value for r in Remat], default="auto")
-    parser.add_argument("--rates", choices=["h100", "h200"], default="h100")
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
-    found = [case(name, flags.remat, H200 if flags.rates == "h200" else H100) for name in flags.case]
+    found = [case(name, flags.remat, *GPUS[flags.gpu]) for name in flags.case]
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))
     return 0 if all(check["good"] for row in found for check in row["checks"]) else 1
 
 
-def case(name: str, remat: str, rates: Rates) -> dict[str, Any]:
-    """Compiles, predicts, checks and prints one case."""
+def case(name: str, remat: str, rates: Rates, capacity: int) -> dict[str, Any]:
+    """Compiles, predicts, checks and prints one case on a device of `capacity` bytes."""
     work = workload(name, remat, tiny=False)
-    trainer = work.trainer(Layout(), devices=described("1x1x1"), available={0: CAPACITY})
+    trainer = work.trainer(Layout(), devices=described("1x1x1"), available={0: capacity})
     ran, [used] = programs(trainer), memory.estimate(trainer).values()
     took, peak = seconds(ran, rates), flops.peak_flops(KIND) or 0.0
     mfu, causal = (f / took / peak for f in step_flops(work))
@@ -67,7 +68,7 @@ def case(name: str, remat: str, rates: Rates) -> dict[str, Any]:
     shown = dearest(ran, rates, ("products", "attention"), most=4) + dearest(ran, rates, ("memory",), most=10)
     for row in shown:
         print("  {share:6.1%} {milliseconds:8.1f} ms {program:<17} {times:>3} x {name:<34} {source}".format(**row))
-    checks = judge(ran, used.total, mfu)
+    checks = judge(ran, used.total, capacity, mfu)
     for check in checks:
         print(f"  {'pass' if check.good else 'FAIL'}  {check.name}: {check.found}", flush=True)
     return {
@@ -101,7 +102,7 @@ def dearest(ran: list[Ran], rates: Rates, kinds: Collection[str], *, most: int) 
     ]
 
 
-def judge(ran: list[Ran], used: int, mfu: float) -> list[Check]:
+def judge(ran: list[Ran], used: int, capacity: int, mfu: float) -> list[Check]:
     """The checks of one case."""
     moved: dict[str, Traffic] = {r.stage: traffic(r.program) for r in ran if r.name == "backward"}
     worst = max(moved.values(), key=lambda t: t.bytes_per_parameter)
@@ -110,7 +111,7 @@ def judge(ran: list[Ran], used: int, mfu: float) -> list[Check]:
     seconds = [f"{stage}: {array}" for stage, t in moved.items() for array in t.seconds]
     narrow = [f"{r.stage} {r.name}: {name}" for r in ran if r.calls > 1 for name in narrowed(r.program)]
     return [
-        Check("fits 80 GB", f"{used / 2**30:.1f} of {CAPACITY / 2**30:.1f} GiB", used <= CAPACITY),
+        Check("fits", f"{used / 2**30:.1f} of {capacity / 2**30:.1f} GiB", used <= capacity),
         Check("no gradient is filled with zeros", listed(fills), not fills),
         Check("no second stack of gradients", listed(seconds), not seconds),
         Check(
