@@ -89,6 +89,11 @@ def quarters(samples: Samples) -> list[list[float]]:
     return [list(of_one) for of_one in zip(*medians, strict=True)]
 
 
+def is_flat(memory: list[float]) -> bool:
+    """Of a process, by quarters."""
+    return memory[3] < (1 + GROWS) * memory[2]
+
+
 def disturbed(run: Run, steps: list[int], notes: Notes, seed: int) -> list[int | None]:
     """Kills a process at each of these steps, and goes on to the end: its exit statuses."""
     for step in steps:
@@ -142,7 +147,7 @@ def main() -> int:
         print(f"killed at steps {kills}: ends with {codes} after {sum(notes.of('broken')):.1f} min")
     same = runs[0].losses() == runs[1].losses() and len(runs[0].losses()) == flags.steps
     print("the losses are the same, bit for bit" if same else "the losses are OTHERS")
-    flat = all(after < (1 + GROWS) * before for *_, before, after in found)
+    flat = all(map(is_flat, found))
     print("memory is flat" if flat else "memory GROWS")
     return int(codes != [0] or not same or not flat)
 
