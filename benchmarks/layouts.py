@@ -17,12 +17,16 @@ from hetjax.core.layout import Layout, like
 from models.decoder import Decoder
 from models.vit import ViT
 
-# `vision` is the encoder's width and layers; its share of the language model's FLOPs is computed and printed.
+# `vision` is the encoder's width and layers, `heads` those of the language model and of the encoder, else 8. The
+# encoder's share of the language model's FLOPs is computed and printed.
 CASES = {
     "short context": dict(samples=8, pictures=16, seq_len=256, llm=Layout(dp=4, tp=2), vision=(256, 2)),
     "long context, small encoder": dict(samples=2, pictures=8, seq_len=1024, llm=Layout(dp=2, cp=4), vision=(168, 2)),
     "long context, large encoder": dict(samples=2, pictures=8, seq_len=1024, llm=Layout(dp=2, cp=4), vision=(288, 4)),
     "four pictures a device": dict(samples=2, pictures=32, seq_len=4096, llm=Layout(dp=2, cp=4), vision=(288, 4)),
+    "four pictures a device, heads of 128 and 72 features": dict(
+        samples=2, pictures=32, seq_len=4096, llm=Layout(dp=2, cp=4), vision=(288, 4), heads=(2, 4)
+    ),
 }
 
 
@@ -34,14 +38,17 @@ def main() -> None:
     emulate(8)
     for name, case in CASES.items():
         width, layers = case["vision"]
+        heads, vision_heads = case.get("heads", (8, 8))
         work = Workload(
-            llm=Decoder(vocab_size=512, width=256, num_layers=4, num_heads=8, num_kv_heads=4, mlp_width=768),
+            llm=Decoder(
+                vocab_size=512, width=256, num_layers=4, num_heads=heads, num_kv_heads=heads // 2, mlp_width=768
+            ),
             vision=ViT(
                 image_size=64,
                 patch_size=8,
                 width=width,
                 num_layers=layers,
-                num_heads=8,
+                num_heads=vision_heads,
                 mlp_width=4 * width,
                 output_width=256,
             ),
