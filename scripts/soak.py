@@ -117,6 +117,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the kills")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and workdirs stay")
     flags = parser.parse_args()
+    if flags.steps < 100:
+        parser.error(f"--steps={flags.steps} are too few to look at their memory, once a second; give at least 100")
     if flags.kills >= flags.steps:
         parser.error(f"--kills={flags.kills} at different steps of --steps={flags.steps} are too many; give fewer")
     values = dict(steps=flags.steps, save_every=max(1, flags.steps // 20), eval_every=max(1, flags.steps // 10))

@@ -106,12 +106,13 @@ class _Builder:
             if not isinstance(leaf, Name):
                 return
             found: dict[Any, Binding] = {}
-            inner = scope
-            if leaf.text.startswith("%"):
-                found = {name: self.macros[name] for name in [leaf.text[1:]] if name in self.macros}
+            inside, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
+            inner = inside or scope
+            macro = self.macros.get(leaf.text[1:])
+            if leaf.text.startswith("%") and macro is not None:
+                found = {leaf.text[1:]: macro}
             elif leaf.text.endswith("()"):
-                inside, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
-                target, inner = resolve(name, leaf.symbols, binding.where), inside or scope
+                target = resolve(name, leaf.symbols, binding.where)
                 in_files = [key for key, other in self.bindings.items() if other.in_file]
                 found = {key: self.bindings[key] for key in self._bound(target, inner, in_files).values()}
             for key, other in found.items():
