@@ -60,8 +60,9 @@ def main(argv: Sequence[str]) -> int:
         seconds = time.perf_counter() - start
         print(terminal.summary(workdir, records, num_steps=run.ends[-1], kept=kept, seconds=seconds))
     except (ValueError, CheckpointError) as error:
-        print(f"error: {cluster.who()}{' '.join(str(error).split())}", file=sys.stderr)
-        return cluster.end(2)
+        said = " ".join(str(error).split())
+        print(f"error: {cluster.who()}{said}", file=sys.stderr)
+        return cluster.end(2, said)
     except BaseException:
         cluster.end_by_error()
         raise

@@ -239,7 +239,12 @@ sys.exit(train.main(sys.argv[1:]))
 SETTINGS = "configuration than process 0: 'experiment.Experiment.steps = 4' where that has 'experiment"
 
 
-@pytest.mark.parametrize("differs", [SETTINGS, "data", pytest.param("order of tasks", marks=pytest.mark.slow)])
+MISSING = "ended: DataConfig.path='train/data.json': No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "differs", [SETTINGS, MISSING, *(pytest.param(what, marks=pytest.mark.slow) for what in ("data", "order of tasks"))]
+)
 def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path: Path) -> None:
     gin = runs.write(tmp_path)
     shutil.copytree(tmp_path / "train", tmp_path / "other" / "train")
@@ -247,6 +252,8 @@ def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path
     if differs == "data":
         data = where[1] / "train" / "data.json"
         data.write_text(data.read_text().replace("q0", "q1"))
+    elif differs == MISSING:
+        (where[1] / "train" / "data.json").unlink()
     steps = [3, 4] if differs == SETTINGS else [3, 3]
     command = [["-m", "hetjax.train"], ["-c", GPIPE] if differs == "order of tasks" else ["-m", "hetjax.train"]]
     relative = {"train/settings.DataConfig.path": "train/data.json"}
@@ -267,11 +274,28 @@ def test_processes_of_other_settings_or_data_do_not_start(differs: str, tmp_path
         for n, process in enumerate(running):
             said = process.communicate(timeout=120)[1]
             assert process.returncode == 2, said
-            assert f"error: process {n}: process 1 has another {differs}" in said
+            if differs != MISSING:
+                assert f"error: process {n}: process 1 has another {differs}" in said
+            elif n == 0:
+                assert f"error: process 0: process 1 {differs}" in said
     finally:
         for process in running:
             process.kill()
             process.wait()
+
+
+def test_a_signal_in_the_start_is_not_lost() -> None:
+    code = """
+import os, signal, time
+from hetjax.run import cluster
+cluster.join_as_told()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    told = {cluster.COORDINATOR: f"127.0.0.1:{free_ports(2)}", cluster.PROCESSES: "1", cluster.PROCESS: "0"}
+    env = environment() | told | {cluster.DEVICES: "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=50)
+    assert ran.returncode == -signal.SIGTERM, ran
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")

@@ -5,6 +5,7 @@ knows (Slurm, Open MPI, Kubernetes' indexed jobs), if `HETJAX_CLUSTER=auto` asks
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # the one way to its barriers and keys
@@ -24,9 +25,12 @@ DEVICES, CLUSTER = "HETJAX_DEVICES_PER_PROCESS", "HETJAX_CLUSTER"
 FOR_EVER = 10**9  # ms: what waits for another process ends by the watchdog, not by a timeout of its own
 HEARTBEAT = 100.0  # seconds without a sign of life behind which jax ends a run, unless a step may take longer
 SOON = 4  # steps: no process is so far ahead of another
+POLL = 0.005  # seconds between two looks for what another process is to say
 DIFFERS = "hetjax/differs/"  # the directory of what differs between processes
+ENDED = "hetjax/ended/"  # the directory of why processes end before the others do
 STOP = "hetjax/stop/"  # the directory of the key with the step before which all of them end
 _TIMES = itertools.count()
+T = TypeVar("T")
 
 
 def is_told() -> bool:
@@ -40,6 +44,7 @@ def join_as_told(step_limit: float = HEARTBEAT) -> None:
     A process that is stopped for less than `step_limit` seconds is not taken for dead."""
     if distributed.global_state.client is not None:
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, for which a run has its own way
     told = {name: os.environ.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)}
     if all(told.values()):
         numbers = (_number(name) for name in (PROCESSES, PROCESS, DEVICES))
@@ -102,26 +107,43 @@ def of_others() -> str:
 
 def meet(name: str) -> None:
     """Waits until all processes are here, as after compiling: the first collective between processes waits half a
-    minute for the last one (Gloo in jax 0.10.2 and 0.12)."""
+    minute for the last one (Gloo in jax 0.10.2 and 0.12). A name is met once.
+
+    Raises ValueError if another one ends instead."""
     if is_one_of_several():
-        _client().wait_at_barrier(name, FOR_EVER)
+        where = f"hetjax/met/{name}/"
+        state = distributed.global_state
+        _client().key_value_set(f"{where}{state.process_id}", "")
+        _until(lambda: len(_client().key_value_dir_get(where)) == state.num_processes or None)
 
 
 def agree(made: Callable[[], Mapping[str, str]]) -> None:
     """Raises ValueError in every process, where one of them has other values than the first: with its number, the
-    value's name, and the first line that differs in both. They are made where there are several processes alone."""
+    value's name, and the first line that differs in both; or where one ends instead. The values are made where there
+    are several processes alone."""
     if not is_one_of_several():
         return
     values = made()
     for name, value in values.items():
+        where = f"hetjax/first/{name}/"
         if is_primary():
-            _client().key_value_set(f"hetjax/{name}", value)
-        elif difference := _difference(value, _client().blocking_key_value_get(f"hetjax/{name}", FOR_EVER)):
+            _client().key_value_set(f"{where}0", value)
+        elif difference := _difference(value, _until(functools.partial(_said, where))):
             said = f"process {distributed.global_state.process_id} has another {name} than process 0: {difference}"
             _client().key_value_set(f"{DIFFERS}{distributed.global_state.process_id}/{name}", said)
     meet(f"agreed on {', '.join(values)}")
     if found := _client().key_value_dir_get(DIFFERS):
         raise ValueError(f"{found[0][1]}; start all with the same files, settings and versions")
+
+
+def _until(found: Callable[[], T | None]) -> T:
+    """What is `found`, once it is. Raises ValueError if another process ends instead."""
+    while (value := found()) is None:
+        if ended := _client().key_value_dir_get(ENDED):
+            key, why = ended[0]
+            raise ValueError(f"process {key.rpartition('/')[2]} ended: {why}")
+        time.sleep(POLL)
+    return value
 
 
 def _difference(value: str, first: str) -> str:
@@ -136,7 +158,7 @@ def tell_all(said: str) -> list[str]:
         return [said]
     where = f"hetjax/said/{next(_TIMES) % 2}/"  # by turns: a slow one may still read what was said the time before
     _client().key_value_set(f"{where}{jax.process_index()}", said, allow_overwrite=True)
-    meet("hetjax/said")
+    _client().wait_at_barrier("hetjax/said", FOR_EVER)  # in every step: no looks, whose time adds up
     found = {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(where)}
     return [found[process] for process in sorted(found)]
 
@@ -146,17 +168,18 @@ def ends(step: int, *, signalled: bool) -> bool:
     was `signalled` names a step to all; the first word counts."""
     if not is_one_of_several():
         return signalled
-    told = _told()
-    if signalled and not told:
+    told = _said(STOP)
+    if signalled and told is None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has named one meanwhile
             _client().key_value_set(f"{STOP}step", str(step + SOON))
-        told = _told()
-    return bool(told) and step >= int(told)
+        told = _said(STOP)
+    return told is not None and step >= int(told)
 
 
-def _told() -> str:
-    found = _client().key_value_dir_get(STOP)
-    return found[0][1] if found else ""
+def _said(where: str) -> str | None:
+    """The one value of a directory, if it is there."""
+    found = _client().key_value_dir_get(where)
+    return found[0][1] if found else None
 
 
 def leave() -> None:
@@ -165,12 +188,15 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
-def end(status: int) -> int:
-    """`status`, for a process that is alone; one of several ends here, at once: at Python's own end jax would wait for
-    the others, which wait for this one."""
+def end(status: int, why: str = "it says why") -> int:
+    """`status`, for a process that is alone; one of several ends here, at once, and tells `why` those that wait for it:
+    at Python's own end jax would wait for the others, which wait for this one."""
     if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
+        if status == 2:  # nothing else is wrong, so that the others can still be told
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _client().key_value_set(f"{ENDED}{distributed.global_state.process_id}", why)
         if status and is_primary():
             time.sleep(1)  # its end takes the others with it, who may be about to say theirs
         os._exit(status)
