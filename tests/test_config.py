@@ -126,6 +126,8 @@ def test_what_files_set_for_a_value_that_the_command_line_replaces_is_not_missed
     assert same(load(tmp_path, deeper, none), encoders=())
     with pytest.raises(ConfigError, match=r"vision/test_config.Layout.tp is never used"):
         load(tmp_path, BASE, none, "vision/test_config.Layout.tp = 2")
+    with pytest.raises(ConfigError, match=r"vision/test_config.Layout.dp is never used.* did you mean vison/"):
+        load(tmp_path, BASE, "vision/test_config.Encoder.layout = @vison/test_config.Layout()")
     with pytest.raises(ConfigError, match=r"run.gin:\d+: test_config.Encoder.model is never used"):
         load(tmp_path, BASE + none)
 

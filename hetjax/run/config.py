@@ -20,11 +20,11 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hetjax.run.ginfile import Binding, Key, Reader, nearest, read_text, resolve, scoped
-from hetjax.run.values import ConfigError, Name, fit, map_leaves, wanted
+from hetjax.run.values import ConfigError, Name, fit, leaves, map_leaves, wanted
 
 T = TypeVar("T")
 
@@ -62,8 +62,8 @@ class _Builder:
         self.used: set[Any] = set()
         self.excused: set[Any] = set()  # (what, scope)
         self.calls: list[tuple[Any, str]] = []  # (target, scope)
-        for binding in reader.replaced:
-            self._excuse(binding, binding.name.rpartition("/")[0])
+        for binding, instead in reader.replaced:
+            self._excuse(binding, binding.name.rpartition("/")[0], self._made(instead))
 
     def build(self, target: Callable[..., T], scope: str, where: str, name: str) -> T:
         """`target(**fields)` with the fields that are bound in `scope` or around it."""
@@ -77,9 +77,10 @@ class _Builder:
                 raise ConfigError(f"{where}{name} needs a value for {field}: bind {scoped(scope, name)}.{field}")
         hints = typing.get_type_hints(target)
         self.used |= set(keys.values())
-        for key in in_files.values():  # what the command line alone stands before was not written in vain
+        for field, key in in_files.items():  # what the command line alone stands before was not written in vain
             self.used.add(key)
-            self._excuse(self.bindings[key], scope)
+            if keys[field] != key:
+                self._excuse(self.bindings[key], scope, self._made(self.bindings[keys[field]]))
         fields = {f: self._value(self.bindings[key], scope, hints.get(f, Any)) for f, key in keys.items()}
         try:
             return target(**fields)
@@ -99,29 +100,32 @@ class _Builder:
         mine = [key for key in keys if key.target is target]
         return {key.field: key for outer in _around(scope) for key in mine if key.scope == outer}
 
-    def _excuse(self, binding: Binding, scope: str) -> None:
-        """Takes as used what files set for this value in `scope`, in place of which the command line has another."""
+    def _excuse(self, binding: Binding, scope: str, made: Collection[Any]) -> None:
+        """Takes as used what files set for this value in `scope`, in place of which the command line has another: but
+        not for what that makes too (`made`), in a scope that may be misspelt."""
 
         def use(leaf: Any) -> None:
             if not isinstance(leaf, Name):
                 return
             found: dict[Any, Binding] = {}
-            inside, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
-            inner = inside or scope
-            macro = self.macros.get(leaf.text[1:])
+            inside, target = _called(leaf, binding)
+            inner, macro = inside or scope, self.macros.get(leaf.text[1:])
             if leaf.text.startswith("%") and macro is not None:
                 found = {leaf.text[1:]: macro}
-            elif leaf.text.endswith("()"):
-                target = resolve(name, leaf.symbols, binding.where)
+            elif target is not None and target not in made:
                 in_files = [key for key, other in self.bindings.items() if other.in_file]
                 found = {key: self.bindings[key] for key in self._bound(target, inner, in_files).values()}
             for key, other in found.items():
                 self.used.add(key)
                 if (key, inner) not in self.excused:
                     self.excused.add((key, inner))
-                    self._excuse(other, inner)
+                    self._excuse(other, inner, made)
 
         map_leaves(use, binding.value)
+
+    def _made(self, binding: Binding) -> set[Any]:
+        """The classes that its value makes at once."""
+        return {_called(leaf, binding)[1] for leaf in leaves(binding.value) if isinstance(leaf, Name)}
 
     def _value(self, binding: Binding, scope: str, hint: Any) -> Any:
         value = map_leaves(lambda leaf: self._evaluate(leaf, scope, binding.where), binding.value)
@@ -160,6 +164,13 @@ class _Builder:
                 setting = binding.name.rpartition("/")[2]
                 why += f" in that scope{nearest(binding.name, [scoped(s, setting) for s in sorted(scopes)])}"
             raise ConfigError(f"{binding.where}{binding.name} is never used: {why}")
+
+
+def _called(leaf: Name, binding: Binding) -> tuple[str, Any]:
+    """Scope and target of `@scope/name()` in a binding; of anything else no target."""
+    scope, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
+    calls = leaf.text.startswith("@") and leaf.text.endswith("()")
+    return scope, resolve(name, leaf.symbols, binding.where) if calls else None
 
 
 def operative(value: Any) -> str:

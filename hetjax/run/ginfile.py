@@ -54,12 +54,13 @@ class Binding(NamedTuple):
 class Reader:
     """Reads files and bindings in order, follows includes and imports; later bindings win.
 
-    `replaced`: what stood in a file before the command line set the same. `typed`: the command line, as a file has it.
+    `replaced`: what stood before the command line set the same, and what it set. `typed`: the command line, as a file
+    has it.
     """
 
     def __init__(self) -> None:
         self.bindings: dict[Key, Binding] = {}
-        self.replaced: list[Binding] = []
+        self.replaced: list[tuple[Binding, Binding]] = []
         self.macros: dict[str, Binding] = {}
         self.symbols: dict[str, Any] = {}  # name -> module; each file sees those of the files before it
         self.imported: dict[str, str] = {}  # name -> where
@@ -114,9 +115,10 @@ class Reader:
         if isinstance(value, Typed):
             value = settle(value, typing.get_type_hints(target).get(field, Any), self._known)
             self.typed.append(f"{name} = {value!r}")
+        binding = Binding(value, where, name, in_file)
         if not in_file and key in self.bindings:
-            self.replaced.append(self.bindings[key])
-        self.bindings[key] = Binding(value, where, name, in_file)
+            self.replaced.append((self.bindings[key], binding))
+        self.bindings[key] = binding
 
     def _known(self, name: Name) -> bool:
         return name.calls in self.symbols or name.text.removeprefix("%") in self.macros
