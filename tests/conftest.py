@@ -1,5 +1,6 @@
 """What every test stands on: eight emulated CPU devices, warnings as errors, counters of compilations and fetches."""
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ NUM_DEVICES = 8
 # A second run of the suite compiles little. Each worker keeps its own: jax writes entries in place, not by rename.
 CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 COMPILED = "/jax/core/compile/backend_compile_duration"
+MAPS = Path("/proc/self/maps")  # of memory; Linux gives a process 65,530 of them
 
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,6 +48,16 @@ class Counter:
 
     def reset(self) -> None:
         self.count = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """Behind a file of tests its programs are let go where they have taken many maps of memory: at the limit, which the
+    suite meets with jax 0.12, compiling ends the process."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
