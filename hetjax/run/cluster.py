@@ -132,8 +132,8 @@ def agree(made: Callable[[], Mapping[str, str]]) -> None:
             said = f"process {distributed.global_state.process_id} has another {name} than process 0: {difference}"
             _client().key_value_set(f"{DIFFERS}{distributed.global_state.process_id}/{name}", said)
     meet(f"agreed on {', '.join(values)}")
-    if found := _client().key_value_dir_get(DIFFERS):
-        raise ValueError(f"{found[0][1]}; start all with the same files, settings and versions")
+    if differs := _said(DIFFERS):
+        raise ValueError(f"{differs}; start all with the same files, settings and versions")
 
 
 def _until(found: Callable[[], T | None]) -> T:
@@ -177,7 +177,7 @@ def ends(step: int, *, signalled: bool) -> bool:
 
 
 def _said(where: str) -> str | None:
-    """The one value of a directory, if it is there."""
+    """The first value of a directory, if it has one."""
     found = _client().key_value_dir_get(where)
     return found[0][1] if found else None
 

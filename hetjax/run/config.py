@@ -138,9 +138,8 @@ class _Builder:
     def _evaluate(self, leaf: Any, scope: str, where: str) -> Any:
         if not isinstance(leaf, Name):
             return leaf
-        inner, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
         if leaf.text.startswith("@"):
-            target = resolve(name, leaf.symbols, where)
+            inner, name, target = _reference(leaf, where)
             return self.build(target, inner or scope, where, name) if leaf.text.endswith("()") else target
         macro = self.macros.get(leaf.text[1:])
         if macro is None:
@@ -168,9 +167,16 @@ class _Builder:
 
 def _called(leaf: Name, binding: Binding) -> tuple[str, Any]:
     """Scope and target of `@scope/name()` in a binding; of anything else no target."""
+    if not (leaf.text.startswith("@") and leaf.text.endswith("()")):
+        return "", None
+    scope, _, target = _reference(leaf, binding.where)
+    return scope, target
+
+
+def _reference(leaf: Name, where: str) -> tuple[str, str, Any]:
+    """Scope, name and target of `@scope/name` or `@scope/name()`."""
     scope, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
-    calls = leaf.text.startswith("@") and leaf.text.endswith("()")
-    return scope, resolve(name, leaf.symbols, binding.where) if calls else None
+    return scope, name, resolve(name, leaf.symbols, where)
 
 
 def operative(value: Any) -> str:
