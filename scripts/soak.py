@@ -3,9 +3,9 @@
     python scripts/soak.py --out DIR [--steps 2000] [--processes 4] [--kills 5] [--seed 0]
 
 Trains it once undisturbed and once with `--kills` processes killed at random steps and resumed. Checks that the losses
-are the same, bit for bit, and that no process of the undisturbed run grows: from the third quarter of its steps to the
-last by less than 1% of its memory (the allocator takes the first half to find its size). The same command, started
-again, goes on with what DIR has. Prints what it measured; exit status 1 if a check fails.
+are the same, bit for bit, and that no process of the undisturbed run grows: from the second quarter of its steps to the
+last by less than 2% of its memory. The same command, started again, goes on with what DIR has. Prints what it measured;
+exit status 1 if a check fails.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import lines
 from trials import Run
 
 DAY = 86400.0
-GROWS = 0.01  # of a process's memory, at most
+GROWS = 0.02  # of a process's memory, at most
 PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20  # MiB
 Samples = list[tuple[int, list[float]]]  # (step, MiB of each process)
 
@@ -90,8 +90,8 @@ def quarters(samples: Samples) -> list[list[float]]:
 
 
 def is_flat(memory: list[float]) -> bool:
-    """Of a process, by quarters."""
-    return memory[3] < (1 + GROWS) * memory[2]
+    """Whether a process grows from the second of these quarters to the last by less than GROWS."""
+    return memory[3] < (1 + GROWS) * memory[1]
 
 
 def disturbed(run: Run, steps: list[int], notes: Notes, seed: int) -> list[int | None]:
